@@ -1,0 +1,288 @@
+"""Every parameter of the project, typed: one frozen, strict model per section of `params.yaml`.
+
+No value has a default here: `params.yaml` holds them all. Only what may be absent altogether (a backup URL, a zip
+member) defaults to None. `parse_params` turns a bad file into one line that names the key, what was expected and what
+was found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class InputError(ValueError):
+    """Something the user gave is wrong. The message is one line: what, where, and what to do."""
+
+
+class Strict(BaseModel):
+    """Unknown keys, missing keys and wrong types are errors; instances never change."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Probability = Annotated[float, Field(ge=0, lt=1)]
+Fraction = Annotated[float, Field(gt=0, lt=0.5)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+# ---- data ------------------------------------------------------------------------------------------------------------
+
+
+class SourceFile(Strict):
+    """One file of a source: a `url` (https, http, file, s3, gs, hf), or a local `path` that may be a glob.
+
+    `sha256` is of the content that is used: of `member` where the file is a zip with several, else of the file itself.
+    """
+
+    url: str | None = None
+    backup_url: str | None = None
+    path: str | None = None
+    sha256: Sha256 | None = None
+    member: str | None = None
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        if (self.url is None) == (self.path is None):
+            raise ValueError("a file needs either url or path")
+        if self.backup_url is not None and self.url is None:
+            raise ValueError("backup_url goes with url")
+        return self
+
+
+class CorpusSource(Strict):
+    """Raw text. Each file is a document, unless `document_separator` cuts it into several or it has rows."""
+
+    files: Annotated[list[SourceFile], Field(min_length=1)]
+    strip: Literal["gutenberg"] | None = None  # remove Project Gutenberg's header and licence
+    document_separator: str | None = None  # text between two documents of one .txt or .md file
+    text: str | None = None  # column or key of the text, for .csv, .jsonl, .json and .parquet
+
+
+class MessagesSource(Strict):
+    """Labelled messages: rows with a text and a label."""
+
+    files: Annotated[list[SourceFile], Field(min_length=1)]
+    format: Literal["tsv"] | None = None  # label TAB text without header or quotes, as the SMS collection
+    text: str = "text"
+    label: str = "label"
+    labels: Annotated[list[str], Field(min_length=2)]  # all of them, in the order of the classifier's outputs
+    split: str | None = None  # column that says train, val or test
+
+
+class InstructionsSource(Strict):
+    """Instruction pairs: rows with an instruction, an optional input and an output."""
+
+    files: Annotated[list[SourceFile], Field(min_length=1)]
+    instruction: str = "instruction"
+    input: str | None = "input"
+    output: str = "output"
+    task: str | None = None  # column that names the kind of task, for figures per task
+    split: str | None = None  # column that says train, val or test
+
+
+class Source(Strict):
+    """A named place that data comes from: a corpus, messages, instructions or several of them."""
+
+    licence: str
+    corpus: CorpusSource | None = None
+    messages: MessagesSource | None = None
+    instructions: InstructionsSource | None = None
+
+
+class GPT2TokenizerFiles(Strict):
+    """Where GPT-2's byte-pair encoding lives."""
+
+    encoder: SourceFile
+    merges: SourceFile
+
+
+class DataParams(Strict):
+    corpus: str
+    messages: str
+    instructions: str
+
+
+class TokenizerParams(Strict):
+    kind: Literal["bpe", "gpt2"]
+    vocab_size: Annotated[int, Field(ge=260)]
+    train_chars: Positive
+
+
+class CorpusSplit(Strict):
+    split: Literal["leak_free", "book"]
+    val: Fraction
+    test: Fraction
+    section_chars: Positive
+
+
+class LabelledSplit(Strict):
+    split: Literal["leak_free", "book"]
+    val: Fraction
+    test: Fraction
+
+
+class TokenizeParams(Strict):
+    tokenizer: TokenizerParams
+    corpus: CorpusSplit
+    messages: LabelledSplit
+    instructions: LabelledSplit
+    shard_tokens: Positive
+
+
+# ---- model -----------------------------------------------------------------------------------------------------------
+
+
+class ModelParams(Strict):
+    """The shape of a GPT, all but the vocabulary, which comes with the tokenizer."""
+
+    context_length: Positive
+    emb_dim: Positive
+    n_layers: Positive
+    n_heads: Positive
+    n_kv_heads: Positive
+    head_dim: Positive
+    ffn_dim: Positive
+    positions: Literal["learned", "rotary"]
+    rope_theta: PositiveFloat
+    norm: Literal["layernorm", "rmsnorm"]
+    norm_eps: PositiveFloat
+    activation: Literal["gelu", "swiglu", "relu2"]
+    qk_norm: bool
+    qkv_bias: bool
+    bias: bool
+    tie_embeddings: bool
+
+    @model_validator(mode="after")
+    def _shapes(self) -> Self:
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_heads {self.n_heads} must be a multiple of n_kv_heads {self.n_kv_heads}")
+        if self.positions == "rotary" and self.head_dim % 2:
+            raise ValueError(f"rotary positions need an even head_dim, found {self.head_dim}")
+        return self
+
+
+class GPTConfig(ModelParams):
+    """Everything that `GPT` is built from; what a model folder's `config.json` holds."""
+
+    vocab_size: Positive
+    dropout: Probability
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+class TrainParams(Strict):
+    """What `fit` needs, whatever is trained. A step is an optimizer step."""
+
+    max_steps: NonNegative
+    batch_size: Positive
+    grad_accum_steps: Positive
+    optimizer: Literal["adamw", "muon"]
+    lr: PositiveFloat
+    muon_lr: PositiveFloat
+    min_lr: Annotated[float, Field(ge=0, le=1)]
+    warmup_steps: NonNegative
+    schedule: Literal["cosine", "linear", "constant"]
+    beta1: Probability
+    beta2: Probability
+    weight_decay: NonNegativeFloat
+    grad_clip: NonNegativeFloat
+    dropout: Probability
+    eval_interval: Positive
+    patience: NonNegative
+    keep: Literal["best", "last"]
+
+
+class PretrainParams(TrainParams):
+    prompt: str
+    sample_tokens: NonNegative
+    eval_tokens: Positive
+
+
+class ClassifyParams(TrainParams):
+    trainable: Literal["head", "last_blocks", "all"]
+    last_blocks: NonNegative
+    class_weights: Literal["none", "balanced"]
+    max_length: Positive
+    scratch_control: bool
+
+
+class InstructParams(TrainParams):
+    template: Literal["alpaca", "chatml"]
+    mask_prompt: bool
+    scratch_control: bool
+
+
+class EvaluateParams(Strict):
+    ngram_order: Annotated[int, Field(ge=1, le=8)]
+    baseline_bytes: Positive
+    max_new_tokens: Positive
+    batch_size: Positive
+    answers: NonNegative
+    prompts: list[str]
+
+
+class RuntimeParams(Strict):
+    """What changes speed and comfort but no result that is compared: no stage lists this section in `dvc.yaml`."""
+
+    device: Literal["auto", "cpu", "cuda", "mps"]
+    compile: bool
+    workers: NonNegative
+    log_interval: Positive
+    checkpoint_interval: Positive
+
+
+class Params(Strict):
+    seed: NonNegative
+    data: DataParams
+    sources: dict[str, Source]
+    gpt2_files: GPT2TokenizerFiles
+    tokenize: TokenizeParams
+    model: ModelParams
+    pretrain: PretrainParams
+    finetune_classify: ClassifyParams
+    finetune_instruct: InstructParams
+    evaluate: EvaluateParams
+    runtime: RuntimeParams
+
+    @model_validator(mode="after")
+    def _sources_exist(self) -> Self:
+        for kind in ("corpus", "messages", "instructions"):
+            name = getattr(self.data, kind)
+            able = sorted(n for n, source in self.sources.items() if getattr(source, kind) is not None)
+            if name not in able:
+                raise ValueError(f"data.{kind}: no source {name!r} with {kind}; there are: {', '.join(able)}")
+        return self
+
+
+def parse_params(values: Mapping[str, Any], where: str = "params.yaml") -> Params:
+    """Validates a mapping as read from `params.yaml`; raises `InputError` with one line on the first error."""
+    try:
+        return Params.model_validate(dict(values))
+    except ValidationError as error:
+        raise InputError(explain(error, where)) from None
+
+
+def explain(error: ValidationError, where: str) -> str:
+    """One line for the first thing that is wrong: `params.yaml: pretrain.lr: expected a number, found '1e-3'`."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    kind, found = first["type"], first["input"]
+    if kind == "extra_forbidden":
+        message = "unknown key; remove it or correct its name"
+    elif kind == "missing":
+        message = "missing key; add it"
+    elif kind != "value_error":
+        message = f"{message[0].lower()}{message[1:]}, found {found!r}"
+        if isinstance(found, str) and "number" in message:
+            message += " (write 0.001, not 1e-3, which YAML reads as text)"
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    return f"{where}: {key + ': ' if key else ''}{message}{more}"

@@ -1,0 +1,234 @@
+"""GPT: a decoder-only transformer, from token ids to logits, with a key-value cache for generation.
+
+With `positions=learned, norm=layernorm, activation=gelu, bias=true` it is GPT-2 (Radford et al. 2019); the other options
+of the same config give the modern block: rotary positions (Su et al. 2021), RMSNorm (Zhang and Sennrich 2019), SwiGLU
+(Shazeer 2020) or squared ReLU (So et al. 2021), grouped-query attention (Ainslie et al. 2023), QK-norm (Henry et al.
+2020).
+
+Shapes: B batch, T tokens of this call, S tokens attended to (cached ones included), C emb_dim, H n_heads, K n_kv_heads,
+D head_dim, F ffn_dim, V vocab_size.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llm.config import GPTConfig
+
+
+class KVCache:
+    """Keys and values of all layers, allocated once for `max_length` tokens a row; `length` tokens are filled."""
+
+    def __init__(
+        self,
+        config: GPTConfig,
+        batch_size: int,
+        max_length: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        shape = (config.n_layers, batch_size, config.n_kv_heads, max_length, config.head_dim)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)  # [layers, B, K, max_length, D]
+        self.values = torch.zeros_like(self.keys)
+        self.length = 0
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores one layer's [B, K, T, D] behind what it holds; returns all of it, [B, K, S, D], without a copy."""
+        end = self.length + keys.shape[2]
+        if end > self.keys.shape[3]:
+            raise ValueError(f"the cache holds {self.keys.shape[3]} tokens, {end} were asked for")
+        self.keys[layer, :, :, self.length : end] = keys
+        self.values[layer, :, :, self.length : end] = values
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def keep(self, rows: Tensor) -> None:
+        """Keeps the given rows of the batch, in that order."""
+        self.keys = self.keys[:, rows]
+        self.values = self.values[:, rows]
+
+
+def make_norm(config: GPTConfig, size: int) -> nn.Module:
+    if config.norm == "rmsnorm":
+        return nn.RMSNorm(size, eps=config.norm_eps)
+    return nn.LayerNorm(size, eps=config.norm_eps, bias=config.bias)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions: turns each pair (x_i, x_{i+D/2}) of [B, H, T, D] by its position's angle."""
+    first, second = x.chunk(2, dim=-1)  # 2 x [B, H, T, D/2]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer = layer
+        kv_dim = config.n_kv_heads * config.head_dim
+        self.q_proj = nn.Linear(config.emb_dim, config.n_heads * config.head_dim, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.emb_dim, kv_dim, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.emb_dim, kv_dim, bias=config.qkv_bias)
+        self.out_proj = nn.Linear(config.n_heads * config.head_dim, config.emb_dim, bias=config.bias)
+        if config.qk_norm:
+            self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
+            self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
+
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache: KVCache | None
+    ) -> Tensor:
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, -1, self.config.head_dim)  # [B, T, H, D]
+        k = self.k_proj(x).view(B, T, -1, self.config.head_dim)  # [B, T, K, D]
+        v = self.v_proj(x).view(B, T, -1, self.config.head_dim)  # [B, T, K, D]
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, H or K, T, D]
+        if rotary is not None:
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)  # [B, K, S, D]
+        y = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=mask is None and T > 1,
+            dropout_p=self.config.dropout if self.training else 0.0,
+            enable_gqa=self.config.n_kv_heads != self.config.n_heads,
+        )  # [B, H, T, D]
+        return self.out_proj(y.transpose(1, 2).reshape(B, T, -1))  # [B, T, C]
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.activation = config.activation
+        self.up_proj = nn.Linear(config.emb_dim, config.ffn_dim, bias=config.bias)
+        if config.activation == "swiglu":
+            self.gate_proj = nn.Linear(config.emb_dim, config.ffn_dim, bias=config.bias)
+        self.down_proj = nn.Linear(config.ffn_dim, config.emb_dim, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.activation == "swiglu":
+            x = F.silu(self.gate_proj(x)) * self.up_proj(x)  # [B, T, F]
+        elif self.activation == "relu2":
+            x = F.relu(self.up_proj(x)).square()  # [B, T, F]
+        else:
+            x = F.gelu(self.up_proj(x), approximate="tanh")  # [B, T, F]
+        return self.down_proj(x)  # [B, T, C]
+
+
+class TransformerBlock(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.norm1 = make_norm(config, config.emb_dim)
+        self.attn = CausalSelfAttention(config, layer)
+        self.norm2 = make_norm(config, config.emb_dim)
+        self.ffn = FeedForward(config)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache: KVCache | None
+    ) -> Tensor:
+        x = x + self.drop(self.attn(self.norm1(x), rotary, mask, cache))
+        return x + self.drop(self.ffn(self.norm2(x)))
+
+
+class GPT(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.tok_emb = nn.Embedding(config.vocab_size, config.emb_dim)
+        if config.positions == "learned":
+            self.pos_emb = nn.Embedding(config.context_length, config.emb_dim)
+        else:
+            frequencies = config.rope_theta ** -(torch.arange(0, config.head_dim, 2).float() / config.head_dim)  # [D/2]
+            angles = torch.arange(config.context_length).float()[:, None] * frequencies  # [context_length, D/2]
+            self.register_buffer("rotary_cos", angles.cos(), persistent=False)
+            self.register_buffer("rotary_sin", angles.sin(), persistent=False)
+        self.drop = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(TransformerBlock(config, layer) for layer in range(config.n_layers))
+        self.final_norm = make_norm(config, config.emb_dim)
+        self.lm_head = nn.Linear(config.emb_dim, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.tok_emb.weight
+        self.apply(self._init_weights)
+        for block in self.blocks:  # each adds to the residual stream twice: keep its variance at the start (GPT-2)
+            for projection in (block.attn.out_proj, block.ffn.down_proj):
+                nn.init.normal_(projection.weight, std=0.02 / math.sqrt(2 * config.n_layers))
+
+    @staticmethod
+    def _init_weights(module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+    def hidden(self, idx: Tensor, cache: KVCache | None = None, pad: Tensor | None = None) -> Tensor:
+        """Token ids [B, T] to the hidden states [B, T, C] behind the final norm.
+
+        With a cache, the ids continue what it holds. `pad` [B] counts the padding positions at the left of each row:
+        nothing attends to them, and positions count from the first real token.
+        """
+        T = idx.shape[1]
+        start = cache.length if cache is not None else 0
+        if start + T > self.config.context_length:
+            raise ValueError(f"{start + T} tokens exceed the context length {self.config.context_length}")
+        positions = torch.arange(start, start + T, device=idx.device)  # [T]
+        mask = self._mask(positions, pad) if pad is not None or (start > 0 and T > 1) else None
+        if pad is not None:
+            positions = (positions - pad[:, None]).clamp(min=0)  # [B, T]
+
+        x = self.tok_emb(idx)  # [B, T, C]
+        rotary = None
+        if self.config.positions == "learned":
+            x = x + self.pos_emb(positions)
+        else:
+            cos, sin = self.rotary_cos[positions], self.rotary_sin[positions]  # [T, D/2] or [B, T, D/2]
+            if pad is not None:
+                cos, sin = cos[:, None], sin[:, None]  # [B, 1, T, D/2]
+            rotary = (cos.to(x.dtype), sin.to(x.dtype))
+        x = self.drop(x)
+        for block in self.blocks:
+            x = block(x, rotary, mask, cache)
+        if cache is not None:
+            cache.length += T
+        return self.final_norm(x)
+
+    @staticmethod
+    def _mask(positions: Tensor, pad: Tensor | None) -> Tensor:
+        """True where a query of this call may look: [1 or B, 1, T, S], all T queries against the S = start + T keys."""
+        keys = torch.arange(int(positions[-1]) + 1, device=positions.device)  # [S]
+        mask = (keys <= positions[:, None])[None, None]  # [1, 1, T, S]
+        if pad is not None:
+            mask = mask & (keys >= pad[:, None])[:, None, None]  # [B, 1, T, S]
+            mask = mask | (keys == positions[:, None])  # a padding query sees itself: an empty row would give NaN
+        return mask
+
+    def forward(self, idx: Tensor, cache: KVCache | None = None, pad: Tensor | None = None) -> Tensor:
+        """Token ids [B, T] to logits [B, T, V]; cache and pad as in `hidden`."""
+        return self.lm_head(self.hidden(idx, cache, pad))
+
+
+class GPTClassifier(nn.Module):
+    """A GPT whose hidden state at the last token of each row is mapped to labels."""
+
+    def __init__(self, gpt: GPT, n_labels: int) -> None:
+        super().__init__()
+        self.gpt = gpt
+        self.head = nn.Linear(gpt.config.emb_dim, n_labels)
+        nn.init.normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, idx: Tensor, lengths: Tensor) -> Tensor:
+        """Right-padded ids [B, T] with `lengths` [B] real tokens each, to logits [B, n_labels].
+
+        Attention is causal, so what stands behind a row's last token cannot change its answer.
+        """
+        hidden = self.gpt.hidden(idx)  # [B, T, C]
+        last = hidden[torch.arange(len(idx), device=idx.device), lengths - 1]  # [B, C]
+        return self.head(last)
