@@ -1,0 +1,342 @@
+"""What all stages share: parameters, inputs, one process at a time, signals, metrics files, errors in one line.
+
+A stage is a function of one argument, run as a module from the repository's root:
+
+    def pretrain(run: Run) -> None:
+        ...
+
+    if __name__ == "__main__":
+        main("pretrain", pretrain)
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple, NoReturn, TextIO
+
+import yaml
+
+from llm.config import InputError, Params, parse_params
+from stages.tracking import Journal, repository
+
+EXIT_STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130}
+ACTIONABLE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}  # disk full, no permission
+LOCK_PATIENCE = 5.0  # seconds in which a stage that is just ending may free its lock
+
+
+# ---- what a stage gets -----------------------------------------------------------------------------------------------
+
+
+class Run:
+    """One execution of one stage: its parameters, its place for resumable state, and where its figures go."""
+
+    def __init__(self, stage: str, params: Params, state_dir: Path, journal: Journal) -> None:
+        self.stage = stage
+        self.params = params
+        self.state_dir = state_dir  # survives a kill, and only the same inputs find it again; removed after success
+        self.stop_requested = False
+        self._journal = journal
+
+    def log(self, metrics: Mapping[str, float], step: int = 0) -> None:
+        """Cheap, and never raises: tracking must not hurt a training."""
+        self._journal.metrics(metrics, step)
+
+    def write_metrics(self, values: Mapping[str, Any]) -> None:
+        """Writes `reports/metrics/<stage>.json`, which DVC compares; logs its numbers, nested ones as `a/b`."""
+        values = _rounded(values)
+        path = Path("reports/metrics") / f"{self.stage.replace('-', '_')}.json"
+        write_atomic(path, json.dumps(values, indent=2) + "\n")
+        numbers = {k: v for k, v in flatten(values, "/").items() if isinstance(v, int | float)}
+        self.log({key: float(value) for key, value in numbers.items()})
+
+    def artifact(self, path: Path) -> None:
+        """Attaches a small file or folder, as it is now, to the tracked run."""
+        self._journal.artifact(path)
+
+    def dataset(self, name: str, digest: str, source: str, context: str) -> None:
+        """Names data that the run used: an md5, where it came from, and what for (`train`, `val`, `test`)."""
+        self._journal.dataset(name, digest, source, context)
+
+    def register(self, name: str, folder: Path) -> None:
+        """Hands a model folder over to the model registry under this name."""
+        self._journal.model(name, folder)
+
+    @contextmanager
+    def graceful(self) -> Iterator[None]:
+        """Within it the first SIGTERM or SIGINT only sets `stop_requested`, so that the training can save its state.
+
+        The stage then ends where the block ends; a second signal ends it at once.
+        """
+        received: list[signal.Signals] = []
+
+        def handler(number: int, frame: FrameType | None) -> None:
+            if received:
+                _leave(number, frame)
+            received.append(signal.Signals(number))
+            self.stop_requested = True
+
+        previous = {number: signal.signal(number, handler) for number in EXIT_STATUS}
+        try:
+            yield
+        finally:
+            for number, old in previous.items():
+                signal.signal(number, old)
+        if received:
+            print(f"{self.stage}: stopped by {received[0].name}; run it again to go on from here", file=sys.stderr)
+            raise SystemExit(EXIT_STATUS[received[0]])
+
+
+def main(stage: str, body: Callable[[Run], None]) -> None:
+    """Runs `body` and ends the process: 0 done, 1 error, 143 SIGTERM, 130 SIGINT.
+
+    Errors that the user can act on are one line on stderr, all others keep their traceback.
+    """
+    for number in EXIT_STATUS:
+        signal.signal(number, _leave)
+    try:
+        _run_stage(stage, body)
+    except InputError as error:
+        sys.exit(f"{stage}: {error}")
+    except OSError as error:
+        if error.errno not in ACTIONABLE:
+            raise
+        sys.exit(f"{stage}: {error.filename or 'writing'}: {error.strerror}")
+
+
+def _run_stage(stage: str, body: Callable[[Run], None]) -> None:
+    values = read_yaml(Path("params.yaml"))
+    params = parse_params(values)
+    work = Path(".work", stage)
+    with locked(work / "lock", LOCK_PATIENCE) as holder:
+        if holder is not None:
+            raise InputError(f"already runs here as process {holder}; wait for it, or end it with: kill {holder}")
+        inputs = read_inputs(stage, values)
+        journal = Journal.start(stage, flatten({key: inputs.params[key] for key in inputs.params}))
+        status = "FAILED"
+        try:
+            with state_folder(stage, fingerprint(inputs, params)) as state_dir:
+                body(Run(stage, params, state_dir, journal))
+                check_unchanged(inputs, read_inputs(stage, read_yaml(Path("params.yaml")), inputs.files))
+            status = "FINISHED"
+        except SystemExit as error:
+            status = "KILLED" if error.code in EXIT_STATUS.values() else "FAILED"
+            raise
+        finally:
+            journal.end(status)
+
+
+def _leave(number: int, frame: FrameType | None) -> NoReturn:
+    raise SystemExit(EXIT_STATUS[signal.Signals(number)])
+
+
+# ---- inputs ----------------------------------------------------------------------------------------------------------
+
+
+class FileState(NamedTuple):
+    stamp: tuple[int, int, int]  # size, modification time, inode: unchanged, they spare reading the file again
+    md5: str
+
+
+class Inputs(NamedTuple):
+    """Everything that the stage's entry in `dvc.yaml` lists, with its content."""
+
+    params: dict[str, Any]
+    files: dict[str, FileState]
+
+
+def read_inputs(stage: str, values: Mapping[str, Any], known: Mapping[str, FileState] | None = None) -> Inputs:
+    """Reads the stage's `params` and `deps`; a file in `known` and untouched since keeps its md5 unread."""
+    stages = read_yaml(Path("dvc.yaml")).get("stages", {})
+    if stage not in stages:
+        raise InputError(f"dvc.yaml: no stage {stage!r}")
+    params = {key: _lookup(values, key) for key in stages[stage].get("params", [])}
+    files: dict[str, FileState] = {}
+    for dep in stages[stage].get("deps", []):
+        if not Path(dep).exists():
+            raise InputError(f"{dep}: missing, and this stage reads it; `dvc repro {stage}` makes it first")
+        for path in files_under(Path(dep)):
+            files[path.as_posix()] = _file_state(path, (known or {}).get(path.as_posix()))
+    return Inputs(params, files)
+
+
+def fingerprint(inputs: Inputs, params: Params) -> str:
+    """Names a training state: equal for equal inputs on the same kind of device with the same torch."""
+    machine: list[str] = []
+    if "torch" in sys.modules:
+        machine = [importlib.metadata.version("torch"), device_kind(params.runtime.device)]
+    content = [inputs.params, {path: state.md5 for path, state in inputs.files.items()}, machine]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def check_unchanged(before: Inputs, after: Inputs) -> None:
+    """DVC records what it finds after the stage: what changed meanwhile would be taken for what made the outputs."""
+    old = {path: state.md5 for path, state in before.files.items()} | flatten(before.params)
+    new = {path: state.md5 for path, state in after.files.items()} | flatten(after.params)
+    changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    if changed:
+        more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+        raise InputError(f"{changed[0]}{more} changed while the stage ran, so its outputs do not count; run it again")
+
+
+def files_under(path: Path) -> list[Path]:
+    """The file itself, or all files of a folder in a fixed order, without Python's caches."""
+    if path.is_file():
+        return [path]
+    return sorted(p for p in path.rglob("*") if p.is_file() and "__pycache__" not in p.parts)
+
+
+def device_kind(device: str) -> str:
+    """`auto` resolved: cuda, mps or cpu."""
+    if device != "auto":
+        return device
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: not found in {Path.cwd()}; run from the repository's root") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise InputError(f"{path}{where}: {error.problem}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: expected keys with values, found {type(values).__name__}")
+    return values
+
+
+def _lookup(values: Mapping[str, Any], key: str) -> Any:
+    found: Any = values
+    for part in key.split("."):
+        if not isinstance(found, Mapping) or part not in found:
+            raise InputError(f"params.yaml: no key {key}, which dvc.yaml lists")
+        found = found[part]
+    return found
+
+
+def _file_state(path: Path, known: FileState | None) -> FileState:
+    stat = path.stat()
+    stamp = (stat.st_size, stat.st_mtime_ns, stat.st_ino)
+    if known is not None and known.stamp == stamp:
+        return known
+    with path.open("rb") as file:
+        return FileState(stamp, hashlib.file_digest(file, "md5").hexdigest())
+
+
+# ---- one process at a time -------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def locked(path: Path, patience: float = 0.0) -> Iterator[int | None]:
+    """Yields None when this process holds the lock, else the id of the process that still does after the patience.
+
+    POSIX record locks: gone with their process however it ends, and never inherited by its worker processes.
+    """
+    taken = _take(path, patience)
+    if isinstance(taken, int):
+        yield taken
+    else:
+        with taken:
+            yield None
+
+
+def _take(path: Path, patience: float) -> TextIO | int:
+    deadline = time.monotonic() + patience
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+", encoding="ascii")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read()
+            file.close()
+            if time.monotonic() >= deadline and holder:
+                return int(holder)
+            time.sleep(0.1)
+            continue
+        if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+            return file
+        file.close()  # its folder was removed by the holder before we had the lock
+
+
+@contextmanager
+def state_folder(stage: str, name: str) -> Iterator[Path]:
+    """The folder of this fingerprint's training state, in the repository even for DVC's temporary experiment copies.
+
+    Experiments of a queue may reach the same inputs at the same time: each then takes the first folder that is free.
+    A failure leaves what the stage saved there, success leaves nothing.
+    """
+    for number in count():
+        folder = repository() / ".work" / stage / (name[:16] if number == 0 else f"{name[:16]}-{number}")
+        with locked(folder / "lock") as holder:
+            if holder is not None:
+                continue
+            try:
+                yield folder
+                shutil.rmtree(folder)
+            finally:
+                if folder.exists() and [path.name for path in folder.iterdir()] == ["lock"]:
+                    shutil.rmtree(folder)
+            return
+
+
+# ---- small things ----------------------------------------------------------------------------------------------------
+
+
+def flatten(values: Mapping[str, Any], separator: str = ".") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{key}{separator}{inner}": v for inner, v in flatten(value, separator).items()}
+        else:
+            flat[key] = value
+    return flat
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """The whole file or none of it, whenever the process ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        draft.write_text(text, encoding="utf-8", newline="\n")
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _rounded(value: Any) -> Any:
+    """Six significant digits: enough to compare, without the noise of the last bits. JSON has no NaN: null."""
+    if isinstance(value, Mapping):
+        return {key: _rounded(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(inner) for inner in value]
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value
