@@ -1,0 +1,33 @@
+"""What every test shares: a clean environment, few threads and no network beyond this machine."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Before torch and mlflow are imported. One thread for each worker of pytest-xdist; two when there is only one process.
+os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
+os.environ.update(MLFLOW_DISABLE_TELEMETRY="true", HF_HUB_OFFLINE="1", MPLBACKEND="Agg", DVC_NO_ANALYTICS="true")
+for name in [n for n in os.environ if n.startswith(("MLFLOW_TRACKING", "MLFLOW_RUN", "MLFLOW_EXPERIMENT", "DVC_EXP"))]:
+    del os.environ[name]
+for name in ("LLM_DATA_MIRROR", "DVC_ROOT", "DVC_STAGE"):
+    os.environ.pop(name, None)
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Connections to other machines are refused, as they would be without a network."""
+    connect = socket.socket.connect
+
+    def local_only(self: socket.socket, address: Any) -> None:
+        if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in ("127.0.0.1", "::1", "localhost"):
+            raise ConnectionRefusedError(f"tests use no network: {address}")
+        connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", local_only)
