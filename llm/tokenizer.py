@@ -1,0 +1,179 @@
+"""Byte-level byte-pair encoding: trained here by rustbpe or read from GPT-2's files, served by tiktoken.
+
+The ids: first the 256 single bytes, then the merges in the order of merging, then the special tokens. Special tokens
+never come out of `encode`: a text that says "<|endoftext|>" is encoded as those thirteen characters.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import re
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import rustbpe
+import tiktoken
+
+from llm.config import InputError
+
+FILE_NAME = "bpe.json"
+END_OF_TEXT = "<|endoftext|>"
+SPECIAL_TOKENS = (END_OF_TEXT, "<|im_start|>", "<|im_end|>")  # of a vocabulary trained here
+MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS) + 1  # all bytes and one merge
+
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+
+# What a merge never crosses, for a vocabulary trained here. Unlike GPT-2's: a letter keeps its combining marks (Hindi,
+# Thai), numbers come in groups of up to three digits, and the line ends between two paragraphs are one piece.
+PATTERN = (
+    r"'(?:[sdmt]|ll|ve|re)(?!\p{L})| ?[\p{L}\p{M}]++| ?\p{N}{1,3}+| ?[^\s\p{L}\p{M}\p{N}]++"
+    r"|\s*\n++|\s++$|\s+(?!\S)|\s"
+)
+
+MAX_SPACES = 10_000  # white space in one piece; a million of it exhausts the stack of the regular expressions
+LONG_SPACES = re.compile(rf"\s{{{MAX_SPACES}}}")
+TRAIN_BUFFER = 64  # texts that rustbpe holds at a time; its default of 8,192 costs much memory when texts are long
+
+
+class Tokenizer:
+    """Text to ids and back; `decode(encode(text)) == text` for every text that is valid Unicode.
+
+    >>> tokenizer = Tokenizer.train(["the cat, the hat"], vocab_size=262)
+    >>> tokenizer.vocab_size, tokenizer.decode(tokenizer.encode("the cat"))
+    (262, 'the cat')
+    """
+
+    def __init__(self, ranks: Sequence[bytes], pattern: str, special_tokens: dict[str, int]) -> None:
+        """`ranks`: the bytes of each token that is not special, in the order of merging, which is that of the ids."""
+        self.special_tokens = special_tokens
+        self.pattern = pattern
+        self._ranks = list(ranks)
+        self._encoding = tiktoken.Encoding(
+            "llm",
+            pat_str=pattern,
+            mergeable_ranks={token: rank for rank, token in enumerate(ranks)},
+            special_tokens=special_tokens,
+        )
+        self.vocab_size = len(ranks) + len(special_tokens)
+        self.eot = special_tokens[END_OF_TEXT]
+
+    def encode(self, text: str) -> list[int]:
+        return [number for part in _parts(text) for number in self._encoding.encode_ordinary(part)]
+
+    def encode_array(self, text: str) -> np.ndarray[Any, np.dtype[np.uint32]]:
+        """The same ids as `encode`, without a Python list: much smaller for long texts."""
+        return np.concatenate([self._encoding.encode_to_numpy(part, disallowed_special=()) for part in _parts(text)])
+
+    def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
+        with ThreadPoolExecutor(threads) as pool:  # tiktoken lets go of the interpreter lock while it encodes
+            return list(pool.map(self.encode, texts))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Bytes that are no UTF-8, such as half a character, become U+FFFD."""
+        return self._encoding.decode(ids, errors="replace")
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        return self._encoding.decode_bytes(ids)
+
+    def save(self, folder: Path) -> None:
+        """Writes `bpe.json`; the same tokenizer gives the same bytes."""
+        content = {
+            "pattern": self.pattern,
+            "special_tokens": self.special_tokens,
+            "ranks": [base64.b64encode(token).decode("ascii") for token in self._ranks],
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder / f"{FILE_NAME}.partial"
+        partial.write_text(json.dumps(content, ensure_ascii=False, indent=0) + "\n", encoding="utf-8")
+        partial.replace(folder / FILE_NAME)
+
+    @classmethod
+    def load(cls, folder: Path) -> Tokenizer:
+        path = folder / FILE_NAME
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            ranks = [base64.b64decode(token, validate=True) for token in content["ranks"]]
+            special_tokens = {str(token): int(number) for token, number in content["special_tokens"].items()}
+            pattern = str(content["pattern"])
+        except FileNotFoundError:
+            raise InputError(f"{path}: there is no tokenizer here; it is written by the tokenize stage") from None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, binascii.Error) as error:
+            raise InputError(f"{path}: not a tokenizer ({_one_line(error)}); write it again") from None
+        _check(path, ranks, special_tokens)
+        return cls(ranks, pattern, special_tokens)
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
+        """A vocabulary of exactly `vocab_size`, special tokens included.
+
+        The same texts in the same order give the same merges, whatever the number of threads.
+        """
+        if vocab_size < MIN_VOCAB_SIZE:
+            raise InputError(f"vocab_size: expected at least {MIN_VOCAB_SIZE}, found {vocab_size}")
+        trainer = rustbpe.Tokenizer()
+        parts = (part for text in texts for part in _parts(text))
+        trainer.train_from_iterator(parts, vocab_size - len(SPECIAL_TOKENS), TRAIN_BUFFER, PATTERN)
+        ranks = [bytes(token) for token, _ in sorted(trainer.get_mergeable_ranks(), key=lambda pair: pair[1])]
+        possible = len(ranks) + len(SPECIAL_TOKENS)
+        if possible < vocab_size:
+            raise InputError(
+                f"vocab_size: the training text is too small for {vocab_size} tokens; "
+                f"it allows at most {possible}: lower vocab_size or add text"
+            )
+        return cls(ranks, PATTERN, {token: len(ranks) + i for i, token in enumerate(SPECIAL_TOKENS)})
+
+    @classmethod
+    def gpt2(cls, encoder_json: Path, vocab_bpe: Path) -> Tokenizer:
+        """GPT-2's 50,257 tokens from the two files that OpenAI published."""
+        try:
+            encoder = json.loads(encoder_json.read_text(encoding="utf-8"))
+            merges = [tuple(line.split(" ")) for line in vocab_bpe.read_text(encoding="utf-8").splitlines()[1:] if line]
+        except FileNotFoundError as error:
+            raise InputError(f"{error.filename}: file not found; the download stage fetches it") from None
+        except (OSError, ValueError) as error:
+            raise InputError(f"{encoder_json}, {vocab_bpe}: not GPT-2's files ({_one_line(error)})") from None
+        # The ids follow the merges: 256 bytes, then one token for each merge. tiktoken relies on it.
+        byte_of = _gpt2_bytes()
+        tokens = [*byte_of, *("".join(pair) for pair in merges), END_OF_TEXT]
+        if encoder != {token: number for number, token in enumerate(tokens)}:
+            raise InputError(f"{encoder_json}: does not go with {vocab_bpe}; fetch both files again")
+        ranks = [bytes(byte_of[character] for character in token) for token in tokens[:-1]]
+        return cls(ranks, GPT2_PATTERN, {END_OF_TEXT: len(ranks)})
+
+
+def _parts(text: str) -> list[str]:
+    """The text, cut inside longer runs of white space than the patterns' backtracking survives."""
+    if len(text) <= MAX_SPACES:
+        return [text]
+    ends = [match.end() for match in LONG_SPACES.finditer(text)]
+    return [text[start:end] for start, end in pairwise([0, *ends, len(text)])]
+
+
+def _check(path: Path, ranks: list[bytes], special_tokens: dict[str, int]) -> None:
+    if len(set(ranks)) != len(ranks) or not {bytes([byte]) for byte in range(256)} <= set(ranks):
+        raise InputError(f"{path}: the ranks must hold each byte, and nothing twice; write the tokenizer again")
+    if sorted(special_tokens.values()) != list(range(len(ranks), len(ranks) + len(special_tokens))):
+        raise InputError(f"{path}: the special tokens must follow the {len(ranks)} ranks; write the tokenizer again")
+    if END_OF_TEXT not in special_tokens:
+        raise InputError(f"{path}: the special token {END_OF_TEXT} is missing; write the tokenizer again")
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def _gpt2_bytes() -> dict[str, int]:
+    """The character that stands for each byte in GPT-2's files, in the order of the ids.
+
+    Bytes that print stand for themselves; the others are shifted to the characters from 256 on, so that no token holds
+    white space: the space is U+0120, a line end U+010A.
+    """
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
