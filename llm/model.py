@@ -1,7 +1,7 @@
 """GPT: a decoder-only transformer, from token ids to logits, with a key-value cache for generation.
 
-With `positions=learned, norm=layernorm, activation=gelu, bias=true` it is GPT-2 (Radford et al. 2019); the other options
-of the same config give the modern block: rotary positions (Su et al. 2021), RMSNorm (Zhang and Sennrich 2019), SwiGLU
+With learned positions, layernorm, gelu and biases it is GPT-2 (Radford et al. 2019); the other options of the same
+config give the modern block: rotary positions (Su et al. 2021), RMSNorm (Zhang and Sennrich 2019), SwiGLU
 (Shazeer 2020) or squared ReLU (So et al. 2021), grouped-query attention (Ainslie et al. 2023), QK-norm (Henry et al.
 2020).
 
@@ -143,6 +143,8 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.tok_emb = nn.Embedding(config.vocab_size, config.emb_dim)
+        self.rotary_cos: Tensor
+        self.rotary_sin: Tensor
         if config.positions == "learned":
             self.pos_emb = nn.Embedding(config.context_length, config.emb_dim)
         else:
@@ -157,9 +159,12 @@ class GPT(nn.Module):
         if config.tie_embeddings:
             self.lm_head.weight = self.tok_emb.weight
         self.apply(self._init_weights)
-        for block in self.blocks:  # each adds to the residual stream twice: keep its variance at the start (GPT-2)
-            for projection in (block.attn.out_proj, block.ffn.down_proj):
-                nn.init.normal_(projection.weight, std=0.02 / math.sqrt(2 * config.n_layers))
+        for (
+            name,
+            p,
+        ) in self.named_parameters():  # each block adds twice to the residual stream (GPT-2)
+            if name.endswith(("out_proj.weight", "down_proj.weight")):
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layers))
 
     @staticmethod
     def _init_weights(module: nn.Module) -> None:

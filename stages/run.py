@@ -64,6 +64,15 @@ class Run:
         numbers = {k: v for k, v in flatten(values, "/").items() if isinstance(v, int | float)}
         self.log({key: float(value) for key, value in numbers.items()})
 
+    def log_as(self, prefix: str) -> Callable[[Mapping[str, float], int], None]:
+        """`log` for a second training of the stage: `prefix/train/loss` and so on."""
+        return lambda metrics, step: self.log({f"{prefix}/{name}": value for name, value in metrics.items()}, step)
+
+    def write_history(self, rows: list[dict[str, float]]) -> None:
+        """Writes a training's evaluations to `reports/plots/<stage>.csv`, which DVC plots."""
+        lines = [",".join(rows[0])] + [",".join(f"{value:.6g}" for value in row.values()) for row in rows]
+        write_atomic(Path("reports/plots") / f"{self.stage.replace('-', '_')}.csv", "\n".join(lines) + "\n")
+
     def artifact(self, path: Path) -> None:
         """Attaches a small file or folder, as it is now, to the tracked run."""
         self._journal.artifact(path)

@@ -1,0 +1,300 @@
+"""What the trainings read: token shards as windows, labelled messages, instruction pairs, and their batches.
+
+Every `batches(step)` made here is a pure function of the seed and the step: a training that stops needs no other memory
+of where it was in the data. Shapes: B rows of a batch, T tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llm.config import InputError
+from llm.tokenizer import Tokenizer
+
+IGNORE = -100  # a target that does not count
+
+
+class Batch(NamedTuple):
+    idx: Tensor  # [B, T]
+    targets: Tensor  # [B, T] next tokens, or [B] labels
+    rows: list[int]  # which windows or examples these are, for messages
+    lengths: Tensor | None = None  # [B] real tokens of each row, for labels
+
+    def to(self, device: torch.device) -> Batch:
+        if device.type == "cpu":
+            return self
+        lengths = None if self.lengths is None else self.lengths.to(device, non_blocking=True)
+        return Batch(
+            self.idx.to(device, non_blocking=True), self.targets.to(device, non_blocking=True), self.rows, lengths
+        )
+
+
+# ---- raw text --------------------------------------------------------------------------------------------------------
+
+
+class TokenShards:
+    """The tokens of one split of the corpus, memory-mapped from its shard files."""
+
+    def __init__(self, folder: Path, split: str) -> None:
+        path = folder / "meta.json"
+        try:
+            meta = json.loads(path.read_text())
+            info = meta["splits"][split]
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(f"{path}: no readable token shards of split {split} ({error!r}); run tokenize") from None
+        self.n_tokens: int = info["tokens"]
+        self.n_bytes: int = info["bytes"]  # of the text, without separator tokens
+        self.shards = [np.memmap(folder / name, dtype=meta["dtype"], mode="r") for name in info["shards"]]
+        self.starts: np.ndarray[Any, Any] = np.cumsum([0, *(len(shard) for shard in self.shards)])
+        if self.starts[-1] != self.n_tokens:
+            raise InputError(
+                f"{path}: {split} should hold {self.n_tokens} tokens, found {self.starts[-1]}; run tokenize"
+            )
+
+    @property
+    def digest(self) -> str:
+        """md5 of all tokens."""
+        digest = hashlib.md5(usedforsecurity=False)
+        for shard in self.shards:
+            digest.update(shard.data)
+        return digest.hexdigest()
+
+    def read(self, start: int, length: int) -> Tensor:
+        """Tokens [length] from position `start`, across shards, as int64."""
+        pieces = []
+        while length > 0:
+            i = int(np.searchsorted(self.starts, start, side="right")) - 1
+            piece = self.shards[i][start - self.starts[i] : start - self.starts[i] + length]
+            pieces.append(torch.from_numpy(piece.astype(np.int64)))
+            start, length = start + len(piece), length - len(piece)
+        return torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.long)
+
+
+def window_batches(
+    tokens: TokenShards, context_length: int, batch_size: int, grad_accum_steps: int, seed: int
+) -> Callable[[int], list[Batch]]:
+    """Training windows: each epoch cuts the tokens at another offset and reads the windows in another order."""
+    per_epoch = (tokens.n_tokens - 1) // context_length
+    if per_epoch == 0:
+        raise InputError(
+            f"corpus: the training part has {tokens.n_tokens} tokens, one window needs {context_length + 1}; "
+            "take more text or a smaller model.context_length"
+        )
+    per_epoch = max(1, per_epoch - 1)  # leaves room for the offset
+    spare = tokens.n_tokens - 1 - per_epoch * context_length  # offsets 0 to spare fit
+
+    @lru_cache(maxsize=2)
+    def epoch(number: int) -> tuple[int, Tensor]:
+        generator = torch.Generator().manual_seed(seed + 1_000_003 * number)
+        offset = int(torch.randint(0, min(spare, context_length) + 1, (), generator=generator))
+        return offset, torch.randperm(per_epoch, generator=generator)
+
+    def batches(step: int) -> list[Batch]:
+        result = []
+        for micro in range(step * grad_accum_steps, (step + 1) * grad_accum_steps):
+            starts = []
+            for i in range(micro * batch_size, (micro + 1) * batch_size):
+                offset, order = epoch(i // per_epoch)
+                starts.append(offset + int(order[i % per_epoch]) * context_length)
+            windows = torch.stack([tokens.read(start, context_length + 1) for start in starts])  # [B, T+1]
+            result.append(Batch(windows[:, :-1], windows[:, 1:], starts))
+        return result
+
+    return batches
+
+
+def held_out_windows(tokens: TokenShards, context_length: int, batch_size: int, max_tokens: int) -> Iterator[Batch]:
+    """Windows side by side over the first `max_tokens` of a split; the last one may be padded with ignored targets."""
+    end = min(tokens.n_tokens, max_tokens + 1)
+    starts = list(range(0, end - 1, context_length))
+    for i in range(0, len(starts), batch_size):
+        rows = starts[i : i + batch_size]
+        idx = torch.zeros(len(rows), context_length, dtype=torch.long)  # [B, T]
+        targets = torch.full_like(idx, IGNORE)
+        for b, start in enumerate(rows):
+            window = tokens.read(start, min(context_length + 1, end - start))
+            idx[b, : len(window) - 1] = window[:-1]
+            targets[b, : len(window) - 1] = window[1:]
+        yield Batch(idx, targets, rows)
+
+
+# ---- examples --------------------------------------------------------------------------------------------------------
+
+
+class Message(NamedTuple):
+    text: str
+    label: str
+
+
+class Pair(NamedTuple):
+    instruction: str
+    input: str
+    output: str
+    task: str
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        raise InputError(f"{path}: missing; run the tokenize stage first")
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def read_messages(path: Path) -> list[Message]:
+    return [Message(**row) for row in read_rows(path)]
+
+
+def read_pairs(path: Path) -> list[Pair]:
+    return [Pair(**row) for row in read_rows(path)]
+
+
+def read_labels(folder: Path) -> list[str]:
+    """All labels, in the order of the classifier's outputs."""
+    return json.loads((folder / "labels.json").read_text(encoding="utf-8"))
+
+
+class Example(NamedTuple):
+    """Tokens of one message or pair; `counted` says from which position on the next token is a target."""
+
+    ids: list[int]
+    counted: int
+    label: int
+
+
+def encode_message(tokenizer: Tokenizer, text: str, max_length: int) -> list[int]:
+    """A message's tokens, cut to `max_length`; never empty, since the classifier reads the last one."""
+    return tokenizer.encode(text)[:max_length] or [tokenizer.eot]
+
+
+def message_examples(
+    messages: Sequence[Message], tokenizer: Tokenizer, labels: Sequence[str], max_length: int
+) -> list[Example]:
+    ids = {label: i for i, label in enumerate(labels)}
+    return [Example(encode_message(tokenizer, m.text, max_length), 0, ids[m.label]) for m in messages]
+
+
+def class_weights(examples: Sequence[Example], n_labels: int) -> Tensor:
+    """Inverse to each label's frequency, 1 on average over the examples: [labels]."""
+    counts = torch.bincount(torch.tensor([example.label for example in examples]), minlength=n_labels)
+    if not counts.all():
+        raise InputError(f"messages: label {int(counts.argmin())} has no training message, so no class weight")
+    return len(examples) / (n_labels * counts)
+
+
+def encode_prompt(tokenizer: Tokenizer, template: str, instruction: str, input: str = "") -> list[int]:
+    """Everything up to where the response starts. What the user wrote never becomes a special token."""
+    if template == "alpaca":  # Taori et al. 2023
+        text = (
+            "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+            f"\n\n### Instruction:\n{instruction}"
+        )
+        text += f"\n\n### Input:\n{input}" if input else ""
+        return tokenizer.encode(text + "\n\n### Response:\n")
+    question = f"{instruction}\n{input}" if input else instruction
+    return [
+        *_marker(tokenizer, "<|im_start|>"),
+        *tokenizer.encode(f"user\n{question}"),
+        *_marker(tokenizer, "<|im_end|>"),
+        *tokenizer.encode("\n"),
+        *_marker(tokenizer, "<|im_start|>"),
+        *tokenizer.encode("assistant\n"),
+    ]
+
+
+def _marker(tokenizer: Tokenizer, name: str) -> list[int]:
+    """A ChatML marker: one token where the tokenizer has it (ours do), its characters where not (GPT-2's)."""
+    token = tokenizer.special_tokens.get(name)
+    return tokenizer.encode(name) if token is None else [token]
+
+
+def stop_token(tokenizer: Tokenizer, template: str) -> int:
+    """The token that ends a response."""
+    return tokenizer.special_tokens.get("<|im_end|>", tokenizer.eot) if template == "chatml" else tokenizer.eot
+
+
+def pair_examples(
+    pairs: Sequence[Pair], tokenizer: Tokenizer, template: str, mask_prompt: bool, max_length: int
+) -> list[Example]:
+    """Prompt, response and stop token of each pair, cut to `max_length` + 1; pairs without room for a response go."""
+    examples = []
+    for pair in pairs:
+        prompt = encode_prompt(tokenizer, template, pair.instruction, pair.input)
+        ids = [*prompt, *tokenizer.encode(pair.output), stop_token(tokenizer, template)]
+        if len(prompt) <= max_length:
+            examples.append(Example(ids[: max_length + 1], len(prompt) - 1 if mask_prompt else 0, 0))
+    if pairs and not examples:
+        raise InputError(
+            f"instructions: every one of {len(pairs)} prompts is longer than the context of {max_length} tokens; "
+            "take shorter pairs or a larger model.context_length"
+        )
+    return examples
+
+
+def collate_labels(examples: Sequence[Example], rows: Sequence[int]) -> Batch:
+    """Right-padded messages; the padding is any token, since nothing reads it."""
+    chosen = [examples[row] for row in rows]
+    lengths = torch.tensor([len(example.ids) for example in chosen])
+    idx = torch.zeros(len(chosen), int(lengths.max()), dtype=torch.long)  # [B, T]
+    for b, example in enumerate(chosen):
+        idx[b, : len(example.ids)] = torch.tensor(example.ids)
+    return Batch(idx, torch.tensor([example.label for example in chosen]), list(rows), lengths)
+
+
+def collate_pairs(examples: Sequence[Example], rows: Sequence[int]) -> Batch:
+    """Right-padded pairs; targets are the next tokens, ignored at padding and before `counted`."""
+    chosen = [examples[row] for row in rows]
+    idx = torch.zeros(len(chosen), max(len(example.ids) for example in chosen) - 1, dtype=torch.long)  # [B, T]
+    targets = torch.full_like(idx, IGNORE)
+    for b, example in enumerate(chosen):
+        length = len(example.ids) - 1
+        idx[b, :length] = torch.tensor(example.ids[:-1])
+        targets[b, example.counted : length] = torch.tensor(example.ids[example.counted + 1 :])
+    return Batch(idx, targets, list(rows))
+
+
+Collate = Callable[[Sequence[Example], Sequence[int]], Batch]
+
+
+def example_batches(
+    examples: Sequence[Example], collate: Collate, batch_size: int, grad_accum_steps: int, seed: int
+) -> Callable[[int], list[Batch]]:
+    """Training batches of similar length, in another composition and order each epoch.
+
+    An epoch shuffles the examples, sorts stretches of a few batches by length and shuffles the batches; the few
+    examples that do not fill a batch wait for another epoch.
+    """
+    batch_size = min(batch_size, len(examples))
+    per_epoch = len(examples) // batch_size
+    stretch = 16 * batch_size
+
+    @lru_cache(maxsize=2)
+    def epoch(number: int) -> list[list[int]]:
+        generator = torch.Generator().manual_seed(seed + 1_000_003 * number)
+        order = torch.randperm(len(examples), generator=generator).tolist()[: per_epoch * batch_size]
+        rows: list[int] = []
+        for i in range(0, len(order), stretch):
+            rows += sorted(order[i : i + stretch], key=lambda row: len(examples[row].ids))
+        batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+        return [batches[i] for i in torch.randperm(per_epoch, generator=generator).tolist()]
+
+    def batches(step: int) -> list[Batch]:
+        numbers = range(step * grad_accum_steps, (step + 1) * grad_accum_steps)
+        return [collate(examples, epoch(i // per_epoch)[i % per_epoch]) for i in numbers]
+
+    return batches
+
+
+def batches_by_length(examples: Sequence[Example], collate: Collate, batch_size: int) -> Iterator[Batch]:
+    """All examples once, sorted by length so that little is padding, for evaluation."""
+    order = sorted(range(len(examples)), key=lambda row: len(examples[row].ids))
+    for i in range(0, len(order), batch_size):
+        yield collate(examples, order[i : i + batch_size])

@@ -1,0 +1,314 @@
+"""One `fit` for all three trainings: the loss and the batches are its arguments."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from llm.checkpoint import load_state, save_state
+from llm.config import InputError, RuntimeParams, TrainParams
+from llm.data import IGNORE, Batch
+from llm.model import GPT, GPTClassifier
+from llm.optim import lr_factor, make_optimizers, set_lr
+
+# A loss function returns the sum of the losses in nats and the weight that it sums to (the number of counted targets).
+LossFunction = Callable[[Any, Batch], tuple[Tensor, Tensor]]
+
+
+class FitResult(NamedTuple):
+    steps: int  # optimizer steps that were made
+    best_step: int  # the step whose weights the model has now
+    history: list[dict[str, float]]  # a row for each evaluation
+
+    @property
+    def kept(self) -> dict[str, float]:
+        """The losses at `best_step`: those of the weights that the model has now."""
+        row = next(row for row in reversed(self.history) if row["step"] <= self.best_step)
+        return {name: value for name, value in row.items() if "/" in name}
+
+
+def next_token_loss(model: GPT, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Cross entropy over the counted targets; positions whose target is ignored never reach the output layer."""
+    targets = batch.targets.flatten()  # [B*T]
+    counted = (targets != IGNORE).nonzero().squeeze(1)  # [N]
+    hidden = model.hidden(batch.idx).flatten(0, 1)  # [B*T, C]
+    if len(counted) < len(targets):
+        hidden, targets = hidden.index_select(0, counted), targets.index_select(0, counted)  # [N, C], [N]
+    logits = model.lm_head(hidden).float()  # [N, V]
+    return F.cross_entropy(logits, targets, reduction="sum"), torch.tensor(float(len(counted)))
+
+
+def label_loss(model: GPTClassifier, batch: Batch, class_weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Cross entropy of the labels, each weighted by its class."""
+    assert batch.lengths is not None
+    logits = model(batch.idx, batch.lengths).float()  # [B, labels]
+    loss = F.cross_entropy(logits, batch.targets, weight=class_weights, reduction="sum")
+    weight = class_weights[batch.targets].sum() if class_weights is not None else torch.tensor(float(len(logits)))
+    return loss, weight
+
+
+def mean_loss(model: nn.Module, loss_function: LossFunction, batches: Iterable[Batch]) -> float:
+    """The exact mean in nats over all counted targets of all batches."""
+    device = next(model.parameters()).device
+    total, weight = 0.0, 0.0
+    for batch in batches:
+        loss, batch_weight = loss_function(model, batch.to(device))
+        total += loss.item()
+        weight += batch_weight.item()
+    return total / weight
+
+
+def accuracy(model: GPTClassifier, batches: Iterable[Batch]) -> float:
+    """The fraction of messages whose likeliest label is theirs."""
+    device = model.head.weight.device
+    right, n = 0, 0
+    for batch in batches:
+        batch = batch.to(device)
+        assert batch.lengths is not None
+        right += int((model(batch.idx, batch.lengths).argmax(dim=-1) == batch.targets).sum())
+        n += len(batch.targets)
+    return right / n
+
+
+def freeze(classifier: GPTClassifier, trainable: str, last_blocks: int) -> None:
+    """Leaves only the chosen part trainable: `head`; `last_blocks` with the final norm and the head; `all`."""
+    gpt = classifier.gpt
+    if trainable == "last_blocks" and last_blocks > len(gpt.blocks):
+        raise InputError(f"finetune_classify.last_blocks: {last_blocks}, but the model has {len(gpt.blocks)} blocks")
+    gpt.requires_grad_(trainable == "all")
+    if trainable == "last_blocks":
+        for module in (*list(gpt.blocks)[len(gpt.blocks) - last_blocks :], gpt.final_norm):
+            module.requires_grad_(True)
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is CUDA, else Apple's MPS, else the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("runtime.device: cuda was asked for, but torch sees no CUDA device; use auto or cpu")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise InputError("runtime.device: mps was asked for, but torch sees no Apple GPU; use auto or cpu")
+    return torch.device(name)
+
+
+def precision(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """bf16 matrix products on CUDA, whose units are made for them; fp32 elsewhere."""
+    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def fit(
+    model: nn.Module,
+    loss_function: LossFunction,
+    batches: Callable[[int], list[Batch]],
+    params: TrainParams,
+    runtime: RuntimeParams,
+    *,
+    evaluate: Callable[[], Mapping[str, float]],
+    sample: Callable[[], str] | None = None,
+    log: Callable[[Mapping[str, float], int], None] = lambda metrics, step: None,
+    state_dir: Path | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+    title: str = "training",
+) -> FitResult:
+    """Trains `model` in place, on the device it is on, for `params.max_steps` optimizer steps.
+
+    `batches(step)` returns the micro-batches of a step and depends on nothing but the step, so that a training that is
+    continued from `state_dir` reads what it would have read; with the weights, the optimizers and the random generators
+    restored it ends with the same bits. `evaluate()` returns metrics, `val/loss` among them.
+
+    Raises `InputError` when the loss is not finite or explodes. Returns early, with the state saved, when
+    `should_stop()` says so.
+    """
+    device = next(model.parameters()).device
+    optimizers = make_optimizers(model, params)
+    if runtime.compile:
+        for module in model.modules():
+            if isinstance(module, nn.ModuleList):  # the blocks: one compilation serves them all
+                for block in module:
+                    block.compile()
+
+    state = _State(model, optimizers)
+    if state_dir is not None and (saved := load_state(state_dir, _say)) is not None:
+        state.restore(*saved)
+        _say(f"{title}: continues at step {state.step} of {params.max_steps}")
+
+    interval = 0.5 if sys.stderr.isatty() else 20.0  # seconds between two pictures of the bar
+    bar = tqdm(total=params.max_steps, initial=state.step, desc=title, unit="step", mininterval=interval)
+    last_log, tokens_since_log = time.perf_counter(), 0
+    with bar:
+        while True:
+            if state.step % params.eval_interval == 0 or state.step == params.max_steps:
+                if not state.history or state.history[-1]["step"] != state.step:
+                    _evaluate(state, model, params, evaluate, sample, log, bar)
+                if state.step == params.max_steps or (params.patience and state.evals_since_best >= params.patience):
+                    break
+                last_log, tokens_since_log = time.perf_counter(), 0
+            micro_batches = [batch.to(device) for batch in batches(state.step)]
+            set_lr(optimizers, lr_factor(state.step, params))
+            loss, grad_norm = _step(model, loss_function, micro_batches, optimizers, params.grad_clip, device)
+            _guard(state, loss, grad_norm, micro_batches)
+            for optimizer in optimizers:
+                optimizer.step()
+            state.step += 1
+            state.losses.append(loss)
+            tokens_since_log += sum(batch.idx.numel() for batch in micro_batches)
+            bar.update()
+            if state.step % runtime.log_interval == 0:
+                now = time.perf_counter()
+                tokens_per_s = tokens_since_log / (now - last_log)
+                last_log, tokens_since_log = now, 0
+                lr = params.lr * lr_factor(state.step - 1, params)
+                log({"train/loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_s": tokens_per_s}, state.step)
+                bar.set_postfix_str(f"loss {loss:.4f}, {tokens_per_s:,.0f} tokens/s", refresh=False)
+            stopping = should_stop()
+            if state_dir is not None and (stopping or state.step % runtime.checkpoint_interval == 0):
+                save_state(state_dir, state.step, *state.content())
+            if stopping:
+                return FitResult(state.step, state.step, state.history)
+    if params.keep == "best":
+        state.take_best()
+    return FitResult(state.step, state.best_step if params.keep == "best" else state.step, state.history)
+
+
+def _say(message: str) -> None:
+    tqdm.write(message, file=sys.stderr)
+
+
+def _step(
+    model: nn.Module,
+    loss_function: LossFunction,
+    micro_batches: list[Batch],
+    optimizers: list[torch.optim.Optimizer],
+    grad_clip: float,
+    device: torch.device,
+) -> tuple[float, float]:
+    """Gradients of the mean loss over all micro-batches, clipped; returns that loss and the norm before clipping.
+
+    Micro-batches hold different numbers of targets: the sums are added and divided once, which is exact.
+    """
+    model.train()
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    total, weight = torch.zeros((), device=device), torch.zeros((), device=device)
+    for batch in micro_batches:
+        with precision(device):
+            loss, batch_weight = loss_function(model, batch)
+        loss.backward()
+        total += loss.detach()
+        weight += batch_weight.to(device)
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    for p in parameters:
+        assert p.grad is not None
+        p.grad /= weight
+    norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip if grad_clip > 0 else math.inf)
+    return (total / weight).item(), norm.item()
+
+
+def _guard(state: _State, loss: float, grad_norm: float, micro_batches: list[Batch]) -> None:
+    """Stops before a bad gradient reaches the weights."""
+    rows = ", ".join(str(row) for batch in micro_batches for row in batch.rows[:8])
+    where = f"step {state.step}, batch of rows {rows}"
+    if not math.isfinite(loss) or not math.isfinite(grad_norm):
+        raise InputError(f"{where}: loss {loss}, gradient norm {grad_norm}: lower lr, or look at these rows")
+    recent = [*state.losses[-19:], loss]
+    if len(recent) == 20 and sum(recent) / 20 > 2 * state.history[0]["train/loss"] + 2:
+        raise InputError(f"{where}: the loss of the last 20 steps exploded to {sum(recent) / 20:.2f}: lower lr")
+
+
+def _evaluate(
+    state: _State,
+    model: nn.Module,
+    params: TrainParams,
+    evaluate: Callable[[], Mapping[str, float]],
+    sample: Callable[[], str] | None,
+    log: Callable[[Mapping[str, float], int], None],
+    bar: tqdm[Any],
+) -> None:
+    """Adds a row to the history, remembers the best weights and shows a sample."""
+    model.eval()
+    with torch.no_grad(), precision(next(model.parameters()).device):
+        metrics = dict(evaluate())
+        text = sample() if sample is not None else None
+    train_loss = sum(state.losses) / len(state.losses) if state.losses else metrics["val/loss"]
+    state.losses = []
+    row = {"step": float(state.step), "train/loss": train_loss, **metrics}
+    row["lr"] = params.lr * lr_factor(max(0, state.step - 1), params)
+    state.history.append(row)
+    log(metrics, state.step)
+    figures = ", ".join(f"{name} {value:.4f}" for name, value in row.items() if name != "step")
+    _say(f"{bar.desc}: step {state.step}, {figures}")
+    if text is not None:
+        _say(f"  sample: {text!r}")
+    if metrics["val/loss"] < state.best_loss:
+        state.remember_best(metrics["val/loss"])
+    else:
+        state.evals_since_best += 1
+
+
+class _State:
+    """Everything that a training needs to go on where it stopped."""
+
+    def __init__(self, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
+        self.model, self.optimizers = model, optimizers
+        self.step = 0
+        self.losses: list[float] = []  # of the steps since the last evaluation
+        self.history: list[dict[str, float]] = []
+        self.best_loss, self.best_step, self.evals_since_best = math.inf, 0, 0
+        self.best: dict[str, Tensor] = {}  # the trained weights at best_step
+
+    def remember_best(self, loss: float) -> None:
+        self.best_loss, self.best_step, self.evals_since_best = loss, self.step, 0
+        self.best = {name: p.detach().clone() for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def take_best(self) -> None:
+        with torch.no_grad():
+            for name, p in self.model.named_parameters():
+                if name in self.best:
+                    p.copy_(self.best[name])
+
+    def content(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors = {f"model.{name}": p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+        tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
+        for i, optimizer in enumerate(self.optimizers):
+            for j, entries in optimizer.state_dict()["state"].items():
+                tensors |= {f"optimizer.{i}.{j}.{key}": value for key, value in entries.items()}
+        tensors["random.cpu"] = torch.get_rng_state()
+        if torch.cuda.is_available():
+            tensors["random.cuda"] = torch.cuda.get_rng_state()
+        values = {
+            name: getattr(self, name)
+            for name in ("step", "losses", "history", "best_loss", "best_step", "evals_since_best")
+        }
+        return tensors, values
+
+    def restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        for name, value in values.items():
+            setattr(self, name, value)
+        parameters = dict(self.model.named_parameters())
+        states: list[dict[int, dict[str, Tensor]]] = [{} for _ in self.optimizers]
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                part, rest = name.split(".", 1)
+                if part == "model":
+                    parameters[rest].copy_(tensor)
+                elif part == "best":
+                    self.best[rest] = tensor.to(parameters[rest].device)
+                elif part == "optimizer":
+                    i, j, key = rest.split(".")
+                    states[int(i)].setdefault(int(j), {})[key] = tensor
+        for optimizer, state in zip(self.optimizers, states, strict=True):
+            optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        torch.set_rng_state(tensors["random.cpu"])
+        if "random.cuda" in tensors and torch.cuda.is_available():
+            torch.cuda.set_rng_state(tensors["random.cuda"])

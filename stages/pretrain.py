@@ -1,0 +1,71 @@
+"""Pretrains a GPT on the corpus by next-token prediction: `data/tokens/` to `models/base/`."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+
+from llm.checkpoint import ModelFolder, ModelFolderConfig, save_model_folder
+from llm.config import GPTConfig
+from llm.data import TokenShards, held_out_windows, window_batches
+from llm.generate import generate
+from llm.model import GPT
+from llm.tokenizer import Tokenizer
+from llm.train import fit, mean_loss, next_token_loss, pick_device
+from stages.run import Run, main
+
+
+def pretrain(run: Run) -> None:
+    params, section = run.params, run.params.pretrain
+    tokens = Path("data/tokens")
+    tokenizer = Tokenizer.load(tokens / "tokenizer")
+    train, val = TokenShards(tokens / "corpus", "train"), TokenShards(tokens / "corpus", "val")
+    run.dataset(params.data.corpus, train.digest, "data/tokens/corpus", "train")
+
+    torch.manual_seed(params.seed)
+    config = GPTConfig(**params.model.model_dump(), vocab_size=tokenizer.vocab_size, dropout=section.dropout)
+    model = GPT(config).to(pick_device(params.runtime.device))
+    prompt = tokenizer.encode(section.prompt)
+
+    def evaluate() -> dict[str, float]:
+        windows = held_out_windows(val, config.context_length, section.batch_size, section.eval_tokens)
+        loss = mean_loss(model, next_token_loss, windows)
+        return {"val/loss": loss, "val/bpb": loss / math.log(2) * val.n_tokens / val.n_bytes}
+
+    def sample() -> str:
+        ids = generate(model, [prompt], max_new_tokens=section.sample_tokens, temperature=0.8, seed=params.seed)[0]
+        return tokenizer.decode(prompt + ids)
+
+    with run.graceful():
+        result = fit(
+            model,
+            next_token_loss,
+            window_batches(train, config.context_length, section.batch_size, section.grad_accum_steps, params.seed),
+            section,
+            params.runtime,
+            evaluate=evaluate,
+            sample=sample if prompt and section.sample_tokens else None,
+            log=run.log,
+            state_dir=run.state_dir,
+            should_stop=lambda: run.stop_requested,
+            title="pretrain",
+        )
+
+    save_model_folder(Path("models/base"), ModelFolder(model, tokenizer, ModelFolderConfig(kind="base", gpt=config)))
+    tokens_per_step = section.batch_size * section.grad_accum_steps * config.context_length
+    run.write_history(result.history)
+    run.write_metrics(
+        {
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "steps": result.steps,
+            "epochs": result.steps * tokens_per_step / train.n_tokens,
+            "best_step": result.best_step,
+            **result.kept,
+        }
+    )
+
+
+if __name__ == "__main__":
+    main("pretrain", pretrain)
