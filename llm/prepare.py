@@ -1,0 +1,699 @@
+"""From raw records to token shards and split data sets: normalising, leak-free splits, parallel encoding.
+
+The corpus is read three times and never held: once to survey it (where each text may be cut, and a 64-bit hash of
+every piece), once for the text that the vocabulary is trained on, once to encode it. What stays in memory is a few
+numbers for each piece. A unit is what a split is made of: a document, or a section of a long one.
+
+Two texts are equal here when their leak keys are: the same letters and digits, whatever case, space and punctuation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import re
+import signal
+import threading
+import unicodedata
+from array import array
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, TypeVar
+
+import numpy as np
+from tqdm import tqdm
+
+from llm.config import CorpusSplit, InputError, LabelledSplit
+from llm.tokenizer import Tokenizer
+
+SPLITS = ("train", "val", "test")  # the later one is the more held out
+TRAIN, VAL, TEST = range(3)
+BOOK_SEED = 123  # of the book's own splits, whatever the seed of the pipeline
+BATCH_BYTES = 1_000_000  # of the corpus file that one worker has at a time
+
+T = TypeVar("T")
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+# ---- text ------------------------------------------------------------------------------------------------------------
+
+LINE_ENDS = re.compile("\r\n|[\r\v\f\x85\u2028\u2029]")
+CONTROLS = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\ufeff\ud800-\udfff]")  # also byte order marks and lone surrogates
+NO_LETTERS_OR_DIGITS = re.compile(r"[\W_]+")
+
+
+def normalise(text: str) -> str:
+    """Unicode NFC, line ends as \\n, without control characters; tabs stay.
+
+    >>> normalise("\\ufeffcafe\\u0301\\r\\n")
+    'café\\n'
+    """
+    return unicodedata.normalize("NFC", CONTROLS.sub("", LINE_ENDS.sub("\n", text)))
+
+
+def leak_key(text: str) -> str:
+    """Equal for texts that differ in case, space and punctuation only.
+
+    A text without letters and digits is its own key.
+
+    >>> leak_key("Free entry, CALL now!!") == leak_key("free entry - call NOW")
+    True
+    """
+    return NO_LETTERS_OR_DIGITS.sub("", unicodedata.normalize("NFKC", text).casefold()) or text
+
+
+def key_hash(key: str | bytes, seed: int) -> int:
+    """64 bits that order texts by chance, differently for each seed."""
+    return int.from_bytes(_hasher(seed, key.encode() if isinstance(key, str) else key).digest(), "little")
+
+
+def _hasher(seed: int, data: bytes = b"") -> hashlib.blake2b:
+    return hashlib.blake2b(data, digest_size=8, key=str(seed).encode()[:64])
+
+
+PLACES_TO_CUT = (  # the first of them that occurs; the cut is after the match
+    re.compile(r"\n[^\S\n]*\n\s*"),  # the end of a paragraph
+    re.compile(r"\n"),
+    re.compile(r"[.!?…]['\"”’)]*\s+|[。！？]"),  # the end of a sentence
+    re.compile(r"\s+"),
+)
+
+
+def cut_sections(text: str, limit: int) -> list[str]:
+    """Pieces of at most `limit` characters and about equal length, cut at paragraph ends where there are any.
+
+    >>> cut_sections("One.\\n\\nTwo. Three.", 12)
+    ['One.\\n\\n', 'Two. Three.']
+    """
+    pieces, start = [], 0
+    while (rest := len(text) - start) > limit:
+        longest = start + math.ceil(rest / math.ceil(rest / limit))
+        end = _last_place_to_cut(text, (start + longest) // 2, longest)
+        pieces.append(text[start:end])
+        start = end
+    return [*pieces, text[start:]] if start < len(text) else pieces
+
+
+def _last_place_to_cut(text: str, low: int, high: int) -> int:
+    for place in PLACES_TO_CUT:
+        ends = [match.end() for match in place.finditer(text, low, high)]
+        if ends:
+            return ends[-1]
+    return high
+
+
+# ---- records ---------------------------------------------------------------------------------------------------------
+
+
+def read_records(path: Path) -> Iterator[dict[str, Any]]:
+    with open_raw(path) as file:
+        for number, line in enumerate(file, start=1):
+            yield parse_record(line, f"{path}: line {number}")
+
+
+def open_raw(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except FileNotFoundError:
+        raise InputError(f"{path}: file not found; run the download stage first") from None
+
+
+def parse_record(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        raise InputError(
+            f"{where}: expected a JSON object, found {line[:40]!r}; run the download stage again"
+        ) from None
+    if not isinstance(record, dict):
+        raise InputError(f"{where}: expected a JSON object, found {line[:40]!r}; run the download stage again")
+    return record
+
+
+def text_field(record: Mapping[str, Any], key: str, where: str) -> str:
+    text = record.get(key)
+    if not isinstance(text, str):
+        raise InputError(f"{where}: expected text under {key!r}, found {text!r}; run the download stage again")
+    return normalise(text)
+
+
+# ---- the corpus: survey ----------------------------------------------------------------------------------------------
+
+
+class Batch(NamedTuple):
+    """Whole lines of the corpus file, as byte positions."""
+
+    start: int
+    end: int
+
+
+class Survey(NamedTuple):
+    """What a worker finds in one batch; one entry for each record, or for each unit of it."""
+
+    documents: list[int]
+    n_units: list[int]
+    keys: list[bytes]  # of whole records
+    unit_chars: list[int]
+    unit_hashes: list[int]
+    code_points: dict[int, int]
+
+
+class Plan(NamedTuple):
+    """The whole corpus, cut and split. U units, R records, D documents, B batches."""
+
+    batches: list[Batch]
+    batch_records: Array  # [B] records in each batch
+    record_units: Array  # [R] units of each record
+    unit_chars: Array  # [U]
+    unit_hashes: Array  # [U] of the leak keys
+    unit_document: Array  # [U] the document's place in the stream
+    unit_split: Array  # [U] 0 train, 1 val, 2 test
+    unit_ends: Array  # [U] whether the separator token follows
+    document_hashes: Array  # [D]
+    code_points: dict[int, int]  # how often each character occurs
+
+    def first_units(self) -> Array:
+        """[R + 1] where the units of each record begin."""
+        return np.concatenate([[0], np.cumsum(self.record_units)])
+
+
+def batches_of(path: Path) -> list[Batch]:
+    with open_raw(path) as file:
+        size, starts = path.stat().st_size, [0]
+        while starts[-1] < size:
+            file.seek(min(starts[-1] + BATCH_BYTES, size))
+            file.readline()
+            starts.append(file.tell())
+    return [Batch(start, end) for start, end in pairwise(starts)]
+
+
+def batch_records(path: Path, batch: Batch) -> Iterator[tuple[int, str]]:
+    """The document number and the normalised text of each record."""
+    with open_raw(path) as file:
+        file.seek(batch.start)
+        while (position := file.tell()) < batch.end:
+            where = f"{path}: at byte {position}"
+            record = parse_record(file.readline(), where)
+            document = record.get("doc")
+            if not isinstance(document, int):
+                raise InputError(
+                    f"{where}: expected a number under 'doc', found {document!r}; run the download stage again"
+                )
+            yield document, text_field(record, "text", where)
+
+
+def survey_batch(batch: Batch, path: Path, section_chars: int | None, seed: int) -> Survey:
+    survey = Survey([], [], [], [], [], {})
+    texts = []
+    for document, text in batch_records(path, batch):
+        units = cut_sections(text, section_chars or max(len(text), 1))
+        keys = [leak_key(unit).encode() for unit in units]
+        survey.documents.append(document)
+        survey.n_units.append(len(units))
+        survey.keys.append(b"".join(keys))
+        survey.unit_chars.extend(map(len, units))
+        survey.unit_hashes.extend(key_hash(key, seed) for key in keys)
+        texts.append(text)
+    return survey._replace(code_points=count_characters("".join(texts)))
+
+
+def count_characters(text: str) -> dict[int, int]:
+    counts = np.bincount(np.frombuffer(text.encode("utf-32-le"), dtype="<u4"))
+    return {int(code): int(counts[code]) for code in np.flatnonzero(counts)}
+
+
+def plan_corpus(path: Path, params: CorpusSplit, seed: int, workers: int) -> Plan:
+    """Surveys the corpus and gives each unit its split."""
+    book = params.split == "book"
+    batches = batches_of(path)
+    workers = min(workers, len(batches))
+    n_records, n_units = array("q"), array("q")
+    unit_chars, unit_hashes, unit_document = array("q"), array("Q"), array("q")
+    document_hashes, code_points = array("Q"), Counter[int]()
+    previous, hasher = None, _hasher(seed)
+    surveys = in_order(survey_batch, batches, workers, path, None if book else params.section_chars, seed)
+    for survey in _progress(surveys, batches, "survey"):
+        units = iter(zip(survey.unit_chars, survey.unit_hashes, strict=True))
+        for document, n, key in zip(survey.documents, survey.n_units, survey.keys, strict=True):
+            if document != previous:
+                previous, hasher = document, _hasher(seed)
+                document_hashes.append(0)
+            hasher.update(key)  # the same hash wherever the document is cut into records
+            document_hashes[-1] = int.from_bytes(hasher.digest(), "little")
+            for _ in range(n):
+                chars, unit_hash = next(units)
+                unit_chars.append(chars)
+                unit_hashes.append(unit_hash)
+                unit_document.append(len(document_hashes) - 1)
+            n_units.append(n)
+        n_records.append(len(survey.documents))
+        code_points.update(survey.code_points)
+    if not unit_chars:
+        raise InputError(f"{path}: no text is left after cleaning; choose another data.corpus")
+    plan = Plan(
+        batches=batches,
+        batch_records=np.array(n_records),
+        record_units=np.array(n_units),
+        unit_chars=np.array(unit_chars),
+        unit_hashes=np.array(unit_hashes),
+        unit_document=np.array(unit_document),
+        unit_split=np.zeros(0),
+        unit_ends=np.zeros(0),
+        document_hashes=np.array(document_hashes),
+        code_points=dict(code_points),
+    )
+    return split_by_book(plan) if book else split_leak_free(plan, params)
+
+
+# ---- the corpus: splits ----------------------------------------------------------------------------------------------
+
+
+def split_leak_free(plan: Plan, params: CorpusSplit) -> Plan:
+    """Units with the smallest hashes are val, the next ones test: equal texts cannot part.
+
+    A long document that occurs twice is one unit, because its copies may be cut at different places; so is a document
+    that the download had to write as several records although it is no longer than a section.
+    """
+    order = plan.unit_hashes.copy()
+    chars = np.bincount(plan.unit_document, weights=plan.unit_chars)
+    _, same, copies = np.unique(plan.document_hashes, return_inverse=True, return_counts=True)
+    whole = ((copies[same] > 1) | (chars <= params.section_chars)) & (np.bincount(plan.unit_document) > 1)
+    order = np.where(whole[plan.unit_document], plan.document_hashes[plan.unit_document], order)
+    distinct = np.unique(order)
+    if len(distinct) < len(SPLITS):
+        raise InputError(
+            f"data.corpus: too little text to split into train, val and test: {len(distinct)} different units; "
+            f"add documents, lower tokenize.corpus.section_chars ({params.section_chars}) or set "
+            "tokenize.corpus.split: book"
+        )
+    n_val, n_test = (max(1, int(share * len(distinct))) for share in (params.val, params.test))
+    bounds = distinct[[n_val - 1, n_val + n_test - 1]]
+    split = np.array([VAL, TEST, TRAIN], dtype=np.uint8)[np.searchsorted(bounds, order)]
+    stays = (split[1:] == split[:-1]) & (plan.unit_document[1:] == plan.unit_document[:-1])
+    return plan._replace(unit_split=split, unit_ends=np.append(~stays, True))
+
+
+def split_by_book(plan: Plan) -> Plan:
+    """The first nine tenths of the characters are train, the rest val; the separator stands between documents only."""
+    total = int(plan.unit_chars.sum())
+    cut = int(0.9 * total)
+    if cut == 0:
+        raise InputError(f"data.corpus: {total} characters are too little for tokenize.corpus.split: book; add text")
+    ends = np.cumsum(plan.unit_chars)
+    unit = int(np.searchsorted(ends, cut))  # the one that holds the last character of train
+    left = cut - int(ends[unit] - plan.unit_chars[unit])
+    right = int(plan.unit_chars[unit]) - left
+    if right:
+        record = int(np.searchsorted(np.cumsum(plan.record_units), unit, side="right"))
+        plan.record_units[record] += 1
+        plan.unit_chars[unit] = left
+        plan = plan._replace(
+            unit_chars=np.insert(plan.unit_chars, unit + 1, right),
+            unit_hashes=np.insert(plan.unit_hashes, unit + 1, 0),  # half a text equals no other
+            unit_document=np.insert(plan.unit_document, unit + 1, plan.unit_document[unit]),
+        )
+    split = np.full(len(plan.unit_chars), VAL, dtype=np.uint8)
+    split[: unit + 1] = TRAIN
+    between = (split[1:] == split[:-1]) & (plan.unit_document[1:] != plan.unit_document[:-1])
+    return plan._replace(unit_split=split, unit_ends=np.append(between, False))
+
+
+def training_texts(path: Path, plan: Plan, max_chars: int) -> Iterator[str]:
+    """Text of the train split for the vocabulary, at most `max_chars`, in units taken evenly from the whole stream."""
+    first = plan.first_units()
+    share = min(1.0, max_chars / plan.unit_chars[plan.unit_split == TRAIN].sum())
+    seen = taken = 0
+    with open_raw(path) as file:
+        for record, line in enumerate(file):
+            chosen = []
+            for unit in range(first[record], first[record + 1]):
+                if plan.unit_split[unit] == TRAIN:
+                    seen += int(plan.unit_chars[unit])
+                    if taken < share * seen and taken < max_chars:
+                        chosen.append((unit, max_chars - taken))
+                        taken += int(plan.unit_chars[unit])
+            if chosen:
+                text = text_field(parse_record(line, str(path)), "text", str(path))
+                units = dict(
+                    zip(range(first[record], first[record + 1]), _units(text, plan, record, first), strict=True)
+                )
+                yield from (units[unit][:room] for unit, room in chosen)
+
+
+def _units(text: str, plan: Plan, record: int, first: Array) -> list[str]:
+    return slices(text, plan.unit_chars[first[record] : first[record + 1]].tolist())
+
+
+def slices(text: str, lengths: Iterable[int]) -> list[str]:
+    pieces, start = [], 0
+    for length in lengths:
+        pieces.append(text[start : start + length])
+        start += length
+    return pieces
+
+
+# ---- the corpus: encoding --------------------------------------------------------------------------------------------
+
+
+class EncodeJob(NamedTuple):
+    """A batch and what the plan says of its records and units."""
+
+    batch: Batch
+    record_units: list[int]
+    unit_chars: list[int]
+    unit_split: list[int]
+    unit_ends: list[bool]
+
+
+class Encoded(NamedTuple):
+    tokens: list[Array]  # for each split
+    n_bytes: list[int]  # UTF-8, for each split
+    unit_tokens: list[int]  # without the separator
+
+
+def encode_batch(job: EncodeJob, path: Path, tokenizer: Tokenizer) -> Encoded:
+    streams: list[list[Array]] = [[np.zeros(0, np.uint32)] for _ in SPLITS]
+    n_bytes, unit_tokens = [0] * len(SPLITS), []
+    separator = np.array([tokenizer.eot], np.uint32)
+    unit = 0
+    for (_, text), n_units in zip(batch_records(path, job.batch), job.record_units, strict=True):
+        for piece in slices(text, job.unit_chars[unit : unit + n_units]):
+            ids = tokenizer.encode_array(piece)
+            split = job.unit_split[unit]
+            streams[split] += [ids, separator] if job.unit_ends[unit] else [ids]
+            n_bytes[split] += len(piece.encode())
+            unit_tokens.append(len(ids))
+            unit += 1
+    dtype = token_dtype(tokenizer.vocab_size)
+    return Encoded([np.concatenate(stream).astype(dtype) for stream in streams], n_bytes, unit_tokens)
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    return np.dtype("<u2") if vocab_size <= 2**16 else np.dtype("<u4")
+
+
+class ShardWriter:
+    """Writes one split as `train-00000.bin` and so on, each with `shard_tokens` tokens but the last."""
+
+    def __init__(self, folder: Path, split: str, shard_tokens: int) -> None:
+        self.shards: list[str] = []
+        self.n_tokens = 0
+        self._folder, self._split, self._shard_tokens = folder, split, shard_tokens
+
+    def write(self, tokens: Array) -> None:
+        while len(tokens):
+            room = -self.n_tokens % self._shard_tokens
+            if room == 0:
+                self.shards.append(f"{self._split}-{len(self.shards):05d}.bin")
+                room = self._shard_tokens
+            with (self._folder / self.shards[-1]).open("ab") as file:
+                file.write(tokens[:room].tobytes())
+            self.n_tokens += len(tokens[:room])
+            tokens = tokens[room:]
+
+
+class EncodedCorpus(NamedTuple):
+    meta: dict[str, Any]  # what `meta.json` holds
+    unit_tokens: Array  # [U]
+    used: Array  # [V] how often each token occurs in train
+
+
+def encode_corpus(
+    path: Path, folder: Path, plan: Plan, tokenizer: Tokenizer, shard_tokens: int, workers: int
+) -> EncodedCorpus:
+    """Writes the shards and `meta.json`: the same bytes with any number of workers."""
+    folder.mkdir(parents=True)
+    writers = [ShardWriter(folder, split, shard_tokens) for split in SPLITS]
+    n_bytes, unit_tokens = np.zeros(len(SPLITS), np.int64), array("q")
+    used = np.zeros(tokenizer.vocab_size, np.int64)
+    results = in_order(encode_batch, encode_jobs(plan), min(workers, len(plan.batches)), path, tokenizer)
+    for encoded in _progress(results, plan.batches, "encode"):
+        for writer, tokens in zip(writers, encoded.tokens, strict=True):
+            writer.write(tokens)
+        n_bytes += encoded.n_bytes
+        unit_tokens.extend(encoded.unit_tokens)
+        used += np.bincount(encoded.tokens[TRAIN], minlength=tokenizer.vocab_size)
+    starts = np.append(True, (np.diff(plan.unit_document) != 0) | (np.diff(plan.unit_split) != 0))
+    meta = {
+        "dtype": token_dtype(tokenizer.vocab_size).name,
+        "vocab_size": tokenizer.vocab_size,
+        "splits": {
+            split: {
+                "shards": writers[i].shards,
+                "tokens": writers[i].n_tokens,
+                "bytes": int(n_bytes[i]),
+                "documents": int((starts & (plan.unit_split == i)).sum()),
+            }
+            for i, split in enumerate(SPLITS)
+        },
+    }
+    (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+    return EncodedCorpus(meta, np.array(unit_tokens), used)
+
+
+def encode_jobs(plan: Plan) -> Iterator[EncodeJob]:
+    first = plan.first_units()
+    ends = np.cumsum(plan.batch_records)
+    for batch, start, end in zip(plan.batches, ends - plan.batch_records, ends, strict=True):
+        units = slice(first[start], first[end])
+        yield EncodeJob(
+            batch=batch,
+            record_units=plan.record_units[start:end].tolist(),
+            unit_chars=plan.unit_chars[units].tolist(),
+            unit_split=plan.unit_split[units].tolist(),
+            unit_ends=plan.unit_ends[units].tolist(),
+        )
+
+
+# ---- processes -------------------------------------------------------------------------------------------------------
+
+
+def in_order(function: Callable[..., T], jobs: Iterable[Any], workers: int, *shared: Any) -> Iterator[T]:
+    """`function(job, *shared)` for each job, in the order of the jobs, by `workers` processes.
+
+    Two jobs for each process are under way at a time, so memory does not grow with their number.
+    """
+    if workers <= 1:
+        yield from (function(job, *shared) for job in jobs)
+        return
+    context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (function, shared))
+    pending: deque[Future[T]] = deque()
+    try:
+        for job in jobs:
+            pending.append(pool.submit(_work, job))
+            if len(pending) >= 2 * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_task: tuple[Callable[..., Any], tuple[Any, ...]]
+
+
+def _start_worker(function: Callable[..., Any], shared: tuple[Any, ...]) -> None:
+    global _task
+    _task = function, shared
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
+
+    def end_with_parent() -> None:  # a parent that was killed cannot say so
+        parent = multiprocessing.parent_process()
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def _work(job: Any) -> Any:
+    function, shared = _task
+    return function(job, *shared)
+
+
+def _progress(results: Iterator[T], batches: Sequence[Batch], title: str) -> Iterator[T]:
+    with tqdm(total=batches[-1].end if batches else 0, desc=title, unit="B", unit_scale=True, disable=None) as bar:
+        for batch, result in zip(batches, results, strict=True):
+            yield result
+            bar.update(batch.end - batch.start)
+
+
+# ---- messages and instruction pairs ----------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """A message or an instruction pair on its way into a split."""
+
+    fields: dict[str, str]  # what is written
+    key: str  # rows with the same key never stand in two splits
+    verbatim: str  # the text that the key is made of
+    answer: str  # label or output: rows with the same key and answer are duplicates
+    stratum: str  # each stratum is split alike
+    own_split: str | None  # what the source says
+
+
+class SplitRows(NamedTuple):
+    rows: dict[str, list[Row]]  # for each split
+    moved: int  # rows that stand elsewhere than their source says, because an equal one is held out
+    dropped: dict[str, int]  # duplicates left out of a held-out split
+
+
+def read_messages(path: Path, labels: Sequence[str]) -> list[Row]:
+    rows = []
+    for number, record in enumerate(read_records(path), start=1):
+        where = f"{path}: line {number}"
+        text, label = text_field(record, "text", where), text_field(record, "label", where)
+        if label not in labels:
+            raise InputError(f"{where}: expected one of the labels {', '.join(labels)}, found {label!r}")
+        if not text.strip():
+            raise InputError(f"{where}: no text is left after cleaning; remove this message from its source")
+        rows.append(Row({"text": text, "label": label}, leak_key(text), text, label, label, own_split(record, where)))
+    return rows
+
+
+def read_instructions(path: Path) -> list[Row]:
+    rows = []
+    for number, record in enumerate(read_records(path), start=1):
+        where = f"{path}: line {number}"
+        instruction, output = text_field(record, "instruction", where), text_field(record, "output", where)
+        question = (
+            f"{instruction}\n{record_input}" if (record_input := _optional(record, "input", where)) else instruction
+        )
+        if not instruction.strip() or not output.strip():
+            raise InputError(
+                f"{where}: instruction or output is empty after cleaning; remove this pair from its source"
+            )
+        fields = {"instruction": instruction, "input": record_input, "output": output}
+        fields["task"] = _optional(record, "task", where)
+        rows.append(Row(fields, leak_key(question), question, leak_key(output), "", own_split(record, where)))
+    return rows
+
+
+def _optional(record: Mapping[str, Any], key: str, where: str) -> str:
+    return "" if record.get(key) is None else text_field(record, key, where)
+
+
+def own_split(record: Mapping[str, Any], where: str) -> str | None:
+    if "split" not in record:
+        return None
+    if record["split"] not in SPLITS:
+        raise InputError(f"{where}: expected split train, val or test, found {record['split']!r}; correct the source")
+    return str(record["split"])
+
+
+def split_rows(rows: Sequence[Row], params: LabelledSplit, seed: int, kind: str) -> SplitRows:
+    """Leak-free splits: rows with equal keys together, each stratum alike, the source's own splits where it has them.
+
+    Where the source has no val or no test, it is taken from its train. Duplicates stay in train; val and test hold
+    none, so that no text counts twice.
+    """
+    if sum(row.own_split is None for row in rows) not in (0, len(rows)):
+        raise InputError(f"data.{kind}: some records have a split and some have none; give all of them one, or none")
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.key, []).append(row)
+    given = {row.own_split for row in rows} - {None}
+    split_of = {
+        key: max((row.own_split or "train" for row in group), key=SPLITS.index) for key, group in groups.items()
+    }
+    missing = {split: share for split, share in (("val", params.val), ("test", params.test)) if split not in given}
+    free = {key: group for key, group in groups.items() if split_of[key] == "train"}
+    split_of |= share_out(free, missing, seed)
+
+    result = SplitRows({split: [] for split in SPLITS}, 0, dict.fromkeys(("val", "test"), 0))
+    seen = set()
+    for row in rows:
+        split = split_of[row.key]
+        if split != "train" and (row.key, row.answer) in seen:
+            result.dropped[split] += 1
+            continue
+        seen.add((row.key, row.answer))
+        result.rows[split].append(row)
+    moved = sum(row.own_split not in (None, split_of[row.key]) for row in rows)
+    return result._replace(moved=moved)
+
+
+def share_out(groups: Mapping[str, Sequence[Row]], held_out: Mapping[str, float], seed: int) -> dict[str, str]:
+    """Gives each group a split: stratum by stratum in the order of their hashes, each group to the split that is
+    furthest behind its share, but the first one of a stratum to train."""
+    shares = {"train": 1 - sum(held_out.values()), **held_out}
+    counts, total = dict.fromkeys(shares, 0), 0
+    split_of: dict[str, str] = {}
+    strata = set()
+    for key in sorted(groups, key=lambda key: (groups[key][0].stratum, key_hash(key, seed), key)):
+        total += len(groups[key])
+        behind = {split: share * total - counts[split] for split, share in shares.items()}
+        first = groups[key][0].stratum not in strata
+        strata.add(groups[key][0].stratum)
+        split_of[key] = "train" if first else max(behind, key=behind.__getitem__)
+        counts[split_of[key]] += len(groups[key])
+    return split_of
+
+
+def split_messages(rows: Sequence[Row], labels: Sequence[str], params: LabelledSplit, seed: int) -> SplitRows:
+    split = (
+        split_messages_by_book(rows, labels) if params.split == "book" else split_rows(rows, params, seed, "messages")
+    )
+    return check_rows(split, "messages", labels)
+
+
+def split_instructions(rows: Sequence[Row], params: LabelledSplit, seed: int) -> SplitRows:
+    split = (
+        split_instructions_by_book(rows) if params.split == "book" else split_rows(rows, params, seed, "instructions")
+    )
+    return check_rows(split, "instructions")
+
+
+def split_messages_by_book(rows: Sequence[Row], labels: Sequence[str]) -> SplitRows:
+    """Every label as often as the rarest, shuffled, 70/10/20: the book's chapter 6, with its seed."""
+    import pandas as pd
+
+    by_label = {
+        label: pd.Series([i for i, row in enumerate(rows) if row.answer == label], dtype=int) for label in labels
+    }
+    fewest = min(map(len, by_label.values()))
+    parts = [s if len(s) == fewest else s.sample(fewest, random_state=BOOK_SEED) for s in by_label.values()]
+    shuffled = [rows[i] for i in pd.concat(parts).sample(frac=1, random_state=BOOK_SEED)]
+    train_end = int(0.7 * len(shuffled))
+    val_end = train_end + int(0.1 * len(shuffled))
+    return _as_they_are(shuffled[:train_end], shuffled[train_end:val_end], shuffled[val_end:])
+
+
+def split_instructions_by_book(rows: Sequence[Row]) -> SplitRows:
+    """The first 85 % train, the next 10 % test, the rest val: the book's chapter 7."""
+    train_end = int(0.85 * len(rows))
+    test_end = train_end + int(0.1 * len(rows))
+    return _as_they_are(rows[:train_end], rows[test_end:], rows[train_end:test_end])
+
+
+def _as_they_are(*parts: Sequence[Row]) -> SplitRows:
+    return SplitRows(
+        {split: list(part) for split, part in zip(SPLITS, parts, strict=True)}, 0, dict.fromkeys(("val", "test"), 0)
+    )
+
+
+def check_rows(split: SplitRows, kind: str, labels: Sequence[str] = ()) -> SplitRows:
+    for name, rows in split.rows.items():
+        if not rows:
+            raise InputError(
+                f"data.{kind}: too few different records to split, {name} would be empty; "
+                f"add records or raise the share in tokenize.{kind}"
+            )
+    for label in labels:
+        if not any(row.answer == label for row in split.rows["train"]):
+            raise InputError(f"data.{kind}: no record with label {label!r} in train; add records or remove the label")
+    return split
+
+
+def write_rows(folder: Path, split: SplitRows) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in split.rows.items():
+        with (folder / f"{name}.jsonl").open("w", encoding="utf-8", newline="\n") as file:
+            file.writelines(json.dumps(row.fields, ensure_ascii=False) + "\n" for row in rows)
