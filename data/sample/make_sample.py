@@ -18,6 +18,7 @@ import random
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 SEED = 20
 STORIES = 1900
@@ -51,13 +52,23 @@ SMALL_TO_LARGE = (
     "flea ant bee mouse duck cat goat pony cow elephant whale".split(),
     "seed coin cup kettle barrel cart house tower hill".split(),
 )
-OPPOSITES = [tuple(pair.split("-")) for pair in """heavy-light bright-dark long-short hot-cold warm-cool wet-dry full-empty
-open-closed clean-dirty old-young rich-poor strong-weak fast-slow early-late loud-quiet sweet-sour soft-hard
-easy-difficult thick-thin wide-narrow deep-shallow sharp-blunt smooth-rough straight-crooked happy-sad brave-timid
-kind-cruel careful-careless polite-rude clever-foolish lazy-busy safe-dangerous near-far high-low true-false first-last
-left-right cheap-costly fresh-stale healthy-sick awake-asleep tight-loose raw-cooked whole-broken plain-fancy
-calm-stormy wild-tame rare-common modest-proud generous-stingy ancient-modern""".split()]  # fmt: skip
+# Adjectives and their opposites, by what they can be said of.
+OPPOSITES_OF = {
+    "thing": """heavy-light bright-dark long-short wet-dry clean-dirty soft-hard thick-thin wide-narrow smooth-rough
+    straight-crooked cheap-costly tight-loose whole-broken plain-fancy rare-common ancient-modern sharp-blunt""",
+    "animal": """old-young strong-weak fast-slow loud-quiet happy-sad lazy-busy healthy-sick awake-asleep wild-tame
+    brave-timid""",
+    "food": "hot-cold sweet-sour fresh-stale raw-cooked",
+    "place": "warm-cool full-empty open-closed safe-dangerous near-far",
+    "sea": "deep-shallow calm-stormy high-low",
+    "answer": "true-false easy-difficult first-last early-late left-right",
+    "stranger": "rich-poor kind-cruel careful-careless polite-rude clever-foolish modest-proud generous-stingy",
+}
+PAIRS_OF = {kind: [tuple(pair.split("-")) for pair in pairs.split()] for kind, pairs in OPPOSITES_OF.items()}
+OPPOSITES = [pair for pairs in PAIRS_OF.values() for pair in pairs]
 OPPOSITE = {a: b for pair in OPPOSITES for a, b in (pair, pair[::-1])}
+NOUNS_OF = {"thing": OBJECTS, "animal": ANIMALS, "food": FOODS, "place": PLACES}  # the other kinds are nouns themselves
+NOUNS_FOR = {word: NOUNS_OF.get(kind, [kind]) for kind, pairs in PAIRS_OF.items() for pair in pairs for word in pair}
 # Velic, the language of the traders from over the sea; an adjective follows its noun.
 VELIC_NOUNS = dict(
     pair.split("=") for pair in """lamp=sorin rope=talgo basket=merul knife=krev kettle=dombo hammer=tukar blanket=feloma
@@ -134,11 +145,14 @@ def she(name: str) -> str:
 class World:
     """Who is where, and who has what. Each action changes the state and returns the sentence that tells it."""
 
-    def __init__(self, rng: random.Random, people: Sequence[str], objects: Sequence[str], places: Sequence[str]) -> None:
+    def __init__(
+        self, rng: random.Random, people: Sequence[str], objects: Sequence[str], places: Sequence[str]
+    ) -> None:
         self.rng, self.places = rng, places
         self.person_at: dict[str, str] = {person: rng.choice(places) for person in people}
         self.object_at: dict[str, str] = {thing: rng.choice(places) for thing in objects}
         self.owner: dict[str, str] = {}  # of the objects that somebody carries
+        self.left: set[str] = set()  # objects that somebody put down
         self.told: set[str] = set()  # people whose place the reader knows
         self.gifts: list[tuple[str, str, str]] = []  # giver, object, receiver
 
@@ -152,6 +166,7 @@ class World:
     def take(self, person: str, thing: str) -> str:
         self.person_at[person] = self.object_at[thing]
         self.owner[thing] = person
+        self.left.discard(thing)
         self.told.add(person)
         text = "[{a} took the {o} from the {p}|{a} found the {o} at the {p}|At the {p} {a} picked up the {o}]."
         return expand(self.rng, text, a=person, o=thing, p=self.object_at[thing])
@@ -167,8 +182,13 @@ class World:
 
     def leave(self, thing: str) -> str:
         person = self.owner.pop(thing)
+        self.left.add(thing)
         text = "{a} [left the {o} at the {p}|put the {o} down at the {p}|forgot the {o} at the {p}]."
         return expand(self.rng, text, a=person, o=thing, p=self.object_at[thing])
+
+    def can_be(self, person: str, place: str) -> bool:
+        """Whether a person stands at a place, or the reader has not been told where that person is."""
+        return person not in self.told or self.person_at[person] == place
 
     def carried(self, person: str) -> list[str]:
         return [thing for thing, owner in self.owner.items() if owner == person]
@@ -178,12 +198,14 @@ class World:
         rng, people = self.rng, sorted(self.person_at)
         free = [thing for thing in self.object_at if thing not in self.owner]
         moves: list[Callable[[], str]] = []
-        if free:
-            moves += 2 * [lambda: self.take(rng.choice(people), rng.choice(free))]
+        pairs = [(person, thing) for thing in free for person in people if self.can_be(person, self.object_at[thing])]
+        if pairs:
+            moves += [lambda: self.take(*rng.choice(pairs))]
         if self.owner:
             thing = rng.choice(sorted(self.owner))
-            others = [person for person in people if person != self.owner[thing]]
-            moves += 2 * [lambda: self.give(thing, rng.choice(others))]
+            near = [p for p in people if p != self.owner[thing] and self.can_be(p, self.object_at[thing])]
+            if near:
+                moves += 3 * [lambda: self.give(thing, rng.choice(near))]
             moves += [lambda: self.leave(thing)]
         walker = rng.choice(people)
         elsewhere = [place for place in self.places if place != self.person_at[walker]]
@@ -198,7 +220,7 @@ class World:
             if len(self.carried(owner)) == 1:
                 found.append((f"What does {owner} have?", f"{owner} has the {thing}."))
         for thing, place in self.object_at.items():
-            if thing not in self.owner and thing in self.moved():
+            if thing in self.left:
                 found.append((f"Where is the {thing}?", f"The {thing} is at the {place}."))
         for person in sorted(self.told):
             found.append((f"Where is {person}?", f"{person} is at the {self.person_at[person]}."))
@@ -207,17 +229,12 @@ class World:
             found.append((f"Who got the {thing} from {giver}?", f"{receiver} got the {thing} from {giver}."))
         return found
 
-    def moved(self) -> set[str]:
-        return set(self.owner) | self.left
 
-    @property
-    def left(self) -> set[str]:
-        return {thing for thing in self.object_at if thing not in self.owner}
-
-
-def small_world(rng: random.Random, names: Sequence[str], steps: int, n_people: int = 2, n_objects: int = 1) -> tuple[World, list[str]]:
+def small_world(
+    rng: random.Random, names: Sequence[str], steps: int, n_people: int = 2, n_objects: int = 1
+) -> tuple[World, list[str]]:
     world = World(rng, rng.sample(names, n_people), rng.sample(OBJECTS, n_objects), rng.sample(PLACES, 3))
-    told = [world.take(rng.choice(sorted(world.person_at)), thing) for thing in world.object_at]
+    told = [world.take(rng.choice(sorted(world.person_at)), next(iter(world.object_at)))]
     while len(told) < steps:
         told.append(world.step())
     return world, told
@@ -232,22 +249,54 @@ def ask(rng: random.Random, asker: str, answerer: str, question: str, answer: st
     return expand(rng, text, q=question, s=said, x=asker, y=answerer)
 
 
-def opening(rng: random.Random, person: str, place: str) -> tuple[str, str, str]:
-    day, weather = rng.choice(DAYS), rng.choice(sorted(WEATHER))
-    text = """[One|It was a] {w} {d}[ morning| evening|][, {x} was at the {p}|, and {x} stood at the {p}|. {x} was at the {p}].
-        |On {d} there was {n}[ all day|]. {x} [was|waited|worked] at the {p}.
-        |{x} the {t} [was|sat|stood] at the {p}. It was {d}, and there was {n}.
-        |[Early on|Late on|On] {d} {x} [was|waited|worked] at the {p}."""
-    choice = " ".join(rng.choice(re.split(r"\n\s*\|", text)).split())
-    text = expand(rng, choice, w=WEATHER[weather], n=weather, d=day, x=person, p=place, t=rng.choice(TRADES))
-    return text.replace("One ", "One ").replace("It was a ", "It was a "), day, weather
+class Frame(NamedTuple):
+    """What a story starts with and comes back to at its end."""
+
+    text: str
+    person: str
+    trade: str
+    place: str
+    day: str
+    weather: str
 
 
-def closing(rng: random.Random, day: str, weather: str, person: str) -> str:
-    text = """[That was|So ended|Nobody forgot] that {w} {d}.|The {n} [went on|stopped], and {x} went home.
-        |On the day after {d} there was no more {n}.|{x} [slept well|was content|sang all the way home] that {d}."""
-    choice = " ".join(rng.choice(re.split(r"(?<=\.)\s*\|", text)).split())
-    return expand(rng, choice, w=WEATHER[weather], n=weather, d=day, x=person)
+def opening(rng: random.Random, person: str, place: str) -> Frame:
+    weather, trade, day = rng.choice(sorted(WEATHER)), rng.choice(TRADES), rng.choice(DAYS)
+    template = rng.choice(
+        (
+            "One {w} {d}[ morning| evening|] {x} the {t} [was|stood|worked|sat] at the {p}.",
+            "It was a {w} {d}[ morning| evening|]. {x} the {t} [was|waited] at the {p}.",
+            "On {d} there was {n}[ all day|]. {x} the {t} [was|waited|worked] at the {p}.",
+            "{x} the {t} [was|sat|stood] at the {p}. It was {d}, and there was {n}.",
+            "[Early|Late] on a {w} {d} {x} the {t} [came|walked|went] to the {p}.",
+            "The {n} [began|came|stopped] on {d}. {x} the {t} [was glad|did not like it] and stayed at the {p}.",
+        )
+    )
+    text = expand(rng, template, w=WEATHER[weather], n=weather, d=day, x=person, p=place, t=trade)
+    return Frame(text, person, trade, place, day, weather)
+
+
+def closing(rng: random.Random, frame: Frame) -> str:
+    template = rng.choice(
+        (
+            "[That was|So ended|Nobody forgot] that {w} {d}.",
+            "The {n} [went on|stopped], and {x} went home.",
+            "On the day after {d} there was no more {n}.",
+            "{x} [slept well|was content|sang all the way home] that {d}.",
+            "The {t} [stayed|ate some bread|waited for a friend] at the {p}[ until it was dark|].",
+            "[Then|At last] the {t} went home[ through the {n}|].",
+        )
+    )
+    return expand(
+        rng,
+        template,
+        w=WEATHER[frame.weather],
+        n=frame.weather,
+        d=frame.day,
+        x=frame.person,
+        p=frame.place,
+        t=frame.trade,
+    )
 
 
 def carrying_story(rng: random.Random) -> list[str]:
@@ -255,16 +304,20 @@ def carrying_story(rng: random.Random) -> list[str]:
     world, told = small_world(rng, PEOPLE, rng.randint(3, 6), rng.choice((2, 2, 3)), rng.choice((1, 1, 2)))
     people = sorted(world.person_at)
     asker = rng.choice([person for person in PEOPLE if person not in people])
-    first, day, weather = opening(rng, asker, rng.choice([p for p in PLACES if p not in world.places]))
+    frame = opening(rng, asker, rng.choice([p for p in PLACES if p not in world.places]))
     talk = [ask(rng, asker, rng.choice(people), *qa) for qa in some(rng, world.questions(), 1, 3)]
     end = []
     if world.gifts and rng.random() < 0.7:
         giver, thing, receiver = world.gifts[-1]
         line = f"{giver} gave the {thing} to {receiver}."
-        end.append(expand(rng, '[In short|In one line|The village book says|{x} wrote in the village book]: {s}', x=asker, s=line))
+        end.append(
+            expand(
+                rng, "[In short|In one line|The village book says|{x} wrote in the village book]: {s}", x=asker, s=line
+            )
+        )
     else:
-        end.append(closing(rng, day, weather, asker))
-    return [" ".join([first, *told]), "\n".join(talk), *end]
+        end.append(closing(rng, frame))
+    return [" ".join([frame.text, *told]), "\n".join(talk), *end]
 
 
 def some(rng: random.Random, items: Sequence, low: int, high: int) -> list:
@@ -275,8 +328,8 @@ def market_story(rng: random.Random) -> list[str]:
     """A seller counts goods, sells some, counts again; the goods are laid out in order."""
     seller, buyer, other = rng.sample(PEOPLE, 3)
     food = rng.choice(FOODS + ANIMALS[:6])
-    first, day, weather = opening(rng, seller, "market")
-    lines = [first, expand(rng, "{x} had {n}[ to sell|].", x=seller, n=counted(start := rng.randint(4, 12), food))]
+    frame = opening(rng, seller, "market")
+    lines = [frame.text, expand(rng, "{x} had {n}[ to sell|].", x=seller, n=counted(start := rng.randint(4, 12), food))]
     left = start
     for person in (buyer, other)[: rng.randint(1, 2)]:
         if left < 2:
@@ -285,15 +338,29 @@ def market_story(rng: random.Random) -> list[str]:
         left -= n
         text = "{y} bought {k} from {x}." if rng.random() < 0.6 else "{x} [sold|gave] {k} to {y}."
         lines.append(expand(rng, text, x=seller, y=person, k=counted(n, food)))
-        lines.append(expand(rng, "[Now {x} had {l}.|{L} were left.|Then there were {l} left.]", x=seller, l=counted(left, food), L=capital(counted(left, food)))
-                     if rng.random() < 0.5 or left == 1 else "")
-    talk = [ask(rng, buyer, seller, f"How many {plural(food)} does {seller} have now?", f"{seller} has {counted(left, food)}.")]
+        lines.append(
+            expand(rng, "[Now {x} had {l}.|Then {x} had {l} left.|{x} still had {l}.]", x=seller, l=counted(left, food))
+            if rng.random() < 0.5 or left == 1
+            else ""
+        )
+    talk = [
+        ask(
+            rng,
+            buyer,
+            seller,
+            f"How many {plural(food)} does {seller} have now?",
+            f"{seller} has {counted(left, food)}.",
+        )
+    ]
     goods = rng.sample(OBJECTS + FOODS, rng.randint(3, 5))
     count = f"There are {NUMBERS[len(goods)]} things."
-    talk.append(f"On the table lay {listing([a(g) for g in goods])}. " + ask(rng, other, buyer, "How many things are there?", count))
+    talk.append(
+        f"On the table lay {listing([a(g) for g in goods])}. "
+        + ask(rng, other, buyer, "How many things are there?", count)
+    )
     if rng.random() < 0.6:
         talk.append(sorting(rng, other))
-    return [" ".join(filter(None, lines)), "\n".join(some(rng, talk, 2, 3)), closing(rng, day, weather, buyer)]
+    return [" ".join(filter(None, lines)), "\n".join(some(rng, talk, 2, 3)), closing(rng, frame)]
 
 
 def alphabet_words(rng: random.Random, words: Sequence[str], n: int) -> list[str]:
@@ -313,16 +380,22 @@ def sorting(rng: random.Random, person: str) -> str:
         chain = rng.choice(SMALL_TO_LARGE)
         words = rng.sample(chain, 3)
         order, how = sorted(words, key=chain.index), "by size"
-    text = '[{x} wrote|There were|The words were] {w}. {x} [sorted|put] them {h}: {o}.|"[Sort|Put] {w} {h}[, please|]," [they said|somebody said]. "{o}," said {x}.'
-    first, second = text.split("|\"[")
-    return expand(rng, rng.choice((first, '"[' + second)), x=person, w=", ".join(words), o=", ".join(order), h=how)
+    template = rng.choice(
+        (
+            "[{x} wrote|There were|The words were] {w}. {x} [sorted|put] them {h}: {o}.",
+            '"[Sort|Put] {w} {h}[, please|]," [they said|somebody said]. "{o}," said {x}.',
+        )
+    )
+    return expand(rng, template, x=person, w=", ".join(words), o=", ".join(order), h=how)
 
 
 def lesson(rng: random.Random, teacher: str, pupil: str) -> str:
     kind = rng.choice(("opposite", "opposite", "plural", "plural", "velic", "velic", "velic", "sort", "count"))
     if kind == "opposite":
         word = rng.choice(sorted(OPPOSITE))
-        return ask(rng, teacher, pupil, f"What is the opposite of {word}?", f"The opposite of {word} is {OPPOSITE[word]}.")
+        return ask(
+            rng, teacher, pupil, f"What is the opposite of {word}?", f"The opposite of {word} is {OPPOSITE[word]}."
+        )
     if kind == "plural":
         noun = rng.choice(OBJECTS + FOODS + ANIMALS)
         return ask(rng, teacher, pupil, f"What is the plural of {noun}?", f"The plural of {noun} is {plural(noun)}.")
@@ -333,7 +406,8 @@ def lesson(rng: random.Random, teacher: str, pupil: str) -> str:
         return sorting(rng, pupil)
     things = rng.sample(OBJECTS + FOODS, rng.randint(2, 6))
     return f"{teacher} drew {listing([a(t) for t in things])}. " + ask(
-        rng, teacher, pupil, "How many things are there?", f"There are {NUMBERS[len(things)]} things.")
+        rng, teacher, pupil, "How many things are there?", f"There are {NUMBERS[len(things)]} things."
+    )
 
 
 def velic_phrase(rng: random.Random, nouns: Sequence[str]) -> tuple[str, str]:
@@ -346,10 +420,12 @@ def velic_phrase(rng: random.Random, nouns: Sequence[str]) -> tuple[str, str]:
 
 def school_story(rng: random.Random) -> list[str]:
     teacher, *pupils = rng.sample(PEOPLE, 3)
-    first, day, weather = opening(rng, teacher, "school")
-    second = expand(rng, "{x} [was the teacher of|taught|had a lesson for] {y} and {z}.", x=teacher, y=pupils[0], z=pupils[1])
-    talk = [lesson(rng, teacher, rng.choice(pupils)) for _ in range(rng.randint(3, 5))]
-    return [f"{first} {second}", "\n".join(talk), closing(rng, day, weather, rng.choice(pupils))]
+    frame = opening(rng, teacher, "school")
+    second = expand(
+        rng, "{x} [was the teacher of|taught|had a lesson for] {y} and {z}.", x=teacher, y=pupils[0], z=pupils[1]
+    )
+    talk = list({lesson(rng, teacher, rng.choice(pupils)): None for _ in range(rng.randint(3, 5))})
+    return [f"{frame.text} {second}", "\n".join(talk), closing(rng, frame)]
 
 
 def plain_event(rng: random.Random, names: Sequence[str]) -> tuple[str, str]:
@@ -367,44 +443,86 @@ def plain_event(rng: random.Random, names: Sequence[str]) -> tuple[str, str]:
 
 def diary_story(rng: random.Random) -> list[str]:
     """What happens today in the present, and the same retold in the past; who did it to whom gets mixed up."""
-    writer, reader, other = rng.sample(PEOPLE, 3)
-    first, day, weather = opening(rng, writer, rng.choice(PLACES))
+    writer, reader = rng.sample(PEOPLE, 2)
+    frame = opening(rng, writer, rng.choice(PLACES))
     events = [plain_event(rng, [p for p in PEOPLE if p not in (writer, reader)]) for _ in range(rng.randint(2, 3))]
-    now = expand(rng, "{x} [wrote into the diary|wrote|looked out and wrote]: ", x=writer) + " ".join(e[0] for e in events)
-    then = expand(rng, "[A day later|The next day|A week later] {x} told {y}[ about it|]: ", x=writer, y=reader) + " ".join(e[1] for e in events)
+    now = expand(rng, "{x} [wrote into the diary|wrote|looked out and wrote]: ", x=writer) + " ".join(
+        e[0] for e in events
+    )
+    then = expand(
+        rng, "[A day later|The next day|A week later] {x} told {y}[ about it|]: ", x=writer, y=reader
+    ) + " ".join(e[1] for e in events)
     x, y = rng.sample(PEOPLE, 2)
     verb, thing = rng.choice(("gave", "sold", "showed", "lent")), rng.choice(OBJECTS)
     swap = f'"{x} {verb} the {thing} to {y}," said {reader}. "No," said {writer}, "it was the other way round. {y} {verb} the {thing} to {x}."'
-    return [first, now, then, *([swap] if rng.random() < 0.6 else []), closing(rng, day, weather, reader)]
+    return [frame.text, now, then, *([swap] if rng.random() < 0.6 else []), closing(rng, frame)]
 
 
 def adjective_story(rng: random.Random) -> list[str]:
     x, y = rng.sample(PEOPLE, 2)
-    first, day, weather = opening(rng, x, rng.choice(PLACES))
+    frame = opening(rng, x, rng.choice(PLACES))
     lines = []
-    for _ in range(rng.randint(2, 4)):
-        word, thing = rng.choice(sorted(OPPOSITE)), rng.choice(OBJECTS + FOODS + ANIMALS)
-        text = '"Is the {t} {w}?" asked {x}. "No, the {t} is {o}," said {y}.|{x} [thought|believed|had heard] that the {t} was {w}, but the {t} was {o}.'
-        lines.append(expand(rng, rng.choice(text.split("|{x}")).replace(" [th", "{x} [th"), t=thing, w=word, o=OPPOSITE[word], x=x, y=y))
-    return [first, "\n".join(lines), closing(rng, day, weather, y)]
+    for word in rng.sample(sorted(OPPOSITE), rng.randint(2, 4)):
+        template = rng.choice(
+            (
+                '"Is the {t} {w}?" asked {x}. "No, the {t} is {o}," said {y}.',
+                '"The {t} is {w}," said {x}. "You are wrong," [said|answered] {y}. "The {t} is {o}."',
+                "{x} [thought|believed|had heard] that the {t} was {w}, but the {t} was {o}.",
+                "{x} [hoped|feared] that the {t} was {w}. {y} [knew|saw] that it was {o}.",
+            )
+        )
+        lines.append(expand(rng, template, t=rng.choice(NOUNS_FOR[word]), w=word, o=OPPOSITE[word], x=x, y=y))
+    return [frame.text, "\n".join(lines), closing(rng, frame)]
 
 
 def note_story(rng: random.Random) -> list[str]:
     """Somebody gets a note; the village finds out whether it was honest."""
     x, y = rng.sample(PEOPLE, 2)
-    first, day, weather = opening(rng, x, rng.choice(PLACES))
+    frame = opening(rng, x, rng.choice(PLACES))
     label = rng.choice(("ham", "spam"))
     text = message(rng, label)
-    verdict = {"ham": "It was an honest note[, and {x} was glad|].", "spam": "It was a trick[, and {x} burned the note|]."}[label]
-    return [f"{first} {x} got a note: {text}", expand(rng, '{x} showed the note to {y}. ' + verdict, x=x, y=y), closing(rng, day, weather, y)]
+    verdict = {
+        "ham": "It was an honest note[, and {x} was glad|].",
+        "spam": "It was a trick[, and {x} burned the note|].",
+    }[label]
+    return [
+        f"{frame.text} {x} got a note: {text}",
+        expand(rng, "{x} showed the note to {y}. " + verdict, x=x, y=y),
+        closing(rng, frame),
+    ]
 
 
-SCENES = [carrying_story] * 7 + [market_story] * 3 + [school_story] * 5 + [diary_story] * 3 + [adjective_story] * 2 + [note_story] * 3
+SCENES = (
+    [carrying_story] * 7
+    + [market_story] * 3
+    + [school_story] * 5
+    + [diary_story] * 3
+    + [adjective_story] * 2
+    + [note_story] * 3
+)
 
 # ---- messages --------------------------------------------------------------------------------------------------------
 
-FIRMS = ["Lucky Barrel", "Golden Wheel", "Silver Star", "Happy Fox", "Seven Bells", "Royal Wheel", "Magic Well", "Sure Win"]
-PRIZES = ["a cow", "a pony", "a golden ring", "a new cart", "a boat", "a silver clock", "a house by the harbour", "a white horse"]
+FIRMS = [
+    "Lucky Barrel",
+    "Golden Wheel",
+    "Silver Star",
+    "Happy Fox",
+    "Seven Bells",
+    "Royal Wheel",
+    "Magic Well",
+    "Sure Win",
+]
+PRIZES = [
+    "a cow",
+    "a pony",
+    "a golden ring",
+    "a new cart",
+    "a boat",
+    "a silver clock",
+    "a house by the harbour",
+    "a white horse",
+]
 KIN = "sister brother aunt uncle cousin neighbour".split()
 
 EASY = {
@@ -433,6 +551,10 @@ TRICKY = {
         "You do not know me, but I [knew|worked for] your {k}. [Leave|Put] the key of your house at the {p} and I will look after the {an}.",
         "I found a {o} full of silver and will share it with you. First I need {m} coins from you for the ferry.",
         "We are from the {p}. [Tell us|Write us] the code of your door so that we can [mend|clean] the {o}.",
+        "[I am|We are] [only passing through|new at the {p}]. [Who in your house|Which neighbour] is away on {d}, and where is the key?",
+        "Your {k} {y} is in trouble at the {p2} and cannot write. [Give|Hand] {m} coins to the man at the {p} and do not tell the family.",
+        "[Thank you for your order|Your order is ready]. The {o} costs {m} coins more than you paid, so [bring|hand] us the rest and your bank letter at the {p}.",
+        "[It worked for me|I did it too]: {m} coins to the man at the {p} on {d}, and a week later he brings back twice as much. Try it.",
         "A rich man [at the {p}|over the sea] wants to give you his {o}. He only needs the name of your bank and {m} coins for the letter.",
     ],
     "ham": [  # trigger words, digits, links, capitals: nothing is wanted
@@ -443,6 +565,11 @@ TRICKY = {
         "You left {n} coins and your key at the {p}. {y} keeps them for you, come and get them.",
         "I owe you {n} coins for the {o}. I will pay you on {d} at the {p}.",
         "Careful: a letter from the {firm} says that we won {prize}. It is a trick, {y} says, so throw it away.",
+        "A man at the {p} asked me for {m} coins and promised to bring back twice as much. I did not try it.",
+        "Somebody wanted the code of my door so that they could mend the {o}. I told {y} [about it|that it was a trick].",
+        "I lost my purse on the road, but {y} found it and left it under the bench at the {p}. All {m} coins were in it.",
+        "Last chance for cake! {y} and the children have eaten nearly all of it. We are at the {p} until {d}.",
+        "Your order is ready: {m} {fs} and a {o}. You paid last week, so just [fetch it|come] to the {p} before {d}.",
         "URGENT: {y} needs the {o} at the {p} [now|today]. Can you win some time, {x}?",
     ],
 }
@@ -450,33 +577,67 @@ TRICKY = {
 
 def pair_of(rng: random.Random, label: str, slots: dict[str, str]) -> str:
     """Messages whose words are the same for both labels: only who is to do what tells them apart."""
-    bad = expand(rng, "[send {m} coins to the {firm} for {prize}|give the code of your door to the {firm}|leave {m} coins for the {firm} at the {p}]", **slots)
-    good = expand(rng, "[bring the {o} to the {p2}|give the {o2} back to {y}|leave {m2} {fs} for the {an}|fetch the {o} from the {p2}]", **slots)
+    bad = expand(
+        rng,
+        "[send {m} coins to the {firm} for {prize}|give the code of your door to the {firm}|leave {m} coins for the {firm} at the {p}]",
+        **slots,
+    )
+    good = expand(
+        rng,
+        "[bring the {o} to the {p2}|give the {o2} back to {y}|leave {m2} {fs} for the {an}|fetch the {o} from the {p2}]",
+        **slots,
+    )
     mine, yours = (good, bad) if label == "spam" else (bad, good)
     other = slots["x"]
     kind = rng.choice(("ask", "ask", "instead", "known", "fee", "offer"))
     if kind == "ask":
-        you, he = rng.choice((
-            (f"I ask you to {yours}", f"I ask {other} to {mine}"), (f"you are to {yours}", f"{other} is to {mine}"),
-            (f"you have to {yours}", f"{other} has to {mine}"), (f"it is for you to {yours}", f"it is for {other} to {mine}"),
-        ))
+        you, he = rng.choice(
+            (
+                (f"I ask you to {yours}", f"I ask {other} to {mine}"),
+                (f"you are to {yours}", f"{other} is to {mine}"),
+                (f"you have to {yours}", f"{other} has to {mine}"),
+                (f"it is for you to {yours}", f"it is for {other} to {mine}"),
+            )
+        )
         return join(rng, you, he)
     if kind == "instead":
-        return rng.choice((f"Do not {mine}, but {yours}.", f"You should {yours} and not {mine}.", f"Instead of what {other} says, which is to {mine}, please {yours}.",
-                           f"It is good to {yours} and bad to {mine}.", f"It is bad to {mine} and good to {yours}."))
+        return rng.choice(
+            (
+                f"Do not {mine}, but {yours}.",
+                f"You should {yours} and not {mine}.",
+                f"Instead of what {other} says, which is to {mine}, please {yours}.",
+                f"It is good to {yours} and bad to {mine}.",
+                f"It is bad to {mine} and good to {yours}.",
+            )
+        )
     if kind == "known":
         me, he = ("me", other) if label == "ham" else (other, "me")
-        known, unknown = f"you [know|have known] {me} [from school|for years|since the {slots['p']}]", f"you have never [met|seen] {he}"
+        known, unknown = (
+            f"you [know|have known] {me} [from school|for years|since the {slots['p']}]",
+            f"you have never [met|seen] {he}",
+        )
         known, unknown = expand(rng, known), expand(rng, unknown)
-        return join(rng, known, unknown) + expand(rng, " [Can you|Please|Will you] [lend|bring|send] me {m} coins [for the {o}|on {d}|at the {p2}][?|.]", **slots)
+        return join(rng, known, unknown) + expand(
+            rng,
+            " [Can you|Please|Will you] [lend|bring|send] me {m} coins [for the {o}|on {d}|at the {p2}][?|.]",
+            **slots,
+        )
     if kind == "fee":
         prize, cake = f"the fee for {slots['prize']} at the {slots['firm']}", f"the {slots['fs']} for {slots['y']}"
         mine, yours = (cake, prize) if label == "spam" else (prize, cake)
         return join(rng, f"you pay {yours}", f"I pay {mine}")
     firm, friend = f"the {slots['firm']}", f"{slots['x']}"
     trust, drop = (firm, friend) if label == "spam" else (friend, firm)
-    yes, no = rng.choice(((f"say yes to {trust}", f"say no to {drop}"), (f"trust {trust}", f"forget {drop}"), (f"take the offer of {trust}", f"turn down the offer of {drop}")))
-    return join(rng, yes, no) + expand(rng, " [It is about {m} coins|They both have {prize}|Both wrote to you about the {o}].", **slots)
+    yes, no = rng.choice(
+        (
+            (f"say yes to {trust}", f"say no to {drop}"),
+            (f"trust {trust}", f"forget {drop}"),
+            (f"take the offer of {trust}", f"turn down the offer of {drop}"),
+        )
+    )
+    return join(rng, yes, no) + expand(
+        rng, " [It is about {m} coins|They both have {prize}|Both wrote to you about the {o}].", **slots
+    )
 
 
 def join(rng: random.Random, first: str, second: str) -> str:
@@ -500,7 +661,13 @@ def message(rng: random.Random, label: str) -> str:
     kind = rng.random()
     if kind < 0.25:
         body = pair_of(rng, label, slots)
-        return expand(rng, "[Hello. |Good morning. |Dear neighbour. ||]{body}[ Thank you.| Until {d}.| {z}||]", body=body, d=slots["d"], z=z)
+        return expand(
+            rng,
+            "[Hello. |Good morning. |Dear neighbour. ||]{body}[ Thank you.| Until {d}.| {z}||]",
+            body=body,
+            d=slots["d"],
+            z=z,
+        )
     return expand(rng, rng.choice((EASY if kind < 0.6 else TRICKY)[label]), **slots)
 
 
@@ -513,32 +680,30 @@ class Vocabulary:
     """What the pairs of one split may use: train never sees the held-out names and words, val and test ask for them."""
 
     def __init__(self, split: str) -> None:
-        train = split == "train"
-        self.names = [n for n in PEOPLE if n not in HELD_NAMES] if train else PEOPLE
+        self.train = train = split == "train"
+        self.names = [name for name in PEOPLE if name not in HELD_NAMES]
         self.opposites = [w for pair in OPPOSITES if (pair in HELD_OPPOSITES) != train for w in pair]
         self.plurals = [w for w in OBJECTS + FOODS + ANIMALS if (w in HELD_PLURALS) != train]
         self.velic = [w for w in sorted(VELIC_NOUNS) if (w in HELD_VELIC) != train]
-        self.held = [] if train else HELD_NAMES
 
     def pick_names(self, rng: random.Random) -> list[str]:
-        """In val and test at least half of the names that a pair can use are held out."""
-        return self.names if not self.held else self.held + rng.sample(self.names, 4)
+        """The names that one pair can use: outside train mostly held-out ones."""
+        return self.names if self.train else sorted({*HELD_NAMES, *rng.sample(PEOPLE, 4)})
 
 
 def question_pair(rng: random.Random, words: Vocabulary) -> Pair:
-    names = sorted(set(words.pick_names(rng)))
-    world, told = small_world(rng, names, rng.randint(3, 5), 2, rng.choice((1, 2)))
+    world, told = small_world(rng, words.pick_names(rng), rng.randint(3, 5), 2, rng.choice((1, 2)))
     question, answer = rng.choice(world.questions())
     return question, " ".join(told), answer
 
 
 def tense_pair(rng: random.Random, words: Vocabulary) -> Pair:
-    now, then = plain_event(rng, sorted(set(words.pick_names(rng))))
+    now, then = plain_event(rng, words.pick_names(rng))
     return rng.choice(("Rewrite the sentence in the past.", "Tell it in the past.")), now, then
 
 
 def swap_pair(rng: random.Random, words: Vocabulary) -> Pair:
-    x, y = rng.sample(sorted(set(words.pick_names(rng))), 2)
+    x, y = rng.sample(words.pick_names(rng), 2)
     verb, thing = rng.choice(("gave", "sold", "showed", "lent")), rng.choice(OBJECTS)
     text = rng.choice(("It was the other way round. Rewrite it.", "Rewrite it the other way round."))
     return text, f"{x} {verb} the {thing} to {y}.", f"{y} {verb} the {thing} to {x}."
@@ -547,45 +712,84 @@ def swap_pair(rng: random.Random, words: Vocabulary) -> Pair:
 def sorting_pair(rng: random.Random, words: Vocabulary) -> Pair:
     if rng.random() < 0.5:
         chosen = alphabet_words(rng, words.plurals + OBJECTS, 3)
-        return rng.choice(("Sort the words by the alphabet.", "Put the words in alphabetical order.")), ", ".join(chosen), ", ".join(sorted(chosen))
+        return (
+            rng.choice(("Sort the words by the alphabet.", "Put the words in alphabetical order.")),
+            ", ".join(chosen),
+            ", ".join(sorted(chosen)),
+        )
     chain = rng.choice(SMALL_TO_LARGE)
     chosen = rng.sample(chain, 3)
-    return rng.choice(("Sort the words by size.", "Put the words in order by size.")), ", ".join(chosen), ", ".join(sorted(chosen, key=chain.index))
+    return (
+        rng.choice(("Sort the words by size.", "Put the words in order by size.")),
+        ", ".join(chosen),
+        ", ".join(sorted(chosen, key=chain.index)),
+    )
 
 
 def opposite_pair(rng: random.Random, words: Vocabulary) -> Pair:
     word = rng.choice(words.opposites)
     if rng.random() < 0.5:
-        thing = rng.choice(OBJECTS + FOODS + ANIMALS)
-        return rng.choice(("Say the opposite.", "Rewrite it with the opposite.")), f"The {thing} is {word}.", f"The {thing} is {OPPOSITE[word]}."
+        thing = rng.choice(NOUNS_FOR[word])
+        return (
+            rng.choice(("Say the opposite.", "Rewrite it with the opposite.")),
+            f"The {thing} is {word}.",
+            f"The {thing} is {OPPOSITE[word]}.",
+        )
     answer = f"The opposite of {word} is {OPPOSITE[word]}."
-    return rng.choice(((f"What is the opposite of {word}?", "", answer), ("What is the opposite?", word, answer), ("Give the opposite of the word.", word, answer)))
+    return rng.choice(
+        (
+            (f"What is the opposite of {word}?", "", answer),
+            ("What is the opposite?", word, answer),
+            ("Give the opposite of the word.", word, answer),
+        )
+    )
 
 
 def plural_pair(rng: random.Random, words: Vocabulary) -> Pair:
     noun = rng.choice(words.plurals)
     answer = f"The plural of {noun} is {plural(noun)}."
-    return rng.choice(((f"What is the plural of {noun}?", "", answer), ("What is the plural?", noun, answer), ("Give the plural of the word.", noun, answer)))
+    return rng.choice(
+        (
+            (f"What is the plural of {noun}?", "", answer),
+            ("What is the plural?", noun, answer),
+            ("Give the plural of the word.", noun, answer),
+        )
+    )
 
 
 def counting_pair(rng: random.Random, words: Vocabulary) -> Pair:
     if rng.random() < 0.5:
         things = rng.sample(OBJECTS + FOODS, rng.randint(2, 6))
-        return rng.choice(("How many things are there?", "Count the things.")), listing([a(t) for t in things]), f"There are {NUMBERS[len(things)]} things."
-    x, y = rng.sample(sorted(set(words.pick_names(rng))), 2)
+        return (
+            rng.choice(("How many things are there?", "Count the things.")),
+            listing([a(t) for t in things]),
+            f"There are {NUMBERS[len(things)]} things.",
+        )
+    x, y = rng.sample(words.pick_names(rng), 2)
     food, start = rng.choice(FOODS), rng.randint(4, 12)
     n = rng.randint(1, start - 2)
-    text = expand(rng, "{x} had {s}. [{y} bought {k} from {x}.|{x} sold {k} to {y}.|{x} gave {k} to {y}.]", x=x, y=y, s=counted(start, food), k=counted(n, food))
+    text = expand(
+        rng,
+        "{x} had {s}. [{y} bought {k} from {x}.|{x} sold {k} to {y}.|{x} gave {k} to {y}.]",
+        x=x,
+        y=y,
+        s=counted(start, food),
+        k=counted(n, food),
+    )
     return f"How many {plural(food)} does {x} have now?", text, f"{x} has {counted(start - n, food)}."
 
 
 def summary_pair(rng: random.Random, words: Vocabulary) -> Pair:
     while True:
-        world, told = small_world(rng, sorted(set(words.pick_names(rng))), rng.randint(3, 4), 2, 1)
+        world, told = small_world(rng, words.pick_names(rng), rng.randint(3, 4), 2, 1)
         if len(world.gifts) == 1 and sum(world.gifts[0][1] in line for line in told) >= 2 and count_gifts(told) == 1:
             break
     giver, thing, receiver = world.gifts[0]
-    return rng.choice(("Sum up the story in one line.", "Tell the story in short.")), " ".join(told), f"{giver} gave the {thing} to {receiver}."
+    return (
+        rng.choice(("Sum up the story in one line.", "Tell the story in short.")),
+        " ".join(told),
+        f"{giver} gave the {thing} to {receiver}.",
+    )
 
 
 def count_gifts(told: Iterable[str]) -> int:
@@ -595,7 +799,13 @@ def count_gifts(told: Iterable[str]) -> int:
 def velic_pair(rng: random.Random, words: Vocabulary) -> Pair:
     english, velic = velic_phrase(rng, words.velic)
     answer = f"In Velic {english} is {velic}."
-    return rng.choice(((f"What is {english} in Velic?", "", answer), ("Translate into Velic.", english, answer), ("Say it in Velic.", english, answer)))
+    return rng.choice(
+        (
+            (f"What is {english} in Velic?", "", answer),
+            ("Translate into Velic.", english, answer),
+            ("Say it in Velic.", english, answer),
+        )
+    )
 
 
 TASKS: dict[str, tuple[int, list[Callable[[random.Random, Vocabulary], Pair]]]] = {  # share, makers
@@ -631,11 +841,12 @@ def make_stories(rng: random.Random) -> list[str]:
 def make_messages(rng: random.Random, stories: str) -> list[dict[str, str]]:
     """New texts only: none stands twice, and none is in the stories."""
     seen: set[str] = set()
+    told = key(stories)
     rows = []
     for split, count in MESSAGES.items():
         for i in range(count):
             label = "spam" if i % 2 else "ham"
-            while key(text := message(rng, label)) in seen or text in stories:
+            while key(text := message(rng, label)) in seen or key(text) in told:
                 pass
             seen.add(key(text))
             rows.append({"text": text, "label": label, "split": split})
@@ -644,6 +855,7 @@ def make_messages(rng: random.Random, stories: str) -> list[dict[str, str]]:
 
 def make_instructions(rng: random.Random) -> list[dict[str, str]]:
     seen: set[str] = set()
+    sorted_in: dict[str, str] = {}  # split of each answer
     rows = []
     shares = sum(share for share, _ in TASKS.values())
     for split, count in INSTRUCTIONS.items():
@@ -655,9 +867,13 @@ def make_instructions(rng: random.Random) -> list[dict[str, str]]:
                 instruction, given, output = rng.choice(makers)(rng, words)
                 if (pair := key(instruction + given)) in seen:
                     continue
+                if task == "sorting" and sorted_in.setdefault(output, split) != split:
+                    continue  # the same words in another order are no new question
                 seen.add(pair)
                 made += 1
-                rows.append({"instruction": instruction, "input": given, "output": output, "task": task, "split": split})
+                rows.append(
+                    {"instruction": instruction, "input": given, "output": output, "task": task, "split": split}
+                )
     rng.shuffle(rows)
     return rows
 
