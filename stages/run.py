@@ -61,8 +61,7 @@ class Run:
         values = _rounded(values)
         path = Path("reports/metrics") / f"{self.stage.replace('-', '_')}.json"
         write_atomic(path, json.dumps(values, indent=2) + "\n")
-        numbers = {k: v for k, v in flatten(values, "/").items() if isinstance(v, int | float)}
-        self.log({key: float(value) for key, value in numbers.items()})
+        self._journal.summary({k: v for k, v in flatten(values, "/").items() if isinstance(v, int | float)})
 
     def log_as(self, prefix: str) -> Callable[[Mapping[str, float], int], None]:
         """`log` for a second training of the stage: `prefix/train/loss` and so on."""
@@ -135,10 +134,15 @@ def _run_stage(stage: str, body: Callable[[Run], None]) -> None:
         if holder is not None:
             raise InputError(f"already runs here as process {holder}; wait for it, or end it with: kill {holder}")
         inputs = read_inputs(stage, values)
-        journal = Journal.start(stage, flatten({key: inputs.params[key] for key in inputs.params}))
+        told = {key: value for key, value in inputs.params.items() if key not in ("sources", "gpt2_files")}
+        last = list(read_yaml(Path("dvc.yaml"))["stages"])[-1] == stage
+        journal = Journal.start(stage, flatten(told), params.data.corpus, last)
+        for name, digest in data_digests(inputs).items():
+            journal.dataset(name, digest, name, stage)
         status = "FAILED"
         try:
             with state_folder(stage, fingerprint(inputs, params)) as state_dir:
+                journal.resume(state_dir / "journals")
                 body(Run(stage, params, state_dir, journal))
                 check_unchanged(inputs, read_inputs(stage, read_yaml(Path("params.yaml")), inputs.files))
             status = "FINISHED"
@@ -165,7 +169,8 @@ class Inputs(NamedTuple):
     """Everything that the stage's entry in `dvc.yaml` lists, with its content."""
 
     params: dict[str, Any]
-    files: dict[str, FileState]
+    deps: list[str]  # files and folders
+    files: dict[str, FileState]  # each file of them
 
 
 def read_inputs(stage: str, values: Mapping[str, Any], known: Mapping[str, FileState] | None = None) -> Inputs:
@@ -174,13 +179,14 @@ def read_inputs(stage: str, values: Mapping[str, Any], known: Mapping[str, FileS
     if stage not in stages:
         raise InputError(f"dvc.yaml: no stage {stage!r}")
     params = {key: _lookup(values, key) for key in stages[stage].get("params", [])}
+    deps: list[str] = stages[stage].get("deps", [])
     files: dict[str, FileState] = {}
-    for dep in stages[stage].get("deps", []):
+    for dep in deps:
         if not Path(dep).exists():
             raise InputError(f"{dep}: missing, and this stage reads it; `dvc repro {stage}` makes it first")
         for path in files_under(Path(dep)):
             files[path.as_posix()] = _file_state(path, (known or {}).get(path.as_posix()))
-    return Inputs(params, files)
+    return Inputs(params, deps, files)
 
 
 def fingerprint(inputs: Inputs, params: Params) -> str:
@@ -190,6 +196,19 @@ def fingerprint(inputs: Inputs, params: Params) -> str:
         machine = [importlib.metadata.version("torch"), device_kind(params.runtime.device)]
     content = [inputs.params, {path: state.md5 for path, state in inputs.files.items()}, machine]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def data_digests(inputs: Inputs) -> dict[str, str]:
+    """The md5 of each dep under `data/` and `models/`, as it stands in `dvc.lock` (a folder's there ends in `.dir`)."""
+    digests: dict[str, str] = {}
+    for dep in inputs.deps:
+        if dep in inputs.files:
+            digests[dep] = inputs.files[dep].md5
+        else:
+            inside = sorted(path for path in inputs.files if path.startswith(f"{dep}/"))
+            entries = [{"md5": inputs.files[path].md5, "relpath": path.removeprefix(f"{dep}/")} for path in inside]
+            digests[dep] = hashlib.md5(json.dumps(entries).encode()).hexdigest()
+    return {dep: digest for dep, digest in digests.items() if dep.startswith(("data/", "models/"))}
 
 
 def check_unchanged(before: Inputs, after: Inputs) -> None:
@@ -310,8 +329,8 @@ def state_folder(stage: str, name: str) -> Iterator[Path]:
                 yield folder
                 shutil.rmtree(folder)
             finally:
-                if folder.exists() and [path.name for path in folder.iterdir()] == ["lock"]:
-                    shutil.rmtree(folder)
+                if folder.exists() and {path.name for path in folder.iterdir()} <= {"lock", "journals"}:
+                    shutil.rmtree(folder)  # nothing was saved
             return
 
 

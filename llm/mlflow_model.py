@@ -1,0 +1,55 @@
+"""A model folder as an MLflow model: the file that MLflow runs to load it ("models from code"), nothing pickled.
+
+MLflow is imported here and nowhere else in `llm`, and only MLflow imports this module.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mlflow.models
+from mlflow.pyfunc.model import PythonModel, PythonModelContext
+
+from llm.checkpoint import ModelFolder, load_model_folder
+from llm.classify import classify_texts
+from llm.data import encode_prompt, stop_token
+from llm.generate import generate
+from llm.model import GPT
+
+
+class TextModel(PythonModel):
+    """Texts in, one answer for each out: what is written next, or the label. MLflow checks inputs by the type hints."""
+
+    def load_context(self, context: PythonModelContext) -> None:
+        self.folder = load_model_folder(Path(context.artifacts["model"]))
+
+    def predict(
+        self, context: PythonModelContext, model_input: list[str], params: dict[str, Any] | None = None
+    ) -> list[dict[str, Any]]:
+        """`{"text": ...}` or `{"label": ..., "probabilities": {...}}` for each; `params` are for `generate`."""
+        if self.folder.config.labels is not None:
+            return labelled(self.folder, self.folder.config.labels, model_input)
+        return [{"text": text} for text in continuations(self.folder, model_input, params or {})]
+
+
+def labelled(folder: ModelFolder, labels: list[str], texts: list[str]) -> list[dict[str, Any]]:
+    answers = []
+    for row in classify_texts(folder, texts).tolist():
+        answers.append({"label": labels[row.index(max(row))], "probabilities": dict(zip(labels, row, strict=True))})
+    return answers
+
+
+def continuations(folder: ModelFolder, texts: list[str], params: dict[str, Any]) -> list[str]:
+    """What a base model writes after each text, or an instruction follower answers to it."""
+    model, tokenizer, config = folder
+    assert isinstance(model, GPT)
+    if config.template is None:
+        prompts, stop = [tokenizer.encode(text) for text in texts], tokenizer.eot
+    else:
+        prompts = [encode_prompt(tokenizer, config.template, text) for text in texts]
+        stop = stop_token(tokenizer, config.template)
+    return [tokenizer.decode(ids) for ids in generate(model, prompts, stop={stop}, **params)]
+
+
+mlflow.models.set_model(TextModel())
