@@ -16,6 +16,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.envi
 os.environ.update(MLFLOW_DISABLE_TELEMETRY="true", HF_HUB_OFFLINE="1", MPLBACKEND="Agg", DVC_NO_ANALYTICS="true")
 for name in [n for n in os.environ if n.startswith(("MLFLOW_TRACKING", "MLFLOW_RUN", "MLFLOW_EXPERIMENT", "DVC_EXP"))]:
     del os.environ[name]
+if "LLM_DATA_MIRROR" in os.environ:  # only for tests that ask for it, in every worker
+    os.environ["LLM_TEST_MIRROR"] = os.environ["LLM_DATA_MIRROR"]
 for name in ("LLM_DATA_MIRROR", "DVC_ROOT", "DVC_STAGE"):
     os.environ.pop(name, None)
 
@@ -31,3 +33,11 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
         connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", local_only)
+
+
+@pytest.fixture
+def mirror() -> Path:
+    """The folder with the real data sets."""
+    if not os.environ.get("LLM_TEST_MIRROR"):
+        pytest.skip("LLM_DATA_MIRROR is not set, so the real data sets are not here")
+    return ROOT / os.environ["LLM_TEST_MIRROR"]
