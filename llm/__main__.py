@@ -1,0 +1,341 @@
+"""`python -m llm`: what a model folder can do, from the command line.
+
+Answers go to stdout, everything else to stderr. Exit status: 0 done, 1 something the user gave is wrong (one line says
+what), 2 a command line that cannot be parsed, 130 interrupted. PyTorch is imported when a model is loaded, so that
+`--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llm.config import InputError
+
+if TYPE_CHECKING:
+    from llm.checkpoint import ModelFolder
+    from llm.model import GPT
+
+CLASSIFY_BATCH = 32  # texts classified together: no answer depends on it, only speed and memory
+
+
+def generate(args: argparse.Namespace) -> None:
+    """Prints the prompt and its continuation."""
+    prompt = checked_text(args.prompt, "--prompt")
+    if not prompt:
+        raise InputError("--prompt is empty; give some text to continue")
+    folder, model = load_gpt(args.model_dir, "base", "instruct")
+    continuation = answer(folder, model, folder.tokenizer.encode(prompt), args, seed=args.seed)
+    write(itertools.chain([prompt], continuation))
+
+
+def chat(args: argparse.Namespace) -> None:
+    """Answers one instruction a line; each stands alone, the model does not see earlier ones."""
+    from llm.data import encode_prompt
+
+    context = checked_text(args.input, "--input")
+    folder, model = load_gpt(args.model_dir, "instruct")
+    template = folder.config.template
+    if template is None:
+        raise InputError(f"{args.model_dir}: config.json names no template; make the model folder again")
+    interactive = sys.stdin.isatty() and sys.stdout.isatty()
+    if interactive:
+        with contextlib.suppress(ImportError):  # Windows has none
+            import readline  # noqa: F401  (line editing and history for input())
+        note("One instruction a line. Ctrl-C ends an answer, Ctrl-D the chat.")
+    answered = 0
+    for line in typed_lines() if interactive else stdin_lines():
+        instruction = line.strip()
+        if not instruction:
+            continue
+        ids = encode_prompt(folder.tokenizer, template, instruction, context)
+        try:
+            write(answer(folder, model, ids, args, seed=args.seed + answered))  # asked again, it may answer otherwise
+        except KeyboardInterrupt:
+            if not interactive:
+                raise
+            print()
+        answered += 1
+
+
+def classify(args: argparse.Namespace) -> None:
+    """Prints one JSON object for each text."""
+    from llm.checkpoint import load_model_folder
+    from llm.classify import classify_texts
+
+    folder = load_model_folder(args.model_dir)
+    labels = folder.config.labels
+    if folder.config.kind != "classifier" or labels is None:
+        raise InputError(wrong_kind(args.model_dir, folder.config.kind, "classifier"))
+    texts = named_texts(args.texts)
+    while batch := list(itertools.islice(texts, CLASSIFY_BATCH)):
+        for text, row in zip(batch, classify_texts(folder, batch).tolist(), strict=True):
+            probabilities = {label: round(p, 6) for label, p in zip(labels, row, strict=True)}
+            label = labels[row.index(max(row))]
+            print_json({"text": text, "label": label, "probabilities": probabilities})
+
+
+def score(args: argparse.Namespace) -> None:
+    """Prints how well the model predicts a text."""
+    import torch
+
+    from llm.metrics import score_tokens
+
+    name = "stdin" if args.file == "-" else args.file
+    content = sys.stdin.buffer.read() if args.file == "-" else Path(args.file).read_bytes()
+    text = decoded(content, name)
+    if not text:
+        raise InputError(f"{name}: empty; give a text to score")
+    folder, model = load_gpt(args.model_dir, "base", "instruct")
+    ids = folder.tokenizer.encode(text)
+    if len(ids) < 2:
+        raise InputError(f"{name}: a single token; the first is never scored, so a text needs at least two")
+    result = score_tokens(model, torch.tensor(ids))
+    print_json(
+        {
+            "tokens": result.tokens,
+            "bytes": len(content),
+            "nats_per_token": result.loss,
+            "perplexity": result.perplexity,
+            "bits_per_byte": result.bits_per_byte(len(content)),
+        }
+    )
+
+
+# ---- model folders and answers ---------------------------------------------------------------------------------------
+
+
+def load_gpt(path: Path, *kinds: str) -> tuple[ModelFolder, GPT]:
+    """A model folder of one of these kinds, and its GPT."""
+    from llm.checkpoint import load_model_folder
+    from llm.model import GPT
+
+    folder = load_model_folder(path)
+    if folder.config.kind not in kinds or not isinstance(folder.model, GPT):
+        raise InputError(wrong_kind(path, folder.config.kind, *kinds))
+    return folder, folder.model
+
+
+def wrong_kind(path: Path, kind: str, *wanted: str) -> str:
+    return f"{path}: a model of kind {kind}; this command needs {' or '.join(wanted)}, such as models/{wanted[0]}"
+
+
+def answer(folder: ModelFolder, model: GPT, prompt: list[int], args: argparse.Namespace, seed: int) -> Iterator[str]:
+    """What the model adds to the prompt, piece by piece."""
+    from llm.data import stop_token
+    from llm.generate import stream, stream_text
+
+    stop = {folder.tokenizer.eot}
+    if folder.config.template is not None:
+        stop.add(stop_token(folder.tokenizer, folder.config.template))
+    tokens = stream(
+        model,
+        prompt,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
+        seed=seed,
+        stop=stop,
+    )
+    context_length = model.config.context_length
+    if len(prompt) > context_length:
+        note(f"the prompt has {len(prompt)} tokens, the model reads the last {context_length}")
+    return stream_text(folder.tokenizer, tokens)
+
+
+# ---- reading and writing ---------------------------------------------------------------------------------------------
+
+
+def note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def write(pieces: Iterable[str]) -> None:
+    """Writes each piece as soon as it is there, and a line end."""
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print(flush=True)
+
+
+def print_json(value: dict[str, Any]) -> None:
+    print(json.dumps(value, ensure_ascii=False), flush=True)
+
+
+def checked_text(text: str, what: str) -> str:
+    """An argument that is text: bytes that the terminal's encoding does not know arrive as lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{what} is not valid UTF-8; convert it first") from None
+    return text
+
+
+def decoded(content: bytes, name: str) -> str:
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        found = f"byte 0x{content[error.start]:02x} at position {error.start}"
+        raise InputError(f"{name}: not valid UTF-8 ({found}); convert it first") from None
+
+
+def stdin_lines() -> Iterator[str]:
+    for number, line in enumerate(sys.stdin.buffer, start=1):
+        yield decoded(line, f"stdin, line {number}").rstrip("\r\n")
+
+
+def typed_lines() -> Iterator[str]:
+    while True:
+        try:
+            yield checked_text(input("> "), "the instruction")
+        except EOFError:
+            print()
+            return
+
+
+def named_texts(arguments: list[str]) -> Iterator[str]:
+    """The texts as given; `-` stands for the lines of stdin."""
+    for argument in arguments:
+        if argument == "-":
+            yield from stdin_lines()
+        else:
+            yield checked_text(argument, "TEXT")
+
+
+# ---- command line ----------------------------------------------------------------------------------------------------
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m llm",
+        description="Use a trained model. `dvc repro` makes models/base, models/classifier and models/instruct.",
+        epilog="`python -m llm COMMAND --help` shows a command's options and examples.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    command = add_command(
+        commands,
+        generate,
+        "continue a text",
+        "Prints the prompt and its continuation. An instruct model continues the text as it is, without its template.",
+        'python -m llm generate models/base --prompt "One morning"',
+        'python -m llm generate models/base --prompt "One morning" --temperature 0.8 --top-p 0.95 --seed 7',
+    )
+    command.add_argument("--prompt", required=True, metavar="TEXT", help="the text to continue")
+    add_sampling(command)
+
+    command = add_command(
+        commands,
+        chat,
+        "answer instructions",
+        "Answers one instruction a line, from the terminal or from stdin. Each stands alone: the model does not see "
+        "earlier ones. In a terminal Ctrl-C ends an answer and Ctrl-D the chat.",
+        "python -m llm chat models/instruct",
+        'echo "Name the opposite of cold." | python -m llm chat models/instruct',
+        'python -m llm chat models/instruct --input "Ada sold bread at the harbour on Monday."',
+    )
+    command.add_argument("--input", default="", metavar="TEXT", help="a text that the instructions are about")
+    add_sampling(command)
+
+    command = add_command(
+        commands,
+        classify,
+        "label texts",
+        "Prints a JSON object with text, label and probabilities for each text, one a line.",
+        'python -m llm classify models/classifier "You have won a prize!" "See you at six"',
+        "python -m llm classify models/classifier - < messages.txt",
+    )
+    command.add_argument(
+        "texts",
+        nargs="+",
+        metavar="TEXT",
+        help="a text, or - for the lines of stdin; after -- it may start with a dash",
+    )
+
+    command = add_command(
+        commands,
+        score,
+        "measure how well a text is predicted",
+        "Prints a JSON object: tokens (scored ones: all but the first), bytes of the text, nats_per_token, perplexity, "
+        "bits_per_byte. A text longer than the context is read in windows of the full context that overlap by half; "
+        "each token is scored once.",
+        "python -m llm score models/base book.txt",
+        "git show HEAD:README.md | python -m llm score models/base -",
+    )
+    command.add_argument("file", metavar="FILE", help="a UTF-8 text file, read as it is, or - for stdin")
+    return parser
+
+
+def add_command(commands: Any, run: Any, summary: str, description: str, *examples: str) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(
+        run.__name__,
+        help=summary,
+        description=description,
+        epilog="examples:\n" + "\n".join(f"  {example}" for example in examples),
+        formatter_class=CommandHelp,
+    )
+    command.add_argument("model_dir", type=Path, metavar="MODEL_DIR", help="a model folder")
+    command.set_defaults(run=run)
+    return command
+
+
+class CommandHelp(argparse.HelpFormatter):
+    """Wraps descriptions but leaves the lines of the examples alone."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if text.startswith("examples:") else super()._fill_text(text, width, indent)
+
+
+def add_sampling(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument_group("how the text is chosen").add_argument
+    add("--max-new-tokens", type=int, default=200, metavar="N", help="tokens at most (default: %(default)s)")
+    add(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="0: always the likeliest token (default); 1: as likely as the model says",
+    )
+    add("--top-k", type=int, metavar="K", help="choose among the K likeliest tokens")
+    add("--top-p", type=float, metavar="P", help="choose among the likeliest tokens that together reach probability P")
+    add("--min-p", type=float, metavar="P", help="leave out tokens less likely than P times the likeliest")
+    add(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="above 1: tokens that occurred become less likely (default: %(default)s)",
+    )
+    add("--seed", type=int, default=0, metavar="N", help="same seed, same text (default: %(default)s)")
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    try:
+        args.run(args)
+    except BrokenPipeError:  # whoever read the answers left, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing left to fail at exit
+        return 141  # as shells report the signal SIGPIPE
+    except KeyboardInterrupt:
+        note("")
+        return 130
+    except (InputError, OSError) as error:
+        message = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
+        note(f"python -m llm {args.command}: {message}")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    for file in (sys.stdout, sys.stderr):
+        file.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
+    sys.exit(main())

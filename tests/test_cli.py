@@ -1,0 +1,329 @@
+"""`python -m llm` on tiny random model folders: answers on stdout, errors as one line, exit statuses."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from llm.__main__ import main
+from llm.checkpoint import ModelFolder, ModelFolderConfig, load_model_folder, save_model_folder
+from llm.classify import classify_texts
+from llm.data import encode_prompt
+from llm.generate import generate
+from llm.model import GPT, GPTClassifier
+from llm.tokenizer import Tokenizer
+from tests.helpers import SHIPPED_FORM, gpt_config, randomize
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = "One morning the baker sold bread at the harbour. It was cold, and the café was closed.\n"
+
+
+class Folders(NamedTuple):
+    base: Path
+    classifier: Path
+    instruct: Path
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    path = tmp_path_factory.mktemp("models")
+    tokenizer = Tokenizer.train([TEXT] * 5, vocab_size=300)
+    gpt = gpt_config(**SHIPPED_FORM, vocab_size=tokenizer.vocab_size, context_length=256, emb_dim=32, head_dim=8)
+    models: list[GPT | GPTClassifier] = [GPT(gpt), GPTClassifier(GPT(gpt), 2), GPT(gpt)]
+    configs = [
+        ModelFolderConfig(kind="base", gpt=gpt),
+        ModelFolderConfig(kind="classifier", gpt=gpt, labels=["ham", "spam"], max_length=16),
+        ModelFolderConfig(kind="instruct", gpt=gpt, template="alpaca"),
+    ]
+    for model, config in zip(models, configs, strict=True):
+        randomize(model)  # far from uniform: answers differ
+        save_model_folder(path / config.kind, ModelFolder(model, tokenizer, config))
+    return Folders(path / "base", path / "classifier", path / "instruct")
+
+
+class Result(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+Cli = Callable[..., Result]
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
+    def run(*argv: str | Path, stdin: bytes = b"") -> Result:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        status = main([str(argument) for argument in argv])
+        return Result(status, *capsys.readouterr())
+
+    return run
+
+
+# ---- generate --------------------------------------------------------------------------------------------------------
+
+
+def test_generate_prints_prompt_and_continuation(cli: Cli, folders: Folders) -> None:
+    model, tokenizer, _ = load_model_folder(folders.base)
+    prompt = "One morning, a café"
+    options = {"max_new_tokens": 90, "temperature": 0.9, "top_k": 20, "top_p": 0.9, "min_p": 0.01, "seed": 5}
+    assert isinstance(model, GPT)
+    [ids] = generate(model, [tokenizer.encode(prompt)], repetition_penalty=1.2, stop={tokenizer.eot}, **options)  # type: ignore[arg-type]
+    flags = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    result = cli("generate", folders.base, "--prompt", prompt, *flags, "--repetition-penalty", "1.2")
+    assert result == (0, prompt + tokenizer.decode(ids) + "\n", "")
+    assert len(ids) > 10
+
+
+def test_generate_is_greedy_by_default_and_seeded(cli: Cli, folders: Folders) -> None:
+    command = ["generate", folders.base, "--prompt", "One", "--max-new-tokens", "20"]
+    assert cli(*command).out == cli(*command, "--temperature", "0", "--seed", "9").out
+    warm = [*command, "--temperature", "1.5", "--seed"]
+    assert cli(*warm, "1").out == cli(*warm, "1").out != cli(*warm, "2").out
+
+
+def test_generate_continues_the_raw_prompt_of_an_instruct_model(cli: Cli, folders: Folders) -> None:
+    model, tokenizer, _ = load_model_folder(folders.instruct)
+    assert isinstance(model, GPT)
+    [ids] = generate(model, [tokenizer.encode("It was")], max_new_tokens=12, stop={tokenizer.eot})
+    result = cli("generate", folders.instruct, "--prompt", "It was", "--max-new-tokens", "12")
+    assert result.out == "It was" + tokenizer.decode(ids) + "\n"
+
+
+def test_a_prompt_longer_than_the_context_is_named_on_stderr(cli: Cli, folders: Folders) -> None:
+    prompt = TEXT * 60
+    result = cli("generate", folders.base, "--prompt", prompt, "--max-new-tokens", "3")
+    assert result.status == 0
+    assert result.out.startswith(prompt)
+    assert result.err.endswith("tokens, the model reads the last 256\n")
+
+
+# ---- chat ------------------------------------------------------------------------------------------------------------
+
+
+def test_chat_answers_each_line_with_the_template(cli: Cli, folders: Folders) -> None:
+    model, tokenizer, config = load_model_folder(folders.instruct)
+    assert isinstance(model, GPT) and config.template is not None
+    expected = []
+    for instruction in ("Name a trade.", "Où est le café ?"):
+        prompt = encode_prompt(tokenizer, config.template, instruction, "the baker")
+        [ids] = generate(model, [prompt], max_new_tokens=9, stop={tokenizer.eot})
+        expected.append(tokenizer.decode(ids) + "\n")
+    stdin = "Name a trade.\r\n\n  \nOù est le café ?".encode()
+    result = cli("chat", folders.instruct, "--input", "the baker", "--max-new-tokens", "9", stdin=stdin)
+    assert result == (0, "".join(expected), "")
+    assert len(set(expected)) == 2
+
+
+def test_chat_with_nothing_to_answer(cli: Cli, folders: Folders) -> None:
+    assert cli("chat", folders.instruct) == (0, "", "")
+
+
+def test_chat_in_a_terminal(folders: Folders) -> None:
+    """Ctrl-C ends an answer, the next instruction is answered, Ctrl-D ends the chat."""
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "llm", "chat", str(folders.instruct), "--max-new-tokens", "100000000"]
+    env = {**os.environ, "TERM": "dumb", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=ROOT, stdin=theirs, stdout=theirs, stderr=subprocess.PIPE, env=env)
+    os.close(theirs)
+    try:
+        read_until(ours, b"> ")
+        for instruction in (b"One", b"Two"):
+            os.write(ours, instruction + b"\n")
+            read_until(ours, instruction, at_least=200)
+            process.send_signal(signal.SIGINT)
+            read_until(ours, b"\n> ")
+        os.write(ours, b"\x04")
+        assert process.wait(timeout=30) == 0
+        assert process.stderr is not None
+        assert b"Traceback" not in process.stderr.read()
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
+
+
+def read_until(file: int, mark: bytes, at_least: int = 0) -> None:
+    """Reads from a terminal until `mark` came and `at_least` bytes behind it; fails after a minute."""
+    seen, end = b"", time.monotonic() + 60
+    while mark not in seen or len(seen) - seen.index(mark) < at_least:
+        assert time.monotonic() < end, seen
+        seen += os.read(file, 4096).replace(b"\r\n", b"\n")
+
+
+# ---- classify --------------------------------------------------------------------------------------------------------
+
+
+def test_classify_prints_json_lines(cli: Cli, folders: Folders) -> None:
+    texts = ["a prize", 'the "café"', "-"]
+    stdin = b"from stdin\n\nthe last line without an end"
+    result = cli("classify", folders.classifier, *texts, stdin=stdin)
+    assert (result.status, result.err) == (0, "")
+    rows = [json.loads(line) for line in result.out.splitlines()]
+    assert [row["text"] for row in rows] == [*texts[:2], "from stdin", "", "the last line without an end"]
+    probabilities = classify_texts(load_model_folder(folders.classifier), [row["text"] for row in rows])
+    for row, (ham, spam) in zip(rows, probabilities.tolist(), strict=True):
+        assert list(row) == ["text", "label", "probabilities"]
+        assert row["probabilities"] == pytest.approx({"ham": ham, "spam": spam}, abs=1e-6)
+        assert row["label"] == ("ham" if ham > spam else "spam")
+    assert len({row["label"] for row in rows}) == 2
+    assert "café" in result.out  # readable, not escaped
+
+
+def test_classify_many_lines(cli: Cli, folders: Folders) -> None:
+    lines = [f"message {i}" for i in range(70)]
+    result = cli("classify", folders.classifier, "-", stdin="\n".join(lines).encode())
+    assert [json.loads(line)["text"] for line in result.out.splitlines()] == lines
+
+
+# ---- score -----------------------------------------------------------------------------------------------------------
+
+
+def naive_nats(folder: Path, ids: list[int]) -> float:
+    """Nats of a text that fits into the context."""
+    model, _, _ = load_model_folder(folder)
+    with torch.no_grad():
+        log_probabilities = model(torch.tensor([ids]))[0].log_softmax(-1)
+    return -sum(float(log_probabilities[t, token]) for t, token in enumerate(ids[1:]))
+
+
+@pytest.mark.parametrize("kind", ["base", "instruct"])
+def test_score(cli: Cli, folders: Folders, tmp_path: Path, kind: str) -> None:
+    folder = folders.base.parent / kind
+    text = "One café\r\nwas closed."
+    ids = Tokenizer.load(folder).encode(text)
+    assert 2 < len(ids) <= 256
+    nats = naive_nats(folder, ids)
+    file = tmp_path / "text.txt"
+    file.write_bytes(text.encode())
+    result = cli("score", folder, file)
+    assert (result.status, result.err) == (0, "")
+    n_bytes = len(text) + 1  # é takes two bytes, and the file is read as it is
+    assert json.loads(result.out) == pytest.approx(
+        {
+            "tokens": len(ids) - 1,
+            "bytes": n_bytes,
+            "nats_per_token": nats / (len(ids) - 1),
+            "perplexity": math.exp(nats / (len(ids) - 1)),
+            "bits_per_byte": nats / math.log(2) / n_bytes,
+        },
+        rel=1e-4,
+    )
+    assert cli("score", folder, "-", stdin=text.encode()).out == result.out
+
+
+def test_score_of_a_long_text_counts_every_token_but_the_first(cli: Cli, folders: Folders) -> None:
+    text = TEXT * 100
+    values = json.loads(cli("score", folders.base, "-", stdin=text.encode()).out)
+    assert values["tokens"] == len(Tokenizer.load(folders.base).encode(text)) - 1
+    assert values["bytes"] == len(text.encode())
+    assert values["bits_per_byte"] == pytest.approx(
+        values["nats_per_token"] * values["tokens"] / math.log(2) / values["bytes"]
+    )
+
+
+# ---- what the user can get wrong -------------------------------------------------------------------------------------
+
+
+def test_errors_are_one_line(cli: Cli, folders: Folders, tmp_path: Path) -> None:
+    files = {"text.txt": b"some text", "empty.txt": b"", "single.txt": b"O", "latin.txt": "café".encode("latin-1")}
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    (damaged / "config.json").write_text("{")
+
+    prompt = ["--prompt", "One"]
+    cases: list[tuple[list[str | Path], bytes, list[str]]] = [
+        (["generate", tmp_path / "nowhere", *prompt], b"", ["nowhere", "config.json"]),
+        (["generate", tmp_path, *prompt], b"", [str(tmp_path), "not a model folder"]),
+        (["generate", damaged, *prompt], b"", ["damaged", "not valid JSON"]),
+        (["generate", folders.classifier, *prompt], b"", ["classifier", "needs base or instruct"]),
+        (["generate", folders.base, "--prompt", ""], b"", ["--prompt is empty"]),
+        (["generate", folders.base, "--prompt", "\udcff"], b"", ["--prompt is not valid UTF-8"]),
+        (["generate", folders.base, *prompt, "--temperature", "-1"], b"", ["temperature must be 0", "found -1.0"]),
+        (["generate", folders.base, *prompt, "--max-new-tokens", "-5"], b"", ["max_new_tokens", "found -5"]),
+        (["generate", folders.base, *prompt, "--top-p", "2"], b"", ["top_p", "found 2.0"]),
+        (["generate", folders.base, *prompt, "--seed", "-1"], b"", ["seed", "found -1"]),
+        (["chat", folders.base], b"", ["kind base", "needs instruct"]),
+        (["chat", folders.classifier], b"", ["kind classifier", "needs instruct"]),
+        (["chat", folders.instruct], b"\xff\n", ["stdin, line 1: not valid UTF-8 (byte 0xff"]),
+        (["chat", folders.instruct, "--top-k", "0"], b"Name a trade.\n", ["top_k", "found 0"]),
+        (["classify", folders.base, "text"], b"", ["kind base", "needs classifier"]),
+        (["classify", tmp_path / "nowhere", "text"], b"", ["nowhere", "config.json"]),
+        (["classify", folders.classifier, "-"], b"fine\n\xe9\n", ["stdin, line 2: not valid UTF-8 (byte 0xe9"]),
+        (["score", folders.base, tmp_path / "missing.txt"], b"", ["missing.txt: No such file"]),
+        (["score", folders.base, tmp_path], b"", [f"{tmp_path}: Is a directory"]),
+        (["score", folders.base, tmp_path / "empty.txt"], b"", ["empty.txt: empty"]),
+        (["score", folders.base, tmp_path / "single.txt"], b"", ["single.txt: a single token"]),
+        (["score", folders.base, tmp_path / "latin.txt"], b"", ["latin.txt: not valid UTF-8 (byte 0xe9 at"]),
+        (["score", folders.base, "-"], b"", ["stdin: empty"]),
+        (["score", folders.classifier, tmp_path / "text.txt"], b"", ["kind classifier", "needs base or instruct"]),
+    ]
+    for argv, stdin, parts in cases:
+        result = cli(*argv, stdin=stdin)
+        assert result.status == 1, argv
+        assert result.out == "", argv
+        assert result.err.startswith(f"python -m llm {argv[0]}: ") and result.err.count("\n") == 1, result.err
+        for part in parts:
+            assert part in result.err, argv
+
+
+@pytest.mark.parametrize(
+    "argv", [[], ["sing"], ["generate", "x"], ["generate", "x", "--prompt", "y", "--top-k", "many"], ["classify", "x"]]
+)
+def test_usage_errors(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith("usage: python -m llm")
+
+
+def test_an_interrupt_ends_with_130(cli: Cli, folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("llm.checkpoint.load_model_folder", interrupted)
+    assert cli("generate", folders.base, "--prompt", "One").status == 130
+
+
+# ---- the real process ------------------------------------------------------------------------------------------------
+
+
+def test_help_shows_examples_without_loading_torch() -> None:
+    code = "import sys, llm.__main__ as cli\ntry: cli.main(sys.argv[1:])\nfinally: print('torch' in sys.modules)"
+    for command in ("generate", "chat", "classify", "score"):
+        done = subprocess.run(
+            [sys.executable, "-c", code, command, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        assert f"  python -m llm {command} models/" in done.stdout
+        assert done.stdout.endswith("False\n")
+
+
+def test_a_reader_that_leaves_early_and_utf8_whatever_the_locale(folders: Folders) -> None:
+    env = {**os.environ, "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "llm", "generate", str(folders.base), "--prompt", "café", "--max-new-tokens"]
+    done = subprocess.run([*command, "2"], cwd=ROOT, capture_output=True, env=env, check=True)
+    assert done.stdout.startswith("café".encode())
+    process = subprocess.Popen(
+        [*command, "100000000"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env
+    )
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.read(10)
+    process.stdout.close()
+    assert process.wait(timeout=60) == 141
+    assert process.stderr.read() == b""
+    process.stderr.close()
