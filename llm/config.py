@@ -221,6 +221,7 @@ class InstructParams(TrainParams):
 
 
 class EvaluateParams(Strict):
+    test_tokens: Annotated[int, Field(ge=2)]
     ngram_order: Annotated[int, Field(ge=1, le=8)]
     baseline_bytes: Positive
     max_new_tokens: Positive

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from llm.config import GPTConfig, InputError
+from llm.config import InputError
 from llm.metrics import (
     Score,
     answer_report,
@@ -21,30 +21,13 @@ from llm.metrics import (
     wilson,
 )
 from llm.model import GPT
+from tests.helpers import SHIPPED_FORM, gpt_config
 
 
 def make_gpt(context_length: int = 8, positions: str = "rotary") -> GPT:
     torch.manual_seed(0)
-    config = GPTConfig(
-        context_length=context_length,
-        emb_dim=16,
-        n_layers=2,
-        n_heads=2,
-        n_kv_heads=2,
-        head_dim=8,
-        ffn_dim=32,
-        positions=positions,
-        rope_theta=10000.0,
-        norm="rmsnorm",
-        norm_eps=1e-5,
-        activation="relu2",
-        qk_norm=True,
-        qkv_bias=False,
-        bias=False,
-        tie_embeddings=False,
-        vocab_size=50,
-        dropout=0.5,
-    )
+    form = SHIPPED_FORM | {"n_layers": 2, "head_dim": 4, "vocab_size": 50, "tie_embeddings": False, "dropout": 0.5}
+    config = gpt_config(**form | {"context_length": context_length, "positions": positions})
     model = GPT(config)
     with torch.no_grad():
         for p in model.parameters():

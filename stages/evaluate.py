@@ -1,0 +1,80 @@
+"""Evaluates the three models on held-out data: `models/`, `data/tokens/` to `reports/`; registers them.
+
+The figures are written first. What comes after them, the pictures and the registration, can fail without losing them.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from llm import report
+from llm.checkpoint import ModelFolder, load_model_folder
+from llm.evaluate import evaluate_base, evaluate_classifiers, evaluate_instruct
+from llm.train import pick_device
+from stages.run import Run, main, write_atomic
+
+MODELS, TOKENS, REPORTS = Path("models"), Path("data/tokens"), Path("reports")
+
+
+def evaluate(run: Run) -> None:
+    params, section = run.params, run.params.evaluate
+    device = pick_device(params.runtime.device)
+
+    def models(**names: str) -> dict[str, ModelFolder]:
+        """The named model folders; that of a control is empty where none was trained."""
+        folders = {key: MODELS / name for key, name in names.items()}
+        return {
+            key: load_model_folder(folder, device)
+            for key, folder in folders.items()
+            if key != "scratch" or (folder / "config.json").is_file()
+        }
+
+    base_folder = models(base="base")["base"]
+    base = evaluate_base(base_folder, TOKENS / "corpus", section, params.seed)
+    classifiers = evaluate_classifiers(
+        models(gpt="classifier", scratch="classifier_scratch"), TOKENS / "messages", section.batch_size
+    )
+    followers = models(gpt="instruct", scratch="instruct_scratch")
+    template = followers["gpt"].config.template or params.finetune_instruct.template
+    order = {"gpt": followers["gpt"], "base": base_folder, **followers}
+    instruct = evaluate_instruct(order, template, TOKENS / "instructions", section)
+
+    run.write_metrics(report.metrics(base, classifiers, instruct))
+    for name, content in report.plot_files(base, classifiers, instruct).items():
+        write_atomic(REPORTS / "plots" / name, content)
+
+    figures = REPORTS / "figures"
+    figures.mkdir(parents=True, exist_ok=True)
+    pictures: dict[str, Callable[[Path], None]] = {
+        "training": partial(report.draw_trainings, REPORTS / "plots"),
+        "bits_per_byte": partial(report.draw_bits_per_byte, base),
+        "classifiers": partial(report.draw_classifiers, classifiers),
+        "confusion_roc": partial(report.draw_confusion_roc, classifiers),
+        "instructions": partial(report.draw_instructions, instruct),
+    }
+    for name, draw in pictures.items():
+        extra(f"picture {name}", partial(draw, figures / f"{name}.png"))
+    drawn = [path.name for path in figures.glob("*.png")]
+    sources = params.data.model_dump()
+    text = report.markdown(base, classifiers, instruct, sources, drawn)
+    write_atomic(REPORTS / "report.md", text)
+
+    for path in (REPORTS / "report.md", figures):
+        extra(f"artifact {path}", partial(run.artifact, path))
+    for name in ("base", "classifier", "instruct"):
+        extra(f"registration of {name}", partial(run.register, name, MODELS / name))
+
+
+def extra(name: str, action: Callable[[], None]) -> None:
+    """Runs what is good to have; a failure is one line on stderr."""
+    try:
+        action()
+    except Exception as error:
+        print(f"evaluate: {name} left out: {type(error).__name__}: {error}".splitlines()[0], file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main("evaluate", evaluate)
