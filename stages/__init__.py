@@ -1,0 +1,1 @@
+"""The pipeline: one short script for each DVC stage."""
