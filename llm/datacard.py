@@ -152,7 +152,7 @@ def scripts(code_points: Mapping[int, int]) -> dict[str, float]:
     """The share of each script among all characters, the largest first.
 
     >>> scripts(count_characters("abc где 1!"))
-    {'Latin': 0.3, 'Cyrillic': 0.3, 'white space': 0.2, 'digits': 0.1, 'punctuation': 0.1}
+    {'Latin': 0.3, 'Cyrillic': 0.3, 'white space': 0.2, 'punctuation': 0.1, 'digits': 0.1}
     """
     counts: Counter[str] = Counter()
     for code, count in sorted(code_points.items()):

@@ -14,6 +14,7 @@ import json
 import math
 import multiprocessing
 import os
+import pickle
 import re
 import signal
 import threading
@@ -43,7 +44,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 # ---- text ------------------------------------------------------------------------------------------------------------
 
-LINE_ENDS = re.compile("\r\n|[\r\v\f\x85\u2028\u2029]")
+LINE_ENDS = re.compile("[\r\v\f\x85\u2028\u2029]")
 CONTROLS = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\ufeff\ud800-\udfff]")  # also byte order marks and lone surrogates
 NO_LETTERS_OR_DIGITS = re.compile(r"[\W_]+")
 
@@ -54,7 +55,7 @@ def normalise(text: str) -> str:
     >>> normalise("\\ufeffcafe\\u0301\\r\\n")
     'café\\n'
     """
-    return unicodedata.normalize("NFC", CONTROLS.sub("", LINE_ENDS.sub("\n", text)))
+    return unicodedata.normalize("NFC", CONTROLS.sub("", LINE_ENDS.sub("\n", text.replace("\r\n", "\n"))))
 
 
 def leak_key(text: str) -> str:
@@ -228,16 +229,15 @@ def count_characters(text: str) -> dict[int, int]:
     return {int(code): int(counts[code]) for code in np.flatnonzero(counts)}
 
 
-def plan_corpus(path: Path, params: CorpusSplit, seed: int, workers: int) -> Plan:
+def plan_corpus(path: Path, params: CorpusSplit, seed: int, workers: Workers) -> Plan:
     """Surveys the corpus and gives each unit its split."""
     book = params.split == "book"
     batches = batches_of(path)
-    workers = min(workers, len(batches))
     n_records, n_units = array("q"), array("q")
     unit_chars, unit_hashes, unit_document = array("q"), array("Q"), array("q")
     document_hashes, code_points = array("Q"), Counter[int]()
     previous, hasher = None, _hasher(seed)
-    surveys = in_order(survey_batch, batches, workers, path, None if book else params.section_chars, seed)
+    surveys = workers.in_order(survey_batch, batches, path, None if book else params.section_chars, seed)
     for survey in _progress(surveys, batches, "survey"):
         units = iter(zip(survey.unit_chars, survey.unit_hashes, strict=True))
         for document, n, key in zip(survey.documents, survey.n_units, survey.keys, strict=True):
@@ -425,14 +425,14 @@ class EncodedCorpus(NamedTuple):
 
 
 def encode_corpus(
-    path: Path, folder: Path, plan: Plan, tokenizer: Tokenizer, shard_tokens: int, workers: int
+    path: Path, folder: Path, plan: Plan, tokenizer: Tokenizer, shard_tokens: int, workers: Workers
 ) -> EncodedCorpus:
     """Writes the shards and `meta.json`: the same bytes with any number of workers."""
     folder.mkdir(parents=True)
     writers = [ShardWriter(folder, split, shard_tokens) for split in SPLITS]
     n_bytes, unit_tokens = np.zeros(len(SPLITS), np.int64), array("q")
     used = np.zeros(tokenizer.vocab_size, np.int64)
-    results = in_order(encode_batch, encode_jobs(plan), min(workers, len(plan.batches)), path, tokenizer)
+    results = workers.in_order(encode_batch, encode_jobs(plan), path, tokenizer)
     for encoded in _progress(results, plan.batches, "encode"):
         for writer, tokens in zip(writers, encoded.tokens, strict=True):
             writer.write(tokens)
@@ -474,34 +474,56 @@ def encode_jobs(plan: Plan) -> Iterator[EncodeJob]:
 # ---- processes -------------------------------------------------------------------------------------------------------
 
 
-def in_order(function: Callable[..., T], jobs: Iterable[Any], workers: int, *shared: Any) -> Iterator[T]:
-    """`function(job, *shared)` for each job, in the order of the jobs, by `workers` processes.
+class Workers:
+    """Processes that share work out among them; a single worker is this process itself.
 
-    Two jobs for each process are under way at a time, so memory does not grow with their number.
+    >>> with Workers(1) as workers:
+    ...     list(workers.in_order(pow, [2, 3], 2))
+    [4, 9]
     """
-    if workers <= 1:
-        yield from (function(job, *shared) for job in jobs)
-        return
-    context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (function, shared))
-    pending: deque[Future[T]] = deque()
-    try:
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        # Not by fork: a fork of a process with threads may hang.
+        context = multiprocessing.get_context("spawn")
+        self._pool = ProcessPoolExecutor(count, context, _start_worker) if count > 1 else None
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def in_order(self, function: Callable[..., T], jobs: Iterable[Any], *shared: Any) -> Iterator[T]:
+        """`function(job, *shared)` for each job, in the order of the jobs.
+
+        Two jobs for each process are under way at a time, so memory does not grow with their number.
+        """
+        if self._pool is None:
+            yield from (function(job, *shared) for job in jobs)
+            return
+        pickled = pickle.dumps(shared)
+        pending: deque[Future[T]] = deque()
         for job in jobs:
-            pending.append(pool.submit(_work, job))
-            if len(pending) >= 2 * workers:
+            pending.append(self._pool.submit(_work, function, job, pickled))
+            if len(pending) >= 2 * self._count:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
-_task: tuple[Callable[..., Any], tuple[Any, ...]]
+_shared: tuple[bytes, tuple[Any, ...]] = b"", ()
 
 
-def _start_worker(function: Callable[..., Any], shared: tuple[Any, ...]) -> None:
-    global _task
-    _task = function, shared
+def _work(function: Callable[..., T], job: Any, pickled: bytes) -> T:
+    global _shared
+    if pickled != _shared[0]:  # a tokenizer takes longer to build than a batch to encode
+        _shared = pickled, pickle.loads(pickled)
+    return function(job, *_shared[1])
+
+
+def _start_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
 
     def end_with_parent() -> None:  # a parent that was killed cannot say so
@@ -511,11 +533,6 @@ def _start_worker(function: Callable[..., Any], shared: tuple[Any, ...]) -> None
             os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def _work(job: Any) -> Any:
-    function, shared = _task
-    return function(job, *shared)
 
 
 def _progress(results: Iterator[T], batches: Sequence[Batch], title: str) -> Iterator[T]:

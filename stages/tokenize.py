@@ -44,15 +44,17 @@ def write_tokens(run: Run, folder: Path) -> dict[str, Any]:
     prepare.write_rows(folder / "instructions", split_pairs)
     write_atomic(folder / "messages" / "labels.json", json.dumps(labels) + "\n")
 
-    corpus, workers = RAW / "corpus.jsonl", run.params.runtime.workers or cores()
-    plan = prepare.plan_corpus(corpus, params.corpus, seed, workers)
-    if params.tokenizer.kind == "gpt2":
-        tokenizer = Tokenizer.gpt2(RAW / "gpt2" / "encoder.json", RAW / "gpt2" / "vocab.bpe")
-    else:
-        texts = prepare.training_texts(corpus, plan, params.tokenizer.train_chars)
-        tokenizer = Tokenizer.train(texts, params.tokenizer.vocab_size)
-    tokenizer.save(folder / "tokenizer")
-    encoded = prepare.encode_corpus(corpus, folder / "corpus", plan, tokenizer, params.shard_tokens, workers)
+    corpus = RAW / "corpus.jsonl"
+    n_workers = min(run.params.runtime.workers or cores(), len(prepare.batches_of(corpus)))
+    with prepare.Workers(n_workers) as workers:
+        plan = prepare.plan_corpus(corpus, params.corpus, seed, workers)
+        if params.tokenizer.kind == "gpt2":
+            tokenizer = Tokenizer.gpt2(RAW / "gpt2" / "encoder.json", RAW / "gpt2" / "vocab.bpe")
+        else:
+            texts = prepare.training_texts(corpus, plan, params.tokenizer.train_chars)
+            tokenizer = Tokenizer.train(texts, params.tokenizer.vocab_size)
+        tokenizer.save(folder / "tokenizer")
+        encoded = prepare.encode_corpus(corpus, folder / "corpus", plan, tokenizer, params.shard_tokens, workers)
 
     return {
         "sources": sources(),

@@ -6,6 +6,7 @@ the sentences of a text. `python -m tests.test_prepare data/sample/stories.txt 4
 
 from __future__ import annotations
 
+import doctest
 import hashlib
 import json
 import random
@@ -19,6 +20,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -33,6 +35,7 @@ LEAK_FREE = CorpusSplit(split="leak_free", val=0.1, test=0.2, section_chars=2000
 BOOK = CorpusSplit(split="book", val=0.1, test=0.2, section_chars=2000)
 ROWS = LabelledSplit(split="leak_free", val=0.1, test=0.2)
 SEED = 123
+ALONE = prepare.Workers(1)  # without processes
 
 
 def words(chooser: random.Random, n: int) -> str:
@@ -61,9 +64,9 @@ def tokenizer() -> Tokenizer:
 def encode(
     path: Path, folder: Path, params: CorpusSplit, tokenizer: Tokenizer, **options: Any
 ) -> prepare.EncodedCorpus:
-    plan = prepare.plan_corpus(path, params, options.get("seed", SEED), options.get("workers", 1))
-    shard_tokens = options.get("shard_tokens", 10**6)
-    return prepare.encode_corpus(path, folder, plan, tokenizer, shard_tokens, options.get("workers", 1))
+    workers = options.get("workers", ALONE)
+    plan = prepare.plan_corpus(path, params, SEED, workers)
+    return prepare.encode_corpus(path, folder, plan, tokenizer, options.get("shard_tokens", 10**6), workers)
 
 
 def read_split(folder: Path, split: str) -> list[int]:
@@ -76,6 +79,11 @@ def read_texts(folder: Path, split: str, tokenizer: Tokenizer) -> list[str]:
     """The texts between the separators."""
     text = tokenizer.decode(read_split(folder, split))
     return text.split("<|endoftext|>")[:-1]
+
+
+@pytest.mark.parametrize("module", [prepare, datacard])
+def test_examples(module: ModuleType) -> None:
+    assert doctest.testmod(module).failed == 0
 
 
 # ---- text ------------------------------------------------------------------------------------------------------------
@@ -175,10 +183,10 @@ def disguise(text: str) -> str:
 def test_equal_documents_stand_in_one_split(tmp_path: Path, tokenizer: Tokenizer) -> None:
     documents = [document(seed) for seed in range(50)]
     path = write_corpus(tmp_path / "corpus.jsonl", [*documents, *map(disguise, documents)])
-    plan = prepare.plan_corpus(path, LEAK_FREE, SEED, 1)
+    plan = prepare.plan_corpus(path, LEAK_FREE, SEED, ALONE)
     assert plan.unit_split[:50].tolist() == plan.unit_split[50:].tolist()
     assert set(plan.unit_split.tolist()) == {0, 1, 2}
-    encoded = prepare.encode_corpus(path, tmp_path / "out", plan, tokenizer, 10**6, 1)
+    encoded = prepare.encode_corpus(path, tmp_path / "out", plan, tokenizer, 10**6, ALONE)
     card = datacard.describe_corpus(plan, encoded, "leak_free")
     assert card["duplicate_documents"] == card["duplicate_units"] == 50
     assert card["leaked_units"] == {"val": 0, "test": 0}
@@ -189,7 +197,7 @@ def test_equal_long_documents_stand_in_one_split_wherever_they_would_be_cut(tmp_
     other = disguise(long).replace("\n\n", " ")
     halves = [other[: len(other) // 2], other[len(other) // 2 :]]
     path = write_corpus(tmp_path / "corpus.jsonl", [long, halves, *(document(seed) for seed in range(2, 40))])
-    plan = prepare.plan_corpus(path, LEAK_FREE, SEED, 1)
+    plan = prepare.plan_corpus(path, LEAK_FREE, SEED, ALONE)
     assert (plan.unit_document <= 1).sum() > 10
     assert len(set(plan.unit_split[plan.unit_document <= 1].tolist())) == 1
 
@@ -197,7 +205,7 @@ def test_equal_long_documents_stand_in_one_split_wherever_they_would_be_cut(tmp_
 def test_a_document_written_as_several_records_is_not_cut_unless_it_is_long(tmp_path: Path) -> None:
     whole = CorpusSplit(split="leak_free", val=0.1, test=0.2, section_chars=10**6)
     records = [[document(seed), document(seed + 1000), document(seed + 2000)] for seed in range(30)]
-    plan = prepare.plan_corpus(write_corpus(tmp_path / "corpus.jsonl", records), whole, SEED, 1)
+    plan = prepare.plan_corpus(write_corpus(tmp_path / "corpus.jsonl", records), whole, SEED, ALONE)
     for number in range(30):
         assert len(set(plan.unit_split[plan.unit_document == number].tolist())) == 1
     assert plan.unit_ends.tolist() == [False, False, True] * 30
@@ -207,7 +215,7 @@ def test_a_short_document_equal_to_a_section_of_a_long_one(tmp_path: Path) -> No
     long = document(1, paragraphs=100)
     sections = cut_sections(long, LEAK_FREE.section_chars)
     plan = prepare.plan_corpus(
-        write_corpus(tmp_path / "c.jsonl", [long, *map(str.upper, sections)]), LEAK_FREE, SEED, 1
+        write_corpus(tmp_path / "c.jsonl", [long, *map(str.upper, sections)]), LEAK_FREE, SEED, ALONE
     )
     assert plan.unit_split[: len(sections)].tolist() == plan.unit_split[len(sections) :].tolist()
 
@@ -216,7 +224,7 @@ def test_the_seed_decides_and_the_order_does_not(tmp_path: Path) -> None:
     documents = [document(seed) for seed in range(100)]
 
     def splits(seed: int, order: list[str]) -> dict[str, int]:
-        plan = prepare.plan_corpus(write_corpus(tmp_path / "corpus.jsonl", order), LEAK_FREE, seed, 1)
+        plan = prepare.plan_corpus(write_corpus(tmp_path / "corpus.jsonl", order), LEAK_FREE, seed, ALONE)
         return dict(zip(order, plan.unit_split.tolist(), strict=True))
 
     assert splits(1, documents) == splits(1, documents[::-1])
@@ -226,12 +234,12 @@ def test_the_seed_decides_and_the_order_does_not(tmp_path: Path) -> None:
 @pytest.mark.parametrize("texts", [["one text"], ["one text", "One, text!", "two texts"]])
 def test_too_few_different_documents(tmp_path: Path, texts: list[str]) -> None:
     with pytest.raises(InputError, match=r"too little text to split.*section_chars.*split: book") as caught:
-        prepare.plan_corpus(write_corpus(tmp_path / "corpus.jsonl", texts), LEAK_FREE, SEED, 1)
+        prepare.plan_corpus(write_corpus(tmp_path / "corpus.jsonl", texts), LEAK_FREE, SEED, ALONE)
     assert "\n" not in str(caught.value)
 
 
 def test_three_documents_are_enough(tmp_path: Path) -> None:
-    plan = prepare.plan_corpus(write_corpus(tmp_path / "c.jsonl", ["one", "two", "three"]), LEAK_FREE, SEED, 1)
+    plan = prepare.plan_corpus(write_corpus(tmp_path / "c.jsonl", ["one", "two", "three"]), LEAK_FREE, SEED, ALONE)
     assert sorted(plan.unit_split.tolist()) == [0, 1, 2]
 
 
@@ -252,7 +260,7 @@ def test_bad_corpus_files(tmp_path: Path, content: str | None, message: str) -> 
     if content is not None:
         path.write_text(content)
     with pytest.raises(InputError, match=message) as caught:
-        prepare.plan_corpus(path, LEAK_FREE, SEED, 1)
+        prepare.plan_corpus(path, LEAK_FREE, SEED, ALONE)
     assert "\n" not in str(caught.value)
 
 
@@ -289,7 +297,7 @@ def test_book_split_of_one_document_is_the_text_encoded_in_two_parts(tmp_path: P
 
 def test_book_split_of_one_character(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="too little"):
-        prepare.plan_corpus(write_corpus(tmp_path / "corpus.jsonl", ["x"]), BOOK, SEED, 1)
+        prepare.plan_corpus(write_corpus(tmp_path / "corpus.jsonl", ["x"]), BOOK, SEED, ALONE)
 
 
 # ---- corpus: vocabulary and shards -----------------------------------------------------------------------------------
@@ -298,7 +306,7 @@ def test_book_split_of_one_character(tmp_path: Path) -> None:
 def test_the_vocabulary_sees_the_train_split_only(tmp_path: Path) -> None:
     documents = [f"{document(seed)} marker{seed:03d}" for seed in range(60)]
     path = write_corpus(tmp_path / "corpus.jsonl", documents)
-    plan = prepare.plan_corpus(path, LEAK_FREE, SEED, 1)
+    plan = prepare.plan_corpus(path, LEAK_FREE, SEED, ALONE)
     texts = list(prepare.training_texts(path, plan, 10**9))
     assert texts == [text for text, split in zip(documents, plan.unit_split, strict=True) if split == 0]
 
@@ -306,7 +314,7 @@ def test_the_vocabulary_sees_the_train_split_only(tmp_path: Path) -> None:
 def test_training_text_is_limited_and_taken_from_all_over(tmp_path: Path) -> None:
     documents = [document(1, paragraphs=200), *(document(seed) for seed in range(2, 200))]
     path = write_corpus(tmp_path / "corpus.jsonl", documents)
-    plan = prepare.plan_corpus(path, LEAK_FREE, SEED, 1)
+    plan = prepare.plan_corpus(path, LEAK_FREE, SEED, ALONE)
     limit = 20_000
     texts = list(prepare.training_texts(path, plan, limit))
     assert 0.95 * limit <= sum(map(len, texts)) <= limit
@@ -350,7 +358,8 @@ def test_the_bytes_do_not_depend_on_workers_and_batches(
     monkeypatch.setattr(prepare, "BATCH_BYTES", 3000)
     assert len(prepare.batches_of(path)) > 10
     encode(path, tmp_path / "b", params, tokenizer)
-    encode(path, tmp_path / "c", params, tokenizer, workers=2)
+    with prepare.Workers(2) as workers:
+        encode(path, tmp_path / "c", params, tokenizer, workers=workers)
     assert folder_digest(tmp_path / "a") == folder_digest(tmp_path / "b") == folder_digest(tmp_path / "c")
 
 
@@ -360,8 +369,8 @@ def double(number: int, factor: int) -> int:
     return factor * number
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_few_jobs_are_under_way_at_a_time(workers: int) -> None:
+@pytest.mark.parametrize("count", [1, 2])
+def test_few_jobs_are_under_way_at_a_time(count: int) -> None:
     taken = 0
 
     def jobs() -> Iterator[int]:
@@ -370,16 +379,19 @@ def test_few_jobs_are_under_way_at_a_time(workers: int) -> None:
             taken += 1
             yield number
 
-    for done, result in enumerate(prepare.in_order(double, jobs(), workers, 2)):
-        assert result == 2 * done
-        assert taken - done <= 2 * workers
-    assert taken == 100
+    with prepare.Workers(count) as workers:
+        for done, result in enumerate(workers.in_order(double, jobs(), 2)):
+            assert result == 2 * done
+            assert taken - done <= 2 * count
+        assert taken == 100
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_an_error_in_a_worker_is_the_same_error(workers: int) -> None:
-    with pytest.raises(InputError, match="negative"):
-        list(prepare.in_order(double, [1, 2, -3, 4], workers, 2))
+@pytest.mark.parametrize("count", [1, 2])
+def test_an_error_in_a_worker_is_the_same_error(count: int) -> None:
+    with prepare.Workers(count) as workers:
+        with pytest.raises(InputError, match="negative"):
+            list(workers.in_order(double, [1, 2, -3, 4], 2))
+        assert list(workers.in_order(double, [5], 3)) == [15]
 
 
 # ---- messages and instruction pairs ----------------------------------------------------------------------------------
@@ -598,8 +610,8 @@ def test_leakage_is_measured_where_the_book_split_has_it(tokenizer: Tokenizer) -
 def test_corpus_card(tmp_path: Path, tokenizer: Tokenizer) -> None:
     documents = [document(seed) for seed in range(98)] + [document(0), disguise(document(1))]
     path = write_corpus(tmp_path / "corpus.jsonl", documents)
-    plan = prepare.plan_corpus(path, BOOK, SEED, 1)
-    encoded = prepare.encode_corpus(path, tmp_path / "out", plan, tokenizer, 10**6, 1)
+    plan = prepare.plan_corpus(path, BOOK, SEED, ALONE)
+    encoded = prepare.encode_corpus(path, tmp_path / "out", plan, tokenizer, 10**6, ALONE)
     card = datacard.describe_corpus(plan, encoded, "book")
     assert card["documents"] == 100
     assert card["duplicate_documents"] == 2
@@ -628,23 +640,24 @@ def synthetic_corpus(source: Path, path: Path, n_bytes: int) -> None:
             number += 1
 
 
-def measure(source: Path, megabytes: int, workers: int, vocab_size: int = 8192) -> None:
+def measure(source: Path, megabytes: int, n_workers: int, vocab_size: int = 8192) -> None:
     folder = Path(tempfile.mkdtemp())
     params = CorpusSplit(split="leak_free", val=0.05, test=0.05, section_chars=10_000)
     try:
         path = folder / "corpus.jsonl"
         synthetic_corpus(source, path, megabytes * 1_000_000)
         times = [time.perf_counter()]
-        plan = prepare.plan_corpus(path, params, SEED, workers)
-        times.append(time.perf_counter())
-        tokenizer = Tokenizer.train(prepare.training_texts(path, plan, 50_000_000), vocab_size)
-        times.append(time.perf_counter())
-        prepare.encode_corpus(path, folder / "out", plan, tokenizer, 2**24, workers)
+        with prepare.Workers(n_workers) as workers:
+            plan = prepare.plan_corpus(path, params, SEED, workers)
+            times.append(time.perf_counter())
+            tokenizer = Tokenizer.train(prepare.training_texts(path, plan, 50_000_000), vocab_size)
+            times.append(time.perf_counter())
+            prepare.encode_corpus(path, folder / "out", plan, tokenizer, 2**24, workers)
         times.append(time.perf_counter())
         survey, train, encoding = np.diff(times)
         own, workers_own = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
         processor = own.ru_utime + own.ru_stime + workers_own.ru_utime + workers_own.ru_stime
-        print(f"{megabytes} MB, {workers} workers: {times[-1] - times[0]:.1f} s, processor {processor:.1f} s")
+        print(f"{megabytes} MB, {n_workers} workers: {times[-1] - times[0]:.1f} s, processor {processor:.1f} s")
         print(f"  survey {survey:.1f} s, vocabulary {train:.1f} s, encoding {encoding:.1f} s")
         print(f"  peak MiB: {own.ru_maxrss // 1024}, largest worker {workers_own.ru_maxrss // 1024}")
         print(f"  {folder_digest(folder / 'out')}")

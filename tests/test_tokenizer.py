@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import json
 import os
 import random
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import tiktoken
 
+import llm.tokenizer
 from llm.config import InputError
 from llm.tokenizer import END_OF_TEXT, FILE_NAME, GPT2_PATTERN, MIN_VOCAB_SIZE, Tokenizer
 
@@ -42,6 +44,10 @@ HARD_TEXTS = [
     "\U0010ffff",
     "it's IT'S 'tis 1234567 3.14159 a_b--c",
 ]
+
+
+def test_examples() -> None:
+    assert doctest.testmod(llm.tokenizer).failed == 0
 
 
 @pytest.mark.parametrize("text", HARD_TEXTS)
