@@ -9,10 +9,10 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
-from pydantic import ValidationError
+from pydantic import ValidationError, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save
 from torch import Tensor, nn
@@ -30,6 +30,14 @@ class ModelFolderConfig(Strict):
     labels: list[str] | None = None  # classifier: in the order of its outputs
     max_length: int | None = None  # classifier: tokens of a text that it reads
     template: Literal["alpaca", "chatml"] | None = None  # instruct: how a prompt is written
+
+    @model_validator(mode="after")
+    def _belongs_to_kind(self) -> Self:
+        if (self.kind == "classifier") != (bool(self.labels) and self.max_length is not None):
+            raise ValueError(f"labels and max_length go with kind classifier, found kind {self.kind}")
+        if (self.kind == "instruct") != (self.template is not None):
+            raise ValueError(f"a template goes with kind instruct, found kind {self.kind}")
+        return self
 
 
 class ModelFolder(NamedTuple):
@@ -74,8 +82,6 @@ def load_model_folder(folder: Path, device: torch.device | str = "cpu", dropout:
             "they do not belong together"
         )
     gpt = GPT(config.gpt)
-    if config.kind == "classifier" and not config.labels:
-        raise InputError(f"{path}: a classifier needs labels; make the model folder again")
     model = GPTClassifier(gpt, len(config.labels)) if config.labels else gpt
     load_weights(model, folder / "model.safetensors", config.gpt.tie_embeddings)
     return ModelFolder(model.to(device).eval(), tokenizer, config)
@@ -109,15 +115,18 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def save_state(folder: Path, step: int, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-    """Saves the state of a training at `step`, with a checksum; the last two states are kept."""
+    """Saves the state of a training at `step`, with a checksum; this state and the one before it are kept."""
     folder.mkdir(parents=True, exist_ok=True)
     payload = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
-    state = {"sha256": hashlib.sha256(payload).hexdigest(), "values": values}
-    with replaced_folder(folder / f"step-{step:08d}") as new:
+    state = {"sha256": checksum(payload, values), "values": values}
+    path = folder / f"step-{step:08d}"
+    with replaced_folder(path) as new:
         write_bytes(new / "state.safetensors", payload)
         write_bytes(new / "state.json", json.dumps(state).encode())
-    for old in saved_states(folder)[:-2]:
-        shutil.rmtree(old)
+    states = saved_states(folder)
+    i = states.index(path)
+    for other in states[: max(0, i - 1)] + states[i + 1 :]:  # a later one is damaged, or the training would be beyond it
+        shutil.rmtree(other)
 
 
 def load_state(folder: Path, say: Callable[[str], None]) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
@@ -126,12 +135,18 @@ def load_state(folder: Path, say: Callable[[str], None]) -> tuple[dict[str, Tens
         try:
             state = json.loads((path / "state.json").read_text())
             payload = (path / "state.safetensors").read_bytes()
-            if hashlib.sha256(payload).hexdigest() != state["sha256"]:
+            if checksum(payload, state["values"]) != state["sha256"]:
                 raise ValueError("the checksum differs")
             return load(payload), state["values"]
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             say(f"{path}: damaged training state, passed over ({error})")
     return None
+
+
+def checksum(payload: bytes, values: dict[str, Any]) -> str:
+    digest = hashlib.sha256(payload)
+    digest.update(json.dumps(values).encode())
+    return digest.hexdigest()
 
 
 def saved_states(folder: Path) -> list[Path]:
@@ -152,15 +167,22 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def replaced_folder(folder: Path) -> Iterator[Path]:
-    """A new empty folder that takes the place of `folder` when the block ends without an error."""
-    new = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(new, ignore_errors=True)
+    """A new empty folder that takes the place of `folder` when the block ends without an error.
+
+    The earlier folder is moved aside before it is deleted: a kill never leaves half a folder under the name.
+    """
+    new, old = (folder.with_name(folder.name + ending) for ending in (".partial", ".old"))
+    for leftover in (new, old):
+        shutil.rmtree(leftover, ignore_errors=True)
     new.mkdir(parents=True)
     try:
         yield new
         if folder.exists():
-            shutil.rmtree(folder)
+            folder.rename(old)
         new.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
+        if old.exists() and not folder.exists():
+            old.rename(folder)
         raise
