@@ -49,11 +49,11 @@ class TokenShards:
         try:
             meta = json.loads(path.read_text())
             info = meta["splits"][split]
-        except (OSError, ValueError, KeyError) as error:
+            self.n_tokens: int = info["tokens"]
+            self.n_bytes: int = info["bytes"]  # of the text, without separator tokens
+            self.shards = [np.memmap(folder / name, dtype=meta["dtype"], mode="r") for name in info["shards"]]
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path}: no readable token shards of split {split} ({error!r}); run tokenize") from None
-        self.n_tokens: int = info["tokens"]
-        self.n_bytes: int = info["bytes"]  # of the text, without separator tokens
-        self.shards = [np.memmap(folder / name, dtype=meta["dtype"], mode="r") for name in info["shards"]]
         self.starts: np.ndarray[Any, Any] = np.cumsum([0, *(len(shard) for shard in self.shards)])
         if self.starts[-1] != self.n_tokens:
             raise InputError(
@@ -95,7 +95,7 @@ def window_batches(
     @lru_cache(maxsize=2)
     def epoch(number: int) -> tuple[int, Tensor]:
         generator = torch.Generator().manual_seed(seed + 1_000_003 * number)
-        offset = int(torch.randint(0, min(spare, context_length) + 1, (), generator=generator))
+        offset = int(torch.randint(0, spare + 1, (), generator=generator))
         return offset, torch.randperm(per_epoch, generator=generator)
 
     def batches(step: int) -> list[Batch]:
@@ -272,6 +272,8 @@ def example_batches(
     An epoch shuffles the examples, sorts stretches of a few batches by length and shuffles the batches; the few
     examples that do not fill a batch wait for another epoch.
     """
+    if not examples:
+        raise InputError("there are no examples to train on: the training split is empty; give more data to tokenize")
     batch_size = min(batch_size, len(examples))
     per_epoch = len(examples) // batch_size
     stretch = 16 * batch_size

@@ -159,10 +159,7 @@ class GPT(nn.Module):
         if config.tie_embeddings:
             self.lm_head.weight = self.tok_emb.weight
         self.apply(self._init_weights)
-        for (
-            name,
-            p,
-        ) in self.named_parameters():  # each block adds twice to the residual stream (GPT-2)
+        for name, p in self.named_parameters():  # each block adds twice to the residual stream (GPT-2)
             if name.endswith(("out_proj.weight", "down_proj.weight")):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layers))
 

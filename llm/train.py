@@ -65,6 +65,8 @@ def mean_loss(model: nn.Module, loss_function: LossFunction, batches: Iterable[B
         loss, batch_weight = loss_function(model, batch.to(device))
         total += loss.item()
         weight += batch_weight.item()
+    if not weight:
+        raise InputError("there is nothing to evaluate on: the validation split is empty; give more data to tokenize")
     return total / weight
 
 
@@ -86,6 +88,8 @@ def freeze(classifier: GPTClassifier, trainable: str, last_blocks: int) -> None:
     if trainable == "last_blocks" and last_blocks > len(gpt.blocks):
         raise InputError(f"finetune_classify.last_blocks: {last_blocks}, but the model has {len(gpt.blocks)} blocks")
     gpt.requires_grad_(trainable == "all")
+    if not gpt.config.tie_embeddings:
+        gpt.lm_head.requires_grad_(False)  # a classifier does not use it
     if trainable == "last_blocks":
         for module in (*list(gpt.blocks)[len(gpt.blocks) - last_blocks :], gpt.final_norm):
             module.requires_grad_(True)
@@ -217,13 +221,14 @@ def _step(
 
 def _guard(state: _State, loss: float, grad_norm: float, micro_batches: list[Batch]) -> None:
     """Stops before a bad gradient reaches the weights."""
-    rows = ", ".join(str(row) for batch in micro_batches for row in batch.rows[:8])
+    rows = ", ".join(str(row) for batch in micro_batches for row in batch.rows)
     where = f"step {state.step}, batch of rows {rows}"
     if not math.isfinite(loss) or not math.isfinite(grad_norm):
         raise InputError(f"{where}: loss {loss}, gradient norm {grad_norm}: lower lr, or look at these rows")
-    recent = [*state.losses[-19:], loss]
-    if len(recent) == 20 and sum(recent) / 20 > 2 * state.history[0]["train/loss"] + 2:
-        raise InputError(f"{where}: the loss of the last 20 steps exploded to {sum(recent) / 20:.2f}: lower lr")
+    state.recent = [*state.recent[-19:], loss]
+    mean = sum(state.recent) / len(state.recent)
+    if len(state.recent) == 20 and mean > 2 * state.history[0]["train/loss"] + 2:
+        raise InputError(f"{where}: the loss of the last 20 steps exploded to {mean:.2f}: lower lr")
 
 
 def _evaluate(
@@ -263,6 +268,7 @@ class _State:
         self.model, self.optimizers = model, optimizers
         self.step = 0
         self.losses: list[float] = []  # of the steps since the last evaluation
+        self.recent: list[float] = []  # of the last 20 steps
         self.history: list[dict[str, float]] = []
         self.best_loss, self.best_step, self.evals_since_best = math.inf, 0, 0
         self.best: dict[str, Tensor] = {}  # the trained weights at best_step
@@ -288,7 +294,7 @@ class _State:
             tensors["random.cuda"] = torch.cuda.get_rng_state()
         values = {
             name: getattr(self, name)
-            for name in ("step", "losses", "history", "best_loss", "best_step", "evals_since_best")
+            for name in ("step", "losses", "recent", "history", "best_loss", "best_step", "evals_since_best")
         }
         return tensors, values
 

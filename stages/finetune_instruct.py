@@ -53,7 +53,6 @@ def train(run: Run, name: str, from_base: bool) -> FitResult:
     )
     assert isinstance(base.model, GPT)
     model = base.model if from_base else GPT(gpt).to(device)
-    prompt = encode_prompt(base.tokenizer, section.template, val_pairs[0].instruction, val_pairs[0].input)
     stop = stop_token(base.tokenizer, section.template)
 
     def evaluate() -> dict[str, float]:
@@ -61,6 +60,7 @@ def train(run: Run, name: str, from_base: bool) -> FitResult:
         return {"val/loss": mean_loss(model, next_token_loss, batches)}
 
     def sample() -> str:
+        prompt = encode_prompt(base.tokenizer, section.template, val_pairs[0].instruction, val_pairs[0].input)
         return base.tokenizer.decode(generate(model, [prompt], max_new_tokens=60, stop=[stop])[0])
 
     with run.graceful():
