@@ -1,0 +1,334 @@
+"""Model folders and training states: exact, whole or not at all, and strict about what they read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from llm.checkpoint import (
+    ModelFolder,
+    ModelFolderConfig,
+    load_model_folder,
+    load_state,
+    replaced_folder,
+    save_model_folder,
+    save_state,
+)
+from llm.config import InputError
+from llm.model import GPT, GPTClassifier
+from llm.tokenizer import Tokenizer
+from tests.helpers import FORMS, gpt_config, randomize, tiny_tokenizer
+
+
+def content(kind: str = "base", seed: int = 0, **changes: Any) -> ModelFolder:
+    tokenizer = tiny_tokenizer()
+    gpt = GPT(gpt_config(**{"vocab_size": tokenizer.vocab_size} | changes))
+    model: GPT | GPTClassifier = gpt
+    config = ModelFolderConfig(kind="base", gpt=gpt.config)
+    if kind == "classifier":
+        model = GPTClassifier(gpt, 2)
+        config = ModelFolderConfig(kind="classifier", gpt=gpt.config, labels=["ham", "späm"], max_length=12)
+    elif kind == "instruct":
+        config = ModelFolderConfig(kind="instruct", gpt=gpt.config, template="chatml")
+    randomize(model, seed)
+    return ModelFolder(model, tokenizer, config)
+
+
+def file_bytes(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# ---- model folders ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
+@pytest.mark.parametrize("kind", ["base", "classifier", "instruct"])
+def test_a_model_folder_reads_back_exactly(tmp_path: Path, kind: str, form: dict[str, Any]) -> None:
+    saved = content(kind, **form)
+    save_model_folder(tmp_path / "models" / "it", saved)
+    loaded = load_model_folder(tmp_path / "models" / "it")
+
+    assert loaded.config == saved.config
+    assert type(loaded.model) is type(saved.model)
+    assert not loaded.model.training
+    expected = saved.model.state_dict()
+    assert expected.keys() == loaded.model.state_dict().keys()
+    for name, tensor in loaded.model.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+    text = "the cat sat on ß"
+    assert loaded.tokenizer.encode(text) == saved.tokenizer.encode(text)
+    assert loaded.tokenizer.special_tokens == saved.tokenizer.special_tokens
+    idx = torch.tensor([[1, 5, 250, 9]])
+    more = [torch.tensor([3])] if kind == "classifier" else []
+    assert torch.equal(loaded.model(idx, *more), saved.model(idx, *more))
+
+
+def test_a_model_folder_holds_three_files_and_always_the_same_bytes(tmp_path: Path) -> None:
+    save_model_folder(tmp_path / "a", content())
+    save_model_folder(tmp_path / "b", content())
+    assert set(file_bytes(tmp_path / "a")) == {"config.json", "model.safetensors", "bpe.json"}
+    assert file_bytes(tmp_path / "a") == file_bytes(tmp_path / "b")
+
+
+@pytest.mark.parametrize("kind", ["base", "classifier"])
+def test_a_tied_head_is_stored_once_and_stays_tied(tmp_path: Path, kind: str) -> None:
+    save_model_folder(tmp_path / "it", content(kind))
+    assert not any(name.endswith("lm_head.weight") for name in load_file(tmp_path / "it" / "model.safetensors"))
+    model = load_model_folder(tmp_path / "it").model
+    gpt = model.gpt if isinstance(model, GPTClassifier) else model
+    assert gpt.lm_head.weight is gpt.tok_emb.weight
+
+
+def test_dropout_belongs_to_the_training_not_to_the_folder(tmp_path: Path) -> None:
+    save_model_folder(tmp_path / "it", content(dropout=0.3))
+    for dropout in (0.0, 0.2):
+        loaded = load_model_folder(tmp_path / "it", dropout=dropout)
+        assert loaded.config.gpt.dropout == dropout
+        assert {m.p for m in loaded.model.modules() if isinstance(m, torch.nn.Dropout)} == {dropout}
+
+
+def test_a_tokenizer_may_be_smaller_than_the_vocabulary(tmp_path: Path) -> None:
+    padded = content(vocab_size=320)
+    save_model_folder(tmp_path / "it", padded)
+    assert load_model_folder(tmp_path / "it").config.gpt.vocab_size == 320
+
+
+def edit_config(**changes: Any) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        values = json.loads((folder / "config.json").read_text())
+        for key, value in changes.items():
+            section = values["gpt"] if key in values["gpt"] else values
+            if value is None:
+                del section[key]
+            else:
+                section[key] = value
+        (folder / "config.json").write_text(json.dumps(values))
+
+    return edit
+
+
+def edit_weights(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        weights = load_file(folder / "model.safetensors")
+        change(weights)
+        save_file(weights, folder / "model.safetensors")
+
+    return edit
+
+
+def truncate(name: str, length: int) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:length]) and None
+
+
+Q = "blocks.1.attn.q_proj.weight"
+BROKEN: dict[str, tuple[str, Callable[[Path], Any], str]] = {
+    "no config": ("base", lambda f: (f / "config.json").unlink(), "not a model folder: config.json is missing"),
+    "config cut": ("base", truncate("config.json", 100), r"config\.json: not valid JSON \(.*\); make the model folder"),
+    "config binary": ("base", lambda f: (f / "config.json").write_bytes(b"\xff\xfe\x00"), "not valid JSON"),
+    "config a list": ("base", lambda f: (f / "config.json").write_text("[]"), r"config\.json: "),
+    "config unknown key": ("base", edit_config(extra=1), r"config\.json: extra: unknown key"),
+    "config missing key": ("base", edit_config(n_heads=None), r"config\.json: gpt\.n_heads: missing key"),
+    "config wrong type": ("base", edit_config(n_layers="2"), r"config\.json: gpt\.n_layers: .*found '2'"),
+    "config odd heads": ("base", edit_config(n_kv_heads=3), r"config\.json: gpt: n_heads 4 must be a multiple"),
+    "kind unknown": ("base", edit_config(kind="chat"), r"config\.json: kind: .*found 'chat'"),
+    "classifier without labels": ("classifier", edit_config(labels=None), "labels and max_length go with kind class"),
+    "classifier without labels at all": ("classifier", edit_config(labels=[]), "labels and max_length go with kind"),
+    "classifier without max_length": ("classifier", edit_config(max_length=None), "labels and max_length go with kind"),
+    "base with labels": ("base", edit_config(labels=["a", "b"], max_length=3), "found kind base"),
+    "instruct without template": ("instruct", edit_config(template=None), "a template goes with kind instruct"),
+    "base with template": ("base", edit_config(template="alpaca"), "found kind base"),
+    "no weights": ("base", lambda f: (f / "model.safetensors").unlink(), r"model\.safetensors: cannot be read"),
+    "weights cut": ("base", truncate("model.safetensors", 5000), r"model\.safetensors: cannot be read as safetensors"),
+    "weights empty": ("base", truncate("model.safetensors", 0), r"model\.safetensors: cannot be read as safetensors"),
+    "tensor missing": ("base", edit_weights(lambda w: w.pop(Q)), f"tensor {Q} is missing"),
+    "tensor extra": ("base", edit_weights(lambda w: w.update(new=w[Q].clone())), r"tensor new has no place .*1 left"),
+    "tensor for an untied head": (
+        "base",
+        edit_weights(lambda w: w.update({"lm_head.weight": w["tok_emb.weight"].clone()})),
+        r"tensor lm_head\.weight has no place",
+    ),
+    "tensor of another shape": (
+        "base",
+        edit_weights(lambda w: w.update({Q: w[Q][:8].clone()})),
+        rf"tensor {Q} has shape \[8, 16\], config\.json asks for \[16, 16\]",
+    ),
+    "more layers than weights": ("base", edit_config(n_layers=3), r"tensor blocks\.2\..* is missing"),
+    "fewer layers than weights": ("base", edit_config(n_layers=1), r"tensor blocks\.1\..* has no place"),
+    "labels of another head": (
+        "classifier",
+        edit_config(labels=["a", "b", "c"]),
+        r"tensor head\.weight has shape \[2, 16\], config\.json asks for \[3, 16\]",
+    ),
+    "no tokenizer": ("base", lambda f: (f / "bpe.json").unlink(), r"bpe\.json: there is no tokenizer here"),
+    "tokenizer cut": ("base", truncate("bpe.json", 300), r"bpe\.json: not a tokenizer"),
+    "tokenizer of a larger vocabulary": (
+        "base",
+        edit_config(vocab_size=270),
+        "the tokenizer has 280 tokens, the model only 270; they do not belong together",
+    ),
+}
+
+
+@pytest.mark.parametrize(("kind", "harm", "message"), BROKEN.values(), ids=BROKEN.keys())
+def test_a_broken_model_folder_is_one_clear_line(
+    tmp_path: Path, kind: str, harm: Callable[[Path], Any], message: str
+) -> None:
+    save_model_folder(tmp_path, content(kind))
+    harm(tmp_path)
+    with pytest.raises(InputError, match=message) as error:
+        load_model_folder(tmp_path)
+    assert "\n" not in str(error.value)
+    assert str(tmp_path) in str(error.value)
+
+
+def test_a_folder_that_is_not_there_is_one_clear_line(tmp_path: Path) -> None:
+    for path in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(InputError, match=r"not a model folder: config\.json is missing; name a folder such as"):
+            load_model_folder(path)
+
+
+# ---- whole or not at all ---------------------------------------------------------------------------------------------
+
+
+def test_a_new_folder_takes_the_place_of_the_old_one(tmp_path: Path) -> None:
+    save_model_folder(tmp_path / "it", content(seed=0))
+    (tmp_path / "it" / "left over").write_text("from before")
+    save_model_folder(tmp_path / "it", content(seed=1))
+    save_model_folder(tmp_path / "other", content(seed=1))
+    assert file_bytes(tmp_path / "it") == file_bytes(tmp_path / "other")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["it", "other"]
+
+
+@pytest.mark.parametrize("failing", ["Tokenizer.save", "the last rename"])
+def test_a_failure_in_the_middle_leaves_the_old_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    folder = tmp_path / "it"
+    save_model_folder(folder, content(seed=0))
+    before = file_bytes(folder)
+    rename = Path.rename
+
+    def disk_full(self: Any, *arguments: Any) -> Any:
+        if failing == "the last rename" and self.name != "it.partial":
+            return rename(self, *arguments)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(*((Tokenizer, "save") if failing == "Tokenizer.save" else (Path, "rename")), disk_full)
+    with pytest.raises(OSError, match="No space left"):
+        save_model_folder(folder, content(seed=1))
+    assert file_bytes(folder) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["it"]
+
+    monkeypatch.undo()
+    with pytest.raises(KeyboardInterrupt), replaced_folder(folder) as new:
+        (new / "config.json").write_text("half")
+        raise KeyboardInterrupt
+    assert file_bytes(folder) == before
+
+
+def test_what_a_kill_left_behind_is_cleared_away(tmp_path: Path) -> None:
+    for name in ("it.partial", "it.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "half a file").write_text("?")
+    save_model_folder(tmp_path / "it", content())
+    assert [path.name for path in tmp_path.iterdir()] == ["it"]
+    assert "half a file" not in file_bytes(tmp_path / "it")
+
+
+# ---- training states -------------------------------------------------------------------------------------------------
+
+
+def state(step: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors = {
+        "model.weight": torch.full((3, 2), step / 7),
+        "optimizer.0.0.step": torch.tensor(float(step)),
+        "random.cpu": torch.arange(16, dtype=torch.uint8) + step,
+    }
+    values = {"step": step, "best_loss": float("inf"), "history": [{"step": 0.0, "val/loss": 0.1 + 0.2}], "losses": []}
+    return tensors, values
+
+
+def silent(message: str) -> None:
+    raise AssertionError(message)
+
+
+def test_a_state_reads_back_exactly_and_two_are_kept(tmp_path: Path) -> None:
+    folder = tmp_path / "of" / "this" / "training"
+    assert load_state(folder, silent) is None
+    for step in (7, 20, 100):
+        save_state(folder, step, *state(step))
+        loaded = load_state(folder, silent)
+        assert loaded is not None
+        tensors, values = state(step)
+        assert loaded[1] == values
+        assert loaded[0].keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            assert loaded[0][name].dtype == tensor.dtype and torch.equal(loaded[0][name], tensor)
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000020", "step-00000100"]
+
+
+def flip_bit(path: Path, position: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES: dict[str, Callable[[Path], Any]] = {
+    "a bit of a tensor": lambda path: flip_bit(path / "state.safetensors", -3),
+    "tensors cut": lambda path: (path / "state.safetensors").write_bytes(b"\x10\x00"),
+    "no tensors": lambda path: (path / "state.safetensors").unlink(),
+    "values cut": lambda path: (path / "state.json").write_text('{"sha256": "ab'),
+    "values changed": lambda path: (path / "state.json").write_text(
+        (path / "state.json").read_text().replace('"best_loss": Inf', '"best_loss": -Inf')
+    ),
+    "values of another kind": lambda path: (path / "state.json").write_text("[]"),
+    "values empty": lambda path: (path / "state.json").write_text("{}"),
+    "no values": lambda path: (path / "state.json").unlink(),
+    "values binary": lambda path: (path / "state.json").write_bytes(b"\xff\xff\x00"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
+def test_a_damaged_state_gives_way_to_the_one_before(tmp_path: Path, damage: Callable[[Path], Any]) -> None:
+    for step in (10, 20):
+        save_state(tmp_path, step, *state(step))
+    said: list[str] = []
+    damage(tmp_path / "step-00000020")
+    loaded = load_state(tmp_path, said.append)
+    assert loaded is not None and loaded[1]["step"] == 10
+    assert len(said) == 1 and said[0].startswith(f"{tmp_path}/step-00000020: damaged training state, passed over")
+    assert "\n" not in said[0]
+    damage(tmp_path / "step-00000010")
+    said.clear()
+    assert load_state(tmp_path, said.append) is None
+    assert len(said) == 2
+
+
+def test_after_damage_the_states_that_are_written_again_stay(tmp_path: Path) -> None:
+    """A training that went back to an early step must not lose what it saves there to later, damaged states."""
+    for step in (300, 400):
+        save_state(tmp_path, step, *state(step))
+        flip_bit(tmp_path / f"step-{step:08d}" / "state.safetensors", -3)
+    assert load_state(tmp_path, lambda message: None) is None
+    for step in (50, 100):
+        save_state(tmp_path, step, *state(step))
+        loaded = load_state(tmp_path, silent)
+        assert loaded is not None and loaded[1]["step"] == step
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000050", "step-00000100"]
+
+
+def test_a_state_that_was_only_half_written_does_not_count(tmp_path: Path) -> None:
+    save_state(tmp_path, 10, *state(10))
+    with pytest.raises(KeyboardInterrupt), replaced_folder(tmp_path / "step-00000020") as new:
+        (new / "state.json").write_text("{")
+        raise KeyboardInterrupt
+    (tmp_path / "step-00000030.partial").mkdir()  # what SIGKILL leaves
+    loaded = load_state(tmp_path, silent)
+    assert loaded is not None and loaded[1]["step"] == 10

@@ -1,0 +1,566 @@
+"""`fit`: exact losses and gradients, learning, stopping, going on after a stop, and the guards."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from llm.config import InputError, TrainParams
+from llm.data import IGNORE, Batch, Example, batches_by_length, collate_labels, collate_pairs
+from llm.model import GPT, GPTClassifier
+from llm.train import (
+    FitResult,
+    _step,
+    accuracy,
+    fit,
+    freeze,
+    label_loss,
+    mean_loss,
+    next_token_loss,
+    pick_device,
+)
+from tests.helpers import GPT2_FORM, SHIPPED_FORM, gpt_config, randomize, runtime_params, train_params
+
+CPU = torch.device("cpu")
+
+
+def random_batch(step: int, rows: int = 4, vocab_size: int = 61) -> Batch:
+    windows = torch.randint(0, vocab_size, (rows, 9), generator=torch.Generator().manual_seed(step))
+    return Batch(windows[:, :-1], windows[:, 1:], list(range(step * rows, (step + 1) * rows)))
+
+
+def random_batches(step: int) -> list[Batch]:
+    return [random_batch(step)]
+
+
+def new_gpt(**changes: Any) -> GPT:
+    torch.manual_seed(0)
+    return GPT(gpt_config(**changes))
+
+
+def new_classifier(**changes: Any) -> GPTClassifier:
+    torch.manual_seed(0)
+    return GPTClassifier(GPT(gpt_config(**changes)), 3)
+
+
+def val_loss(model: GPT) -> dict[str, float]:
+    return {"val/loss": mean_loss(model, next_token_loss, [random_batch(1000), random_batch(1001, rows=3)])}
+
+
+def train(model: GPT, params: TrainParams, **arguments: Any) -> FitResult:
+    arguments = {"batches": random_batches, "evaluate": lambda: val_loss(model)} | arguments
+    batches, loss = arguments.pop("batches"), arguments.pop("loss", next_token_loss)
+    runtime = arguments.pop("runtime", runtime_params())
+    return fit(model, loss, batches, params, runtime, **arguments)
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def assert_same_bits(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+# ---- exact losses ----------------------------------------------------------------------------------------------------
+
+
+def plain_losses(logits: Tensor, targets: Tensor) -> list[Tensor]:
+    """-log softmax at each counted target, in float64, one position at a time."""
+    logits = logits.double().flatten(0, -2)
+    return [
+        logits[i].logsumexp(0) - logits[i, target]
+        for i, target in enumerate(targets.flatten().tolist())
+        if target != IGNORE
+    ]
+
+
+def ragged_examples() -> list[Example]:
+    """Eight pairs with very different numbers of targets."""
+    generator = torch.Generator().manual_seed(5)
+    shapes = [(3, 0), (16, 12), (5, 1), (9, 0), (16, 2), (4, 2), (12, 10), (7, 5)]
+    return [
+        Example(torch.randint(0, 61, (length,), generator=generator).tolist(), counted, length % 3)
+        for length, counted in shapes
+    ]
+
+
+def test_next_token_loss_is_the_sum_over_counted_targets() -> None:
+    model = randomize(new_gpt())
+    assert isinstance(model, GPT)
+    for batch in (random_batch(0), collate_pairs(ragged_examples(), range(8))):
+        with torch.no_grad():
+            loss, count = next_token_loss(model, batch)
+            expected = plain_losses(model(batch.idx), batch.targets)
+        assert count.item() == len(expected) == (batch.targets != IGNORE).sum()
+        assert loss.item() == pytest.approx(sum(expected).item(), rel=1e-6)
+
+
+def test_label_loss_with_class_weights_is_the_weighted_mean() -> None:
+    classifier = new_classifier()
+    randomize(classifier)
+    batch = collate_labels(ragged_examples(), range(8))
+    class_weights = torch.tensor([0.5, 2.0, 3.5])
+    assert batch.lengths is not None
+    with torch.no_grad():
+        losses = plain_losses(classifier(batch.idx, batch.lengths), batch.targets)
+        loss, count = label_loss(classifier, batch)
+        weighted, weight = label_loss(classifier, batch, class_weights)
+    assert count.item() == 8
+    assert loss.item() == pytest.approx(sum(losses).item(), rel=1e-6)
+    w = class_weights[batch.targets].double()
+    assert (weighted / weight).item() == pytest.approx(
+        (w * torch.stack(losses)).sum().item() / w.sum().item(), rel=1e-6
+    )
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_mean_loss_does_not_depend_on_how_examples_are_batched(batch_size: int) -> None:
+    model, examples = randomize(new_gpt()), ragged_examples()
+    assert isinstance(model, GPT)
+    with torch.no_grad():
+        alone = [collate_pairs(examples, [row]) for row in range(8)]
+        losses = [loss for batch in alone for loss in plain_losses(model(batch.idx), batch.targets)]
+        found = mean_loss(model, next_token_loss, batches_by_length(examples, collate_pairs, batch_size))
+    assert found == pytest.approx(sum(losses).item() / len(losses), rel=1e-6)
+
+
+def test_an_empty_validation_split_is_named() -> None:
+    with pytest.raises(InputError, match="validation split is empty"):
+        mean_loss(new_gpt(), next_token_loss, [])
+
+
+def test_accuracy_counts_the_likeliest_labels() -> None:
+    classifier, examples = new_classifier(), ragged_examples()
+    randomize(classifier)
+    with torch.no_grad():
+        right = [
+            classifier(torch.tensor([example.ids]), torch.tensor([len(example.ids)])).argmax().item() == example.label
+            for example in examples
+        ]
+        assert accuracy(classifier, batches_by_length(examples, collate_labels, 3)) == sum(right) / 8
+
+
+# ---- exact gradients -------------------------------------------------------------------------------------------------
+
+
+def gradients_of_step(model: nn.Module, loss: Any, batches: list[Batch], grad_clip: float = 0.0) -> dict[str, Tensor]:
+    """The gradients that a step uses; also that the loss and norm which it reports are theirs."""
+    model = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(model.parameters())
+    _, norm = _step(model, loss, batches, [optimizer], grad_clip, CPU)
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    total = math.sqrt(sum(gradient.double().square().sum().item() for gradient in gradients.values()))
+    assert total == pytest.approx(min(norm, grad_clip) if grad_clip else norm, rel=1e-5)
+    return gradients
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4, 8])
+def test_accumulated_gradients_are_those_of_one_mean_over_all_targets(parts: int) -> None:
+    model, examples = randomize(new_gpt()), ragged_examples()
+    assert isinstance(model, GPT)
+    whole = collate_pairs(examples, range(8))
+    losses = plain_losses(model(whole.idx), whole.targets)
+    (sum(losses) / len(losses)).backward()
+
+    size = 8 // parts
+    micro_batches = [collate_pairs(examples, range(i, i + size)) for i in range(0, 8, size)]
+    found = gradients_of_step(model, next_token_loss, micro_batches)
+    for name, p in model.named_parameters():
+        assert p.grad is not None
+        torch.testing.assert_close(found[name], p.grad, atol=2e-6, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 8])
+def test_accumulated_gradients_with_class_weights(parts: int) -> None:
+    classifier, examples = new_classifier(), ragged_examples()
+    randomize(classifier)
+    class_weights = torch.tensor([0.5, 2.0, 3.5])
+    whole = collate_labels(examples, range(8))
+    assert whole.lengths is not None
+    w = class_weights[whole.targets].double()
+    losses = torch.stack(plain_losses(classifier(whole.idx, whole.lengths), whole.targets))
+    ((w * losses).sum() / w.sum()).backward()
+
+    size = 8 // parts
+    micro_batches = [collate_labels(examples, range(i, i + size)) for i in range(0, 8, size)]
+    found = gradients_of_step(classifier, partial(label_loss, class_weights=class_weights), micro_batches)
+    for name, gradient in found.items():
+        expected = classifier.get_parameter(name).grad
+        assert expected is not None
+        torch.testing.assert_close(gradient, expected, atol=2e-6, rtol=1e-4, msg=name)
+
+
+def test_clipping_scales_the_whole_gradient_and_zero_means_none() -> None:
+    model = randomize(new_gpt())
+    free = gradients_of_step(model, next_token_loss, [random_batch(0)])
+    norm = math.sqrt(sum(gradient.square().sum().item() for gradient in free.values()))
+    clipped = gradients_of_step(model, next_token_loss, [random_batch(0)], grad_clip=norm / 4)
+    for name, gradient in clipped.items():
+        torch.testing.assert_close(gradient, free[name] / 4, atol=1e-6, rtol=1e-4)
+    unclipped = gradients_of_step(model, next_token_loss, [random_batch(0)], grad_clip=norm * 4)
+    assert_same_bits(unclipped, free)
+
+
+# ---- learning --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("form", [GPT2_FORM, SHIPPED_FORM], ids=["gpt2", "shipped"])
+def test_one_batch_is_learned_by_heart(optimizer: str, form: dict[str, Any]) -> None:
+    model, batch = new_gpt(**form), random_batch(0)
+    params = train_params(max_steps=80, optimizer=optimizer, eval_interval=80, weight_decay=0.0)
+    result = train(
+        model,
+        params,
+        batches=lambda step: [batch],
+        evaluate=lambda: {"val/loss": mean_loss(model, next_token_loss, [batch])},
+    )
+    # Different rows may begin with the same token, so that the first target cannot be known.
+    assert result.history[0]["val/loss"] > 4
+    assert result.kept["val/loss"] < 0.3
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize(
+    ("trainable", "last_blocks", "trained"),
+    [
+        ("head", 2, ("head.",)),
+        ("last_blocks", 0, ("head.", "gpt.final_norm.")),
+        ("last_blocks", 1, ("head.", "gpt.final_norm.", "gpt.blocks.2.")),
+        ("last_blocks", 3, ("head.", "gpt.final_norm.", "gpt.blocks.")),
+        ("all", 0, ("head.", "gpt.final_norm.", "gpt.blocks.", "gpt.tok_emb.", "gpt.pos_emb.")),
+    ],
+)
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_training_changes_the_chosen_part_and_nothing_else(
+    optimizer: str, trainable: str, last_blocks: int, trained: tuple[str, ...], tied: bool
+) -> None:
+    classifier = new_classifier(n_layers=3, dropout=0.1, tie_embeddings=tied)
+    randomize(classifier)
+    freeze(classifier, trainable, last_blocks)
+    before, examples = weights(classifier), ragged_examples()
+    fit(
+        classifier,
+        label_loss,
+        lambda step: [collate_labels(examples, range(8))],
+        train_params(max_steps=3, optimizer=optimizer),
+        runtime_params(),
+        evaluate=lambda: {"val/loss": mean_loss(classifier, label_loss, [collate_labels(examples, range(8))])},
+    )
+    for name, p in classifier.named_parameters():
+        assert p.requires_grad == name.startswith(trained), name
+        if name.endswith("k_proj.bias"):
+            continue  # adds the same to all scores of a query, so that softmax leaves it no gradient but rounding
+        assert torch.equal(p, before[name]) != name.startswith(trained), name
+
+
+def test_more_blocks_than_there_are_is_an_error() -> None:
+    with pytest.raises(InputError, match="last_blocks: 3, but the model has 2 blocks"):
+        freeze(new_classifier(), "last_blocks", 3)
+
+
+# ---- what fit does and says ------------------------------------------------------------------------------------------
+
+
+def test_the_history_has_a_row_for_the_start_each_interval_and_the_end() -> None:
+    model = new_gpt()
+    logged: list[tuple[dict[str, float], int]] = []
+    params = train_params(max_steps=11, eval_interval=4, warmup_steps=4)
+    result = train(model, params, log=lambda metrics, step: logged.append((dict(metrics), step)))
+    assert [row["step"] for row in result.history] == [0, 4, 8, 11]
+    assert all(list(row) == ["step", "train/loss", "val/loss", "lr"] for row in result.history)
+    losses = {step: metrics["train/loss"] for metrics, step in logged if "train/loss" in metrics}
+    assert list(losses) == list(range(1, 12))
+    for before, row in pairwise(result.history):
+        between = [losses[step] for step in range(int(before["step"]) + 1, int(row["step"]) + 1)]
+        assert row["train/loss"] == pytest.approx(sum(between) / len(between))
+    assert {step: m["val/loss"] for m, step in logged if "val/loss" in m} == {
+        row["step"]: row["val/loss"] for row in result.history
+    }
+    steps = [metrics for metrics, step in logged if "lr" in metrics]
+    assert [metrics["lr"] for metrics in steps[:5]] == pytest.approx([0.0025, 0.005, 0.0075, 0.01, 0.01])
+    assert all(set(metrics) == {"train/loss", "lr", "grad_norm", "tokens_per_s"} for metrics in steps)
+    assert result.steps == result.best_step == 11
+
+
+def test_log_interval_thins_the_log() -> None:
+    steps: list[int] = []
+    runtime = runtime_params(log_interval=3)
+    log: Callable[[Mapping[str, float], int], None] = lambda m, step: steps.append(step) if "lr" in m else None  # noqa: E731
+    train(new_gpt(), train_params(max_steps=10), runtime=runtime, log=log)
+    assert steps == [3, 6, 9]
+
+
+def test_evaluation_is_without_dropout_and_gradient_and_shows_a_sample(capsys: pytest.CaptureFixture[str]) -> None:
+    model = new_gpt(dropout=0.5)
+    seen: list[tuple[bool, bool]] = []
+
+    def evaluate() -> dict[str, float]:
+        seen.append((model.training, torch.is_grad_enabled()))
+        return {"val/loss": 1.0}
+
+    def loss(model: GPT, batch: Batch) -> tuple[Tensor, Tensor]:
+        assert model.training
+        return next_token_loss(model, batch)
+
+    train(model, train_params(max_steps=6), loss=loss, evaluate=evaluate, sample=lambda: "Once upon", title="a title")
+    assert seen == [(False, False)] * 3
+    captured = capsys.readouterr()
+    assert captured.err.count("sample: 'Once upon'") == 3
+    assert "a title: step 5, train/loss" in captured.err
+    assert captured.out == ""
+
+
+def test_zero_steps_evaluate_and_leave_the_weights() -> None:
+    for keep in ("best", "last"):
+        model = new_gpt()
+        before = weights(model)
+        result = train(model, train_params(max_steps=0, keep=keep))
+        assert_same_bits(weights(model), before)
+        assert result.steps == result.best_step == 0
+        assert [row["step"] for row in result.history] == [0]
+        assert result.kept == {"train/loss": result.history[0]["val/loss"], "val/loss": result.history[0]["val/loss"]}
+
+
+def scripted(model: GPT, losses: list[float]) -> tuple[Callable[[], dict[str, float]], list[dict[str, Tensor]]]:
+    """An `evaluate` that returns the given losses, and the weights at each of its calls."""
+    snapshots: list[dict[str, Tensor]] = []
+
+    def evaluate() -> dict[str, float]:
+        snapshots.append(weights(model))
+        return {"val/loss": losses[len(snapshots) - 1]}
+
+    return evaluate, snapshots
+
+
+def test_keep_best_or_last() -> None:
+    losses = [4.0, 2.0, 3.0, 2.0]  # of two equal ones the first is the best
+    for keep, kept in (("best", 1), ("last", 3)):
+        model = new_gpt()
+        evaluate, snapshots = scripted(model, losses)
+        result = train(model, train_params(max_steps=6, eval_interval=2, keep=keep), evaluate=evaluate)
+        assert (result.steps, result.best_step) == (6, 2 * kept)
+        assert_same_bits(weights(model), snapshots[kept])
+        assert result.kept["val/loss"] == losses[kept]
+
+
+def test_patience_ends_a_training_that_no_longer_improves() -> None:
+    model = new_gpt()
+    evaluate, snapshots = scripted(model, [4.0, 3.0, 3.1, 2.9, 2.9, 3.0, 1.0])
+    params = train_params(max_steps=100, eval_interval=2, patience=2, keep="best")
+    result = train(model, params, evaluate=evaluate)
+    assert (result.steps, result.best_step) == (10, 6)  # 2.9 again is no improvement
+    assert_same_bits(weights(model), snapshots[3])
+
+
+# ---- going on after a stop -------------------------------------------------------------------------------------------
+
+RESUME_STEPS = 11
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing after it runs."""
+
+
+def resumable(
+    folder: Path | None, optimizer: str, keep: str, stop_at: int | None = None, kill_at: int | None = None
+) -> tuple[FitResult, dict[str, Tensor]]:
+    """A training with dropout and accumulation that is stopped after one step, or killed in another."""
+    model = new_gpt(dropout=0.2)
+    params = train_params(
+        max_steps=RESUME_STEPS, eval_interval=4, optimizer=optimizer, keep=keep, grad_accum_steps=2, lr=0.05
+    )
+    made = 0
+
+    def batches(step: int) -> list[Batch]:
+        nonlocal made
+        if step == kill_at:
+            raise Killed
+        made = step + 1
+        return [random_batch(2 * step), random_batch(2 * step + 1, rows=2)]
+
+    result = train(
+        model,
+        params,
+        batches=batches,
+        runtime=runtime_params(checkpoint_interval=3),
+        state_dir=folder,
+        should_stop=lambda: made == stop_at,
+    )
+    return result, weights(model)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("keep", ["best", "last"])
+def test_stopped_at_any_step_and_continued_equals_never_stopped(tmp_path: Path, optimizer: str, keep: str) -> None:
+    expected, expected_weights = resumable(None, optimizer, keep)
+    for stop_at in range(1, RESUME_STEPS + 1):
+        folder = tmp_path / str(stop_at)
+        torch.manual_seed(99)  # another process starts with another state of the generator
+        stopped, _ = resumable(folder, optimizer, keep, stop_at=stop_at)
+        assert stopped.steps == stop_at
+        result, found = resumable(folder, optimizer, keep)
+        assert_same_bits(found, expected_weights)
+        assert result == expected
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_killed_again_and_again_equals_never_killed(tmp_path: Path, optimizer: str) -> None:
+    expected, expected_weights = resumable(None, optimizer, "best")
+    for kill_at in (2, 4, 5, 10):  # before the first state, in the step after an evaluation, and later
+        with pytest.raises(Killed):
+            resumable(tmp_path, optimizer, "best", kill_at=kill_at)
+    result, found = resumable(tmp_path, optimizer, "best")
+    assert_same_bits(found, expected_weights)
+    assert result == expected
+
+
+def test_a_finished_training_continues_to_the_same_end(tmp_path: Path) -> None:
+    first = resumable(tmp_path, "muon", "best")
+    second = resumable(tmp_path, "muon", "best")
+    assert_same_bits(second[1], first[1])
+    assert second[0] == first[0]
+
+
+def damage(state: Path) -> None:
+    path = state / "state.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    path.write_bytes(content)
+
+
+def test_damaged_states_are_passed_over_with_a_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    expected, expected_weights = resumable(None, "muon", "best")
+    with pytest.raises(Killed):
+        resumable(tmp_path, "muon", "best", kill_at=8)
+    older, newest = sorted(tmp_path.iterdir())
+    assert (older.name, newest.name) == ("step-00000003", "step-00000006")
+
+    damage(newest)
+    capsys.readouterr()
+    with pytest.raises(Killed):
+        resumable(tmp_path, "muon", "best", kill_at=7)  # wrote step 6 again
+    said = capsys.readouterr().err
+    assert f"{newest}: damaged training state, passed over" in said
+    assert "training: continues at step 3 of 11" in said
+
+    damage(older)
+    damage(newest)
+    result, found = resumable(tmp_path, "muon", "best")
+    said = capsys.readouterr().err
+    assert f"{newest}: damaged" in said and f"{older}: damaged" in said and "continues" not in said
+    assert_same_bits(found, expected_weights)
+    assert result == expected
+
+
+def test_early_stopping_counts_on_across_a_stop(tmp_path: Path) -> None:
+    def run(stop_at: int | None) -> FitResult:
+        model = new_gpt()
+        made = 0
+
+        def batches(step: int) -> list[Batch]:
+            nonlocal made
+            made = step + 1
+            return random_batches(step)
+
+        worse_each_time = lambda: {"val/loss": float(made)}  # noqa: E731
+        params = train_params(max_steps=50, eval_interval=2, patience=3)
+        return train(
+            model,
+            params,
+            batches=batches,
+            evaluate=worse_each_time,
+            state_dir=tmp_path,
+            should_stop=lambda: made == stop_at,
+        )
+
+    assert run(stop_at=5).steps == 5
+    assert run(stop_at=None).steps == 6
+
+
+# ---- guards ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", ["loss", "gradient"])
+def test_a_loss_or_gradient_that_is_not_finite_never_reaches_the_weights(bad: str) -> None:
+    model = new_gpt()
+    before: dict[str, Tensor] = {}
+
+    def loss(model: GPT, batch: Batch) -> tuple[Tensor, Tensor]:
+        value, weight = next_token_loss(model, batch)
+        if 14 in batch.rows:  # the second micro-batch of step 3
+            before.update(weights(model))
+            if bad == "loss":
+                return value * math.nan, weight
+            return value + 0 * (model.tok_emb.weight - model.tok_emb.weight).norm().sqrt(), weight
+        return value, weight
+
+    def batches(step: int) -> list[Batch]:
+        return [random_batch(2 * step, rows=2), random_batch(2 * step + 1, rows=2)]
+
+    with pytest.raises(InputError, match=r"^step 3, batch of rows 12, 13, 14, 15: loss .*nan.*lower lr") as error:
+        train(model, train_params(), loss=loss, batches=batches)
+    assert "\n" not in str(error.value)
+    assert before
+    assert_same_bits(weights(model), before)
+
+
+@pytest.mark.parametrize("eval_interval", [3, 1000])
+def test_an_exploding_loss_ends_the_training(eval_interval: int) -> None:
+    scale = 1.0
+
+    def loss(model: GPT, batch: Batch) -> tuple[Tensor, Tensor]:
+        value, weight = next_token_loss(model, batch)
+        return value * scale, weight
+
+    def batches(step: int) -> list[Batch]:
+        nonlocal scale
+        scale = 100.0 if step >= 12 else 1.0
+        return random_batches(step)
+
+    params = train_params(max_steps=200, eval_interval=eval_interval)
+    with pytest.raises(InputError, match=r"^step 19, batch of rows 76, .*exploded to .*lower lr$"):
+        train(new_gpt(), params, loss=loss, batches=batches)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_learning_rate_of_ten_is_noticed(optimizer: str) -> None:
+    params = train_params(max_steps=200, lr=10.0, muon_lr=10.0, optimizer=optimizer, eval_interval=10)
+    with pytest.raises(InputError, match="lower lr"):
+        train(new_gpt(), params)
+
+
+def test_noisy_but_sound_losses_are_left_alone() -> None:
+    def loss(model: GPT, batch: Batch) -> tuple[Tensor, Tensor]:
+        value, weight = next_token_loss(model, batch)
+        return value * (5.0 if batch.rows[0] % 5 == 0 else 1.0), weight  # every fifth batch is five times as hard
+
+    assert train(new_gpt(), train_params(max_steps=40, eval_interval=7), loss=loss).steps == 40
+
+
+# ---- devices ---------------------------------------------------------------------------------------------------------
+
+
+def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert pick_device("auto") == pick_device("cpu") == CPU
+    for name in ("cuda", "mps"):
+        with pytest.raises(InputError, match=f"runtime.device: {name} was asked for"):
+            pick_device(name)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert pick_device("auto") == torch.device("mps")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert pick_device("auto") == torch.device("cuda")
