@@ -39,5 +39,5 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 def mirror() -> Path:
     """The folder with the real data sets."""
     if not os.environ.get("LLM_TEST_MIRROR"):
-        pytest.skip("LLM_DATA_MIRROR is not set, so the real data sets are not here")
+        pytest.skip("the real data sets are not here: set LLM_TEST_MIRROR to a folder that holds them")
     return ROOT / os.environ["LLM_TEST_MIRROR"]

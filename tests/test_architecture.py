@@ -1,0 +1,358 @@
+"""The rules that hold the project together: who imports whom, what `dvc.yaml` lists, and what the README promises."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+import typing
+from collections.abc import Iterator
+from functools import lru_cache
+from importlib.metadata import packages_distributions
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from llm.config import InputError, Params, Strict, parse_params
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+FIRST_PARTY = ("llm", "stages")
+
+# `llm` from the ground up: a module may import those of the lines above its own. A new module is placed here.
+LAYERS = [
+    {"config"},
+    {"model", "optim", "tokenizer", "fetch"},
+    {"sources", "data", "generate", "metrics", "prepare", "checkpoint"},
+    {"baselines", "train", "classify", "datacard"},
+    {"evaluate", "mlflow_model", "__main__"},
+    {"report"},
+]
+
+
+def modules(package: str) -> list[Path]:
+    return sorted((ROOT / package).glob("*.py"))
+
+
+@lru_cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def imported(node: ast.AST) -> Iterator[str]:
+    """The dotted names that the import statements in `node` may load, `from a import b` as both `a` and `a.b`."""
+    for child in ast.walk(node):
+        if isinstance(child, ast.Import):
+            yield from (alias.name for alias in child.names)
+        elif isinstance(child, ast.ImportFrom):
+            assert child.level == 0 and child.module, "relative import"
+            yield child.module
+            yield from (f"{child.module}.{alias.name}" for alias in child.names)
+
+
+def at_module_level(path: Path) -> set[str]:
+    """Top-level packages that importing the file imports too: not those that a function imports when it is called."""
+
+    def statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+        for node in body:
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+                continue
+            blocks = [getattr(node, name, []) for name in ("body", "orelse", "finalbody")]
+            blocks += [handler.body for handler in getattr(node, "handlers", [])]
+            if any(blocks):
+                for block in blocks:
+                    yield from statements(block)
+            else:
+                yield node
+
+    return {name.split(".")[0] for node in statements(tree(path).body) for name in imported(node)}
+
+
+def module_file(name: str) -> Path | None:
+    path = ROOT / name.replace(".", "/")
+    if path.is_dir():
+        return path / "__init__.py"
+    path = path.with_suffix(".py")
+    return path if path.is_file() else None
+
+
+@lru_cache
+def first_party(path: Path) -> frozenset[Path]:
+    """The project's own files that a file imports, early or late."""
+    names = {name for name in imported(tree(path)) if name.split(".")[0] in FIRST_PARTY}
+    names |= {name.split(".")[0] for name in names}
+    return frozenset(file for name in names if (file := module_file(name)) is not None) - {path}
+
+
+def transitive(path: Path) -> set[Path]:
+    found: set[Path] = set()
+    ahead = {path}
+    while ahead:
+        here = ahead.pop()
+        found.add(here)
+        ahead |= first_party(here) - found
+    return found | {path.parent / "__init__.py"}
+
+
+def dvc_stages() -> dict[str, dict[str, Any]]:
+    return yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+
+
+def shipped_params() -> dict[str, Any]:
+    return yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+
+
+# ---- imports ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", modules("llm"), ids=lambda path: path.name)
+def test_llm_knows_no_stage_tracker_or_orchestrator(path: Path) -> None:
+    assert "stages" not in {name.split(".")[0] for name in imported(tree(path))}
+    forbidden = {"mlflow", "dvc", "yaml"} - ({"mlflow"} if path.name == "mlflow_model.py" else set())
+    assert not at_module_level(path) & forbidden
+
+
+def test_import_llm_is_light() -> None:
+    code = (
+        "import llm, sys; print([m for m in ('torch', 'numpy', 'pandas', 'mlflow', 'dvc', 'yaml') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_imports_inside_llm_run_one_way() -> None:
+    below: set[str] = {"__init__"}
+    for layer in LAYERS:
+        for name in sorted(layer):
+            names = {file.stem for file in first_party(ROOT / f"llm/{name}.py")}
+            assert names <= below, f"llm/{name}.py imports {sorted(names - below)}"
+        below |= layer
+    assert {path.stem for path in modules("llm")} == below
+
+
+def test_stages_never_import_each_other() -> None:
+    shared = {"run", "tracking", "sync", "__init__"}
+    for path in modules("stages"):
+        others = {file.stem for file in first_party(path) if file.parent.name == "stages"}
+        allowed = shared if path.stem in shared else {"run", "tracking"}
+        assert others - {"__init__"} <= allowed, path.name
+        assert path.stem == "sync" or "mlflow" not in {name.split(".")[0] for name in imported(tree(path))}
+
+
+def test_dependencies_are_what_is_imported() -> None:
+    """Both ways; what is used without an import is named here."""
+    distributions = packages_distributions()
+    used = {"dvc"}  # the pipeline's command line
+    for path in [*modules("llm"), *modules("stages"), *(ROOT / "data").rglob("*.py")]:
+        for name in {name.split(".")[0] for name in imported(tree(path))} - set(FIRST_PARTY):
+            if name not in sys.stdlib_module_names:
+                used |= {normalised(each) for each in distributions[name] if not each.startswith("mlflow-")}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert {normalised(re.split(r"[<>=!~\[]", each)[0]) for each in project["dependencies"]} == used
+
+
+def normalised(distribution: str) -> str:
+    return re.sub(r"[-_.]+", "-", distribution).lower()
+
+
+def test_no_pickled_file_is_read_or_written() -> None:
+    unsafe = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+    files = {("torch", "load"), ("torch", "save"), ("pickle", "load"), ("pickle", "dump")}
+    for path in [*modules("llm"), *modules("stages")]:
+        allowed = {"pickle"} if path.name == "prepare.py" else set()  # in memory, to its own worker processes
+        assert not {name.split(".")[0] for name in imported(tree(path))} & unsafe - allowed, path.name
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                assert (node.value.id, node.attr) not in files, path.name
+            if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
+                assert ast.unparse(node.value) == "False", path.name
+
+
+# ---- the pipeline ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", dvc_stages())
+def test_deps_are_exactly_what_the_stage_imports(stage: str) -> None:
+    script = ROOT / "stages" / f"{stage.replace('-', '_')}.py"
+    assert dvc_stages()[stage]["cmd"] == f"python -m stages.{script.stem}"
+    listed = {dep for dep in dvc_stages()[stage]["deps"] if dep.split("/")[0] in FIRST_PARTY}
+    assert listed == {path.relative_to(ROOT).as_posix() for path in transitive(script)}
+
+
+def test_data_deps_come_from_an_earlier_stage_or_the_repository() -> None:
+    made: set[str] = set()
+    for stage, entry in dvc_stages().items():
+        for dep in entry["deps"]:
+            if dep.split("/")[0] not in FIRST_PARTY:
+                from_stage = any(dep == out or dep.startswith(f"{out}/") for out in made)
+                assert from_stage or tracked(dep), f"{stage}: {dep} is neither made by a stage above nor committed"
+        for kind in ("outs", "metrics", "plots"):
+            made |= {out if isinstance(out, str) else next(iter(out)) for out in entry.get(kind, [])}
+
+
+def test_runtime_is_no_dependency() -> None:
+    keys = {key.split(".")[0] for entry in dvc_stages().values() for key in entry["params"]}
+    assert "runtime" not in keys
+    assert keys == Params.model_fields.keys() - {"runtime"}, "every other section feeds some stage"
+
+
+# ---- params.yaml -----------------------------------------------------------------------------------------------------
+
+
+def test_shipped_params_parse() -> None:
+    parse_params(shipped_params())
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("pretrain.lr", "1e-3", "pretrain.lr: .*number.*'1e-3'.*0.001"),
+        ("pretrain.max_steps", 1.5, "pretrain.max_steps: .*1.5"),
+        ("pretrain.max_steps", True, "pretrain.max_steps: .*True"),
+        ("pretrain.learning_rate", 0.1, "pretrain.learning_rate: unknown key"),
+        ("pretrain.optimizer", "sgd", "pretrain.optimizer: .*'adamw' or 'muon'.*'sgd'"),
+        ("pretrain.lr", float("nan"), "pretrain.lr: .*nan"),
+        ("model.n_kv_heads", 4, "model: n_heads 6 must be a multiple of n_kv_heads 4"),
+        ("model.head_dim", 33, "model: .*even head_dim.*33"),
+        ("data.corpus", "nowhere", "data.corpus: no source 'nowhere'.*sample"),
+        ("data.messages", "the-verdict", "data.messages: no source 'the-verdict' with messages"),
+        ("sources.sample.licence", None, "sources.sample.licence: .*None"),
+        ("tokenize.corpus.val", 0.5, "tokenize.corpus.val: .*0.5"),
+        ("seed", -1, "seed: .*-1"),
+    ],
+)
+def test_a_bad_value_is_one_line_that_names_the_key(key: str, value: object, expected: str) -> None:
+    params = shipped_params()
+    section, last = locate(params, key)
+    section[last] = value
+    with pytest.raises(InputError) as error:
+        parse_params(params)
+    assert "\n" not in str(error.value)
+    assert re.match(f"params.yaml: {expected}", str(error.value))
+
+
+@pytest.mark.parametrize("key", ["pretrain.max_steps", "model", "sources.sample.licence", "runtime.device"])
+def test_a_missing_key_is_named(key: str) -> None:
+    params = shipped_params()
+    section, last = locate(params, key)
+    del section[last]
+    with pytest.raises(InputError, match=f"^params.yaml: {key}: missing key; add it$"):
+        parse_params(params)
+
+
+def test_params_have_no_default_in_code() -> None:
+    """All but `sources`, whose entries say only what differs from the usual."""
+
+    def check(model: type[Strict]) -> None:
+        for name, field in model.model_fields.items():
+            assert field.is_required(), f"{model.__name__}.{name} has a default"
+            if isinstance(field.annotation, type) and issubclass(field.annotation, Strict):
+                check(field.annotation)
+
+    for name, section in typing.get_type_hints(Params).items():
+        if isinstance(section, type) and issubclass(section, Strict) and name != "gpt2_files":
+            check(section)
+
+
+# ---- README ----------------------------------------------------------------------------------------------------------
+
+
+def commands() -> list[str]:
+    """Every shell line of the README's code blocks, continued lines joined, comments left out."""
+    blocks = re.findall(r"^```(?:sh|bash)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line for line in lines if line.strip() and not line.startswith("#")]
+
+
+def recipes() -> list[str]:
+    return [command for command in commands() if re.search(r" (-S|--set-param) ", command)]
+
+
+def test_the_readme_shows_recipes() -> None:
+    assert len(recipes()) >= 3
+
+
+@pytest.mark.parametrize("command", recipes())
+def test_recipes_fit_params_yaml(command: str) -> None:
+    """Each `-S key=value` names a key that exists, and the whole parses; a queue's `value,value` value by value."""
+    params = with_yaml_blocks(README)  # the README's example of one's own source is one of its recipes
+    words = shlex.split(command, comments=True)
+    for override in [words[i + 1] for i, word in enumerate(words) if word in ("-S", "--set-param")]:
+        key, _, text = override.partition("=")
+        section, last = locate(params, key)
+        assert last in section, f"{key} is not in params.yaml"
+        for value in text.split(",") if "--queue" in words else [text]:
+            section[last] = yaml.safe_load(value)
+            parse_params(params)
+
+
+def test_the_example_of_own_data_fits_params_yaml() -> None:
+    params = with_yaml_blocks((ROOT / "data/own/README.md").read_text(encoding="utf-8"))
+    assert params["data"] != shipped_params()["data"]
+    parse_params(params)
+
+
+def with_yaml_blocks(text: str) -> dict[str, Any]:
+    """The shipped params with the sections `data` and `sources` of a page's examples."""
+    params = shipped_params()
+    for block in re.findall(r"^```yaml\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        values = yaml.safe_load(block)
+        for section in ("data", "sources"):
+            params[section] |= values.get(section, {})
+    return params
+
+
+@pytest.mark.parametrize("name", ["pipeline", "test", "book"])
+def test_commands_that_ci_runs_are_single_lines(name: str) -> None:
+    block = re.search(rf"^<!-- command: {name} -->\n+```sh\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    assert block, f"README.md has no command marked {name}"
+    assert len(block[1].splitlines()) == 1
+
+
+def test_the_map_names_every_file_and_nothing_else() -> None:
+    """A folder with a line of its own and no lines below it stands for its files."""
+    entries = mapped()
+    folders = {e for e in entries if e.endswith("/") and not any(o != e and o.startswith(e) for o in entries)}
+    for entry in entries:
+        assert tracked(entry), f"the map names {entry}, which is not in the repository"
+    for path in ls_files():
+        assert path in entries or any(path.startswith(folder) for folder in folders), f"the map misses {path}"
+
+
+def mapped() -> list[str]:
+    """The paths of the README's map: the first word of each line, under the folder that its indent says."""
+    block = re.search(r"^## Map of files\n.*?^```text\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    assert block
+    paths: list[str] = []
+    above: list[tuple[int, str]] = []  # indent and path of the folders that the line may stand in
+    for indent, name in re.findall(r"^( *)(\S+)", block[1], re.MULTILINE):
+        above = [folder for folder in above if folder[0] < len(indent)]
+        paths.append((above[-1][1] if above else "") + name)
+        if name.endswith("/"):
+            above.append((len(indent), paths[-1]))
+    return paths
+
+
+@lru_cache
+def ls_files() -> tuple[str, ...]:
+    done = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
+    return tuple(path for path in done.stdout.splitlines() if (ROOT / path).is_file())
+
+
+def tracked(path: str) -> bool:
+    return any(file == path or file.startswith(path.rstrip("/") + "/") for file in ls_files())
+
+
+def locate(params: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
+    """The section that holds a dotted key, and the key's last part."""
+    *sections, last = key.split(".")
+    for name in sections:
+        params = params[name]
+    return params, last
