@@ -176,7 +176,7 @@ def gpt2_files() -> tuple[Path, Path]:
     folder = Path(os.environ.get("LLM_TEST_MIRROR", "nowhere"))
     files = folder / "encoder.json", folder / "vocab.bpe"
     if not all(path.exists() for path in files):
-        pytest.skip("GPT-2's encoder.json and vocab.bpe are not here: set LLM_TEST_MIRROR to a folder that holds them")
+        pytest.skip("GPT-2's encoder.json and vocab.bpe are not here: set LLM_DATA_MIRROR to a folder that holds them")
     return files
 
 
