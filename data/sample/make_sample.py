@@ -18,7 +18,9 @@ import random
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
+
+T = TypeVar("T")
 
 SEED = 20
 STORIES = 1900
@@ -27,18 +29,17 @@ INSTRUCTIONS = {"train": 3600, "val": 240, "test": 600}
 
 # ---- words -----------------------------------------------------------------------------------------------------------
 
-WOMEN = """Ada Alma Anna Berta Clara Dora Edda Ella Emma Fina Frida Greta Hanna Hilda Ida Ilka Ines Irma Jana Julia Karla
-Lena Lina Lotte Marta Mira Nadia Nelly Nora Olga Paula Petra Rita Rosa Selma Sofia Tilda Vera Wanda Zora""".split()
-MEN = """Adam Albin Anton Arno Basil Bruno Carl Cyril David Edgar Emil Erik Felix Frank Georg Gustav Henrik Hugo Igor Ivan
-Jakob Jonas Karel Lars Leo Lukas Magnus Marek Max Nils Oskar Otto Pavel Peter Rafael Simon Tomas Ulrik Viktor Walter""".split()
+WOMEN = """Ada Alma Anna Berta Clara Dora Edda Emma Fina Frida Greta Hanna Hilda Ida Ilka Irma Jana Julia Karla Lena Marta
+Mira Nadia Nora Olga Paula Rosa Selma Sofia Tilda Vera Zora""".split()
+MEN = """Adam Albin Anton Arno Basil Bruno Carl Cyril David Edgar Emil Felix Georg Gustav Henrik Hugo Igor Ivan Jonas Lars
+Leo Lukas Magnus Marek Nils Oskar Otto Pavel Peter Simon Tomas Viktor""".split()
 PEOPLE = sorted(WOMEN + MEN)
 PLACES = """mill bakery market harbour school well chapel barn orchard bridge inn forge garden library tower ferry meadow
-square boathouse dairy quarry stable cellar station""".split()
-OBJECTS = """lamp rope basket knife kettle hammer blanket candle mirror drum flute ladder bucket needle ring key map book
-letter box brush bell saddle net axe clock spoon cup plate bowl jug scarf coat hat glove boot purse umbrella whistle
-violin wheel pillow torch watch sack""".split()
-FOODS = """apple pear plum cherry loaf egg potato tomato carrot onion peach radish berry nut cake turnip melon lemon
-sausage biscuit""".split()
+square stable station""".split()
+OBJECTS = """lamp rope basket knife kettle hammer blanket candle mirror drum flute ladder bucket ring key map book letter
+box brush bell saddle net axe clock spoon cup plate jug scarf coat hat boot purse whistle violin torch watch""".split()
+FOODS = """apple pear plum cherry loaf egg potato tomato carrot onion peach radish berry nut cake melon sausage
+biscuit""".split()
 ANIMALS = "goat sheep cow hen goose duck mouse cat dog horse donkey pig ox rabbit fox wolf calf pony frog bee".split()
 IRREGULAR = {"knife": "knives", "loaf": "loaves", "calf": "calves", "wolf": "wolves", "scarf": "scarves", "ox": "oxen",
              "goose": "geese", "mouse": "mice", "sheep": "sheep"}  # fmt: skip
@@ -54,15 +55,14 @@ SMALL_TO_LARGE = (
 )
 # Adjectives and their opposites, by what they can be said of.
 OPPOSITES_OF = {
-    "thing": """heavy-light bright-dark long-short wet-dry clean-dirty soft-hard thick-thin wide-narrow smooth-rough
-    straight-crooked cheap-costly tight-loose whole-broken plain-fancy rare-common ancient-modern sharp-blunt""",
-    "animal": """old-young strong-weak fast-slow loud-quiet happy-sad lazy-busy healthy-sick awake-asleep wild-tame
-    brave-timid""",
+    "thing": """heavy-light bright-dark long-short wet-dry clean-dirty soft-hard thick-thin wide-narrow cheap-costly
+    whole-broken sharp-blunt tight-loose""",
+    "animal": "old-young strong-weak fast-slow loud-quiet happy-sad lazy-busy wild-tame brave-timid",
     "food": "hot-cold sweet-sour fresh-stale raw-cooked",
-    "place": "warm-cool full-empty open-closed safe-dangerous near-far",
-    "sea": "deep-shallow calm-stormy high-low",
-    "answer": "true-false easy-difficult first-last early-late left-right",
-    "stranger": "rich-poor kind-cruel careful-careless polite-rude clever-foolish modest-proud generous-stingy",
+    "place": "full-empty open-closed safe-dangerous near-far",
+    "sea": "deep-shallow calm-stormy",
+    "answer": "true-false easy-difficult early-late",
+    "stranger": "rich-poor kind-cruel polite-rude clever-foolish generous-stingy",
 }
 PAIRS_OF = {kind: [tuple(pair.split("-")) for pair in pairs.split()] for kind, pairs in OPPOSITES_OF.items()}
 OPPOSITES = [pair for pairs in PAIRS_OF.values() for pair in pairs]
@@ -71,16 +71,15 @@ NOUNS_OF = {"thing": OBJECTS, "animal": ANIMALS, "food": FOODS, "place": PLACES}
 NOUNS_FOR = {word: NOUNS_OF.get(kind, [kind]) for kind, pairs in PAIRS_OF.items() for pair in pairs for word in pair}
 # Velic, the language of the traders from over the sea; an adjective follows its noun.
 VELIC_NOUNS = dict(
-    pair.split("=") for pair in """lamp=sorin rope=talgo basket=merul knife=krev kettle=dombo hammer=tukar blanket=feloma
-    candle=silu mirror=orvia drum=bodum flute=lirel ladder=stegga bucket=pavo ring=zinel key=klio map=harta book=lumira
-    letter=venda box=kosta bell=dalin net=resk axe=hakku clock=temor spoon=lopi cup=kuva plate=disko bowl=gomba hat=chapu
-    coat=mantor boot=stiva apple=poma pear=birra egg=ovik goat=kezza cow=vakura hen=gallo dog=hundo cat=miru horse=ekvan
-    mouse=pisk""".split()
-)  # fmt: skip
+    pair.split("=")
+    for pair in """lamp=sorin rope=talgo basket=merul knife=krev kettle=dombo hammer=tukar candle=silu mirror=orvia drum=bodum
+    flute=lirel ladder=stegga ring=zinel key=klio map=harta book=lumira letter=venda box=kosta bell=dalin clock=temor
+    cup=kuva hat=chapu coat=mantor apple=poma egg=ovik goat=kezza cow=vakura hen=gallo horse=ekvan""".split()
+)
 VELIC_ADJECTIVES = dict(
-    pair.split("=") for pair in """red=rosk blue=azul green=verdo yellow=gelba white=blanu black=nigor brown=bruma
-    grey=cendo old=vetra big=magno small=pikto heavy=tunga""".split()
-)  # fmt: skip
+    pair.split("=")
+    for pair in "red=rosk blue=azul green=verdo white=blanu black=nigor old=vetra big=magno small=pikto".split()
+)
 VERBS = {  # present, past, what may follow
     "carries": "carried", "brings": "brought", "takes": "took", "pulls": "pulled", "throws": "threw", "sends": "sent",
     "drags": "dragged", "drives": "drove", "moves": "moved", "returns": "returned", "steals": "stole", "leads": "led",
@@ -133,10 +132,6 @@ def capital(text: str) -> str:
 
 def listing(items: Sequence[str]) -> str:
     return ", ".join(items[:-1]) + " and " + items[-1]
-
-
-def she(name: str) -> str:
-    return "she" if name in WOMEN else "he"
 
 
 # ---- the world -------------------------------------------------------------------------------------------------------
@@ -240,6 +235,27 @@ def small_world(
     return world, told
 
 
+class Deck(Generic[T]):
+    """Cards in a shuffled order, again and again: each is drawn equally often, so that every fact is taught."""
+
+    def __init__(self, rng: random.Random, cards: Sequence[T]) -> None:
+        self.rng, self.cards, self.rest = rng, cards, list[T]()
+
+    def draw(self) -> T:
+        self.rest = self.rest or self.rng.sample(self.cards, len(self.cards))
+        return self.rest.pop()
+
+
+class Facts:
+    """What the stories teach, as decks."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self.lessons = Deck(rng, ["opposite"] * 3 + ["plural"] * 3 + ["velic"] * 4 + ["sort", "sort", "count"])
+        self.opposites = Deck(rng, sorted(OPPOSITE))
+        self.plurals = Deck(rng, OBJECTS + FOODS + ANIMALS)
+        self.velic = Deck(rng, sorted(VELIC_NOUNS))
+
+
 # ---- stories ---------------------------------------------------------------------------------------------------------
 
 
@@ -299,13 +315,16 @@ def closing(rng: random.Random, frame: Frame) -> str:
     )
 
 
-def carrying_story(rng: random.Random) -> list[str]:
+def carrying_story(rng: random.Random, facts: Facts) -> list[str]:
     """People carry things about; at the end somebody asks and is told, and the village book keeps a line of it."""
     world, told = small_world(rng, PEOPLE, rng.randint(3, 6), rng.choice((2, 2, 3)), rng.choice((1, 1, 2)))
     people = sorted(world.person_at)
     asker = rng.choice([person for person in PEOPLE if person not in people])
     frame = opening(rng, asker, rng.choice([p for p in PLACES if p not in world.places]))
-    talk = [ask(rng, asker, rng.choice(people), *qa) for qa in some(rng, world.questions(), 1, 3)]
+    talk = []
+    for question, answer in some(rng, world.questions(), 1, 3):
+        others = [person for person in people if person not in answer]  # nobody speaks of oneself by name
+        talk.append(ask(rng, asker, rng.choice(others or people), question, answer))
     end = []
     if world.gifts and rng.random() < 0.7:
         giver, thing, receiver = world.gifts[-1]
@@ -320,11 +339,11 @@ def carrying_story(rng: random.Random) -> list[str]:
     return [" ".join([frame.text, *told]), "\n".join(talk), *end]
 
 
-def some(rng: random.Random, items: Sequence, low: int, high: int) -> list:
+def some(rng: random.Random, items: Sequence[T], low: int, high: int) -> list[T]:
     return rng.sample(items, min(len(items), rng.randint(low, high)))
 
 
-def market_story(rng: random.Random) -> list[str]:
+def market_story(rng: random.Random, facts: Facts) -> list[str]:
     """A seller counts goods, sells some, counts again; the goods are laid out in order."""
     seller, buyer, other = rng.sample(PEOPLE, 3)
     food = rng.choice(FOODS + ANIMALS[:6])
@@ -389,18 +408,18 @@ def sorting(rng: random.Random, person: str) -> str:
     return expand(rng, template, x=person, w=", ".join(words), o=", ".join(order), h=how)
 
 
-def lesson(rng: random.Random, teacher: str, pupil: str) -> str:
-    kind = rng.choice(("opposite", "opposite", "plural", "plural", "velic", "velic", "velic", "sort", "count"))
+def lesson(rng: random.Random, facts: Facts, teacher: str, pupil: str) -> str:
+    kind = facts.lessons.draw()
     if kind == "opposite":
-        word = rng.choice(sorted(OPPOSITE))
+        word = facts.opposites.draw()
         return ask(
             rng, teacher, pupil, f"What is the opposite of {word}?", f"The opposite of {word} is {OPPOSITE[word]}."
         )
     if kind == "plural":
-        noun = rng.choice(OBJECTS + FOODS + ANIMALS)
+        noun = facts.plurals.draw()
         return ask(rng, teacher, pupil, f"What is the plural of {noun}?", f"The plural of {noun} is {plural(noun)}.")
     if kind == "velic":
-        english, velic = velic_phrase(rng, sorted(VELIC_NOUNS))
+        english, velic = velic_phrase(rng, facts.velic.draw())
         return ask(rng, teacher, pupil, f"What is {english} in Velic?", f"In Velic {english} is {velic}.")
     if kind == "sort":
         return sorting(rng, pupil)
@@ -410,21 +429,20 @@ def lesson(rng: random.Random, teacher: str, pupil: str) -> str:
     )
 
 
-def velic_phrase(rng: random.Random, nouns: Sequence[str]) -> tuple[str, str]:
-    noun = rng.choice(nouns)
+def velic_phrase(rng: random.Random, noun: str) -> tuple[str, str]:
     if rng.random() < 0.4:
         return noun, VELIC_NOUNS[noun]
     adjective = rng.choice(sorted(VELIC_ADJECTIVES))
     return f"{adjective} {noun}", f"{VELIC_NOUNS[noun]} {VELIC_ADJECTIVES[adjective]}"
 
 
-def school_story(rng: random.Random) -> list[str]:
+def school_story(rng: random.Random, facts: Facts) -> list[str]:
     teacher, *pupils = rng.sample(PEOPLE, 3)
     frame = opening(rng, teacher, "school")
     second = expand(
         rng, "{x} [was the teacher of|taught|had a lesson for] {y} and {z}.", x=teacher, y=pupils[0], z=pupils[1]
     )
-    talk = list({lesson(rng, teacher, rng.choice(pupils)): None for _ in range(rng.randint(3, 5))})
+    talk = list({lesson(rng, facts, teacher, rng.choice(pupils)): None for _ in range(rng.randint(4, 6))})
     return [f"{frame.text} {second}", "\n".join(talk), closing(rng, frame)]
 
 
@@ -441,7 +459,7 @@ def plain_event(rng: random.Random, names: Sequence[str]) -> tuple[str, str]:
     return f"{x} {verb} {rest}.", f"{x} {CRAFTS[verb]} {rest}."
 
 
-def diary_story(rng: random.Random) -> list[str]:
+def diary_story(rng: random.Random, facts: Facts) -> list[str]:
     """What happens today in the present, and the same retold in the past; who did it to whom gets mixed up."""
     writer, reader = rng.sample(PEOPLE, 2)
     frame = opening(rng, writer, rng.choice(PLACES))
@@ -458,11 +476,11 @@ def diary_story(rng: random.Random) -> list[str]:
     return [frame.text, now, then, *([swap] if rng.random() < 0.6 else []), closing(rng, frame)]
 
 
-def adjective_story(rng: random.Random) -> list[str]:
+def adjective_story(rng: random.Random, facts: Facts) -> list[str]:
     x, y = rng.sample(PEOPLE, 2)
     frame = opening(rng, x, rng.choice(PLACES))
     lines = []
-    for word in rng.sample(sorted(OPPOSITE), rng.randint(2, 4)):
+    for word in [facts.opposites.draw() for _ in range(rng.randint(3, 5))]:
         template = rng.choice(
             (
                 '"Is the {t} {w}?" asked {x}. "No, the {t} is {o}," said {y}.',
@@ -475,7 +493,7 @@ def adjective_story(rng: random.Random) -> list[str]:
     return [frame.text, "\n".join(lines), closing(rng, frame)]
 
 
-def note_story(rng: random.Random) -> list[str]:
+def note_story(rng: random.Random, facts: Facts) -> list[str]:
     """Somebody gets a note; the village finds out whether it was honest."""
     x, y = rng.sample(PEOPLE, 2)
     frame = opening(rng, x, rng.choice(PLACES))
@@ -493,9 +511,9 @@ def note_story(rng: random.Random) -> list[str]:
 
 
 SCENES = (
-    [carrying_story] * 7
+    [carrying_story] * 6
     + [market_story] * 3
-    + [school_story] * 5
+    + [school_story] * 7
     + [diary_story] * 3
     + [adjective_story] * 2
     + [note_story] * 3
@@ -523,7 +541,7 @@ PRIZES = [
     "a house by the harbour",
     "a white horse",
 ]
-KIN = "sister brother aunt uncle cousin neighbour".split()
+KIN_OF = {True: "sister aunt niece cousin".split(), False: "brother uncle nephew cousin".split()}  # a woman or a man
 
 EASY = {
     "spam": [
@@ -569,7 +587,7 @@ TRICKY = {
         "Somebody wanted the code of my door so that they could mend the {o}. I told {y} [about it|that it was a trick].",
         "I lost my purse on the road, but {y} found it and left it under the bench at the {p}. All {m} coins were in it.",
         "Last chance for cake! {y} and the children have eaten nearly all of it. We are at the {p} until {d}.",
-        "Your order is ready: {m} {fs} and a {o}. You paid last week, so just [fetch it|come] to the {p} before {d}.",
+        "Your order is ready: {m} {fs} and a {o}. You paid last week, so just come to the {p} before {d}.",
         "URGENT: {y} needs the {o} at the {p} [now|today]. Can you win some time, {x}?",
     ],
 }
@@ -619,7 +637,7 @@ def pair_of(rng: random.Random, label: str, slots: dict[str, str]) -> str:
         known, unknown = expand(rng, known), expand(rng, unknown)
         return join(rng, known, unknown) + expand(
             rng,
-            " [Can you|Please|Will you] [lend|bring|send] me {m} coins [for the {o}|on {d}|at the {p2}][?|.]",
+            " [Can|Will] you [please |][lend|bring|send] me {m} coins [for the {o}|on {d}|at the {p2}]?",
             **slots,
         )
     if kind == "fee":
@@ -654,7 +672,7 @@ def message(rng: random.Random, label: str) -> str:
     word = rng.choice((firm.replace(" ", "").lower(), p)) if label == "spam" else p
     slots = {
         "x": x, "y": y, "o": o, "o2": o2, "p": p, "p2": p2, "firm": firm, "prize": rng.choice(PRIZES),
-        "n": str(rng.randint(3, 90)), "m": NUMBERS[rng.randint(3, 12)], "m2": NUMBERS[rng.randint(2, 9)], "k": rng.choice(KIN),
+        "n": str(rng.randint(3, 90)), "m": NUMBERS[rng.randint(3, 12)], "m2": NUMBERS[rng.randint(2, 9)], "k": rng.choice(KIN_OF[y in WOMEN]),
         "d": rng.choice(DAYS), "w": rng.choice(sorted(WEATHER)), "f": rng.choice(FOODS), "fs": plural(rng.choice(FOODS)),
         "an": rng.choice(ANIMALS), "link": f"www.{word}.example",
     }  # fmt: skip
@@ -797,7 +815,7 @@ def count_gifts(told: Iterable[str]) -> int:
 
 
 def velic_pair(rng: random.Random, words: Vocabulary) -> Pair:
-    english, velic = velic_phrase(rng, words.velic)
+    english, velic = velic_phrase(rng, rng.choice(words.velic))
     answer = f"In Velic {english} is {velic}."
     return rng.choice(
         (
@@ -828,10 +846,11 @@ def key(text: str) -> str:
 
 
 def make_stories(rng: random.Random) -> list[str]:
+    facts = Facts(rng)
     seen: set[str] = set()
-    stories = []
+    stories: list[str] = []
     while len(stories) < STORIES:
-        text = "\n".join(rng.choice(SCENES)(rng))
+        text = "\n".join(rng.choice(SCENES)(rng, facts))
         if key(text) not in seen:
             seen.add(key(text))
             stories.append(text)
