@@ -38,6 +38,7 @@ Event = dict[str, Any]
 
 def main(arguments: list[str]) -> int:
     os.environ |= {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}
+    os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # it would print user and password too
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.pop("MLFLOW_RUN_ID", None)  # a caller's run must not swallow ours
@@ -210,12 +211,8 @@ class Delivery:
                 name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or "llm"
                 experiment = client.get_experiment_by_name(name)
                 if experiment is None:
-                    own = (
-                        None if os.environ.get("MLFLOW_TRACKING_URI") else (repository() / "mlruns").resolve().as_uri()
-                    )
-                    self._connection = client, client.create_experiment(name, artifact_location=own)
-                else:
-                    self._connection = client, experiment.experiment_id
+                    created = client.create_experiment(name, artifact_location=artifact_location())
+                self._connection = client, experiment.experiment_id if experiment else created
             mlflow.set_experiment(experiment_id=self._connection[1])  # where models are logged
         return self._connection
 
@@ -329,6 +326,13 @@ class Delivery:
         else:
             client.set_terminated(parent, status, ended)
         self._states[pipeline] = state
+
+
+def artifact_location() -> str | None:
+    """In the repository for a database, which would take the working directory; a server has a place of its own."""
+    if re.match(r"https?:|databricks", tracking_uri()):
+        return None
+    return (repository() / "mlruns").resolve().as_uri()
 
 
 def is_complete(journal: Path) -> bool:

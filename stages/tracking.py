@@ -149,8 +149,10 @@ class Journal:
                     continue
                 for key, value in event["values"].items():
                     if not key.startswith("system/"):
-                        before = [e for e in self._earlier.get(key, []) if e["step"] < event["step"]]
-                        self._earlier[key] = [*before, event | {"values": {key: value}}]
+                        curve = self._earlier.setdefault(key, [])
+                        while curve and curve[-1]["step"] >= event["step"]:
+                            curve.pop()
+                        curve.append(event | {"values": {key: value}})
             journals.write_text(
                 "".join(f"{folder}\n" for folder in [*folders, self.folder.resolve()]), encoding="utf-8"
             )
@@ -325,6 +327,14 @@ class Sampler(threading.Thread):
         self._sample()
 
     def _sample(self) -> None:
+        try:
+            values = self._load()
+        except (psutil.Error, OSError, RuntimeError):
+            return  # a missing sample is no reason to stop
+        self._journal.metrics({f"system/{name}": round(value, 2) for name, value in values.items()}, self._step)
+        self._step += 1
+
+    def _load(self) -> dict[str, float]:
         memory, disk = psutil.virtual_memory(), psutil.disk_usage(".")
         values = {
             "cpu_utilization_percentage": psutil.cpu_percent(),
@@ -339,9 +349,7 @@ class Sampler(threading.Thread):
         if network is not None and self._network is not None:  # None where there is no network at all
             values["network_receive_megabytes"] = (network.bytes_recv - self._network.bytes_recv) / 1e6
             values["network_transmit_megabytes"] = (network.bytes_sent - self._network.bytes_sent) / 1e6
-        values |= gpu_memory()
-        self._journal.metrics({f"system/{name}": round(value, 2) for name, value in values.items()}, self._step)
-        self._step += 1
+        return values | gpu_memory()
 
 
 def gpu_memory() -> dict[str, float]:

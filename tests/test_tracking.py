@@ -1,0 +1,388 @@
+"""Journals and their delivery: MLflow may be late, twice, down or hanging, and a training does not notice."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from llm.checkpoint import ModelFolder, ModelFolderConfig, save_model_folder
+from llm.model import GPT, GPTClassifier
+from llm.tokenizer import Tokenizer
+from stages import sync, tracking
+from stages.tracking import Journal, Process
+from tests.conftest import ROOT
+from tests.helpers import gpt_config
+
+START = {"seed": 123, "model.n_layers": 6}
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LLM_TRACKING", "off")
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The address of a database that two processes raced to create: none may fail."""
+    place = tmp_path_factory.mktemp("race")
+    for pipeline in ("first", "second"):
+        journal = Journal(place / ".work/runs" / pipeline / "demo-1")
+        journal._write(event="start", stage="demo", title="t", process=Process(1, 1, "elsewhere"), params={}, tags={})
+        journal.end("FINISHED")
+    racing = [command("stages.sync", place, LLM_TRACKING="on") for _ in range(2)]
+    assert [process.wait(120) for process in racing] == [0, 0]
+    uri = f"sqlite:///{place}/mlflow.db"
+    client = MlflowClient(uri)
+    assert [e.name for e in client.search_experiments()] == ["llm", "Default"]
+    assert len(all_runs(uri)) == 4
+    return uri
+
+
+@pytest.fixture
+def delivery(store: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[sync.Delivery]:
+    """A delivery to the store, into an experiment of this test alone."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", place.name)
+    yield sync.Delivery()
+
+
+def command(module: str, cwd: Path, *words: str, **variables: str) -> subprocess.Popen[str]:
+    env = os.environ | {"PYTHONPATH": str(ROOT)} | variables
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        [sys.executable, "-m", module, *words], cwd=cwd, env=env, stdout=pipe, stderr=pipe, text=True
+    )
+
+
+def all_runs(uri: str, experiment: str = "llm") -> list[Run]:
+    client = MlflowClient(uri)
+    found = client.get_experiment_by_name(experiment)
+    return list(client.search_runs([found.experiment_id])) if found else []
+
+
+def snapshot(uri: str, experiment: str) -> dict[str, Any]:
+    """All that MLflow knows of an experiment's runs, by the names we gave them."""
+    client, content = MlflowClient(uri), {}
+    for run in all_runs(uri, experiment):
+        history = {
+            key: [
+                (point.step, point.timestamp, point.value) for point in client.get_metric_history(run.info.run_id, key)
+            ]
+            for key in run.data.metrics
+        }
+        files = sorted(file.path for file in client.list_artifacts(run.info.run_id))
+        inputs = [(i.dataset.name, i.dataset.digest, i.tags[0].value) for i in run.inputs.dataset_inputs]
+        times = run.info.status, run.info.start_time, run.info.end_time
+        content[run.data.tags["llm.run"]] = run.info.run_name, times, run.data.params, history, files, inputs
+    return content
+
+
+def record(stage: str = "pretrain", steps: int = 30, **params: Any) -> Journal:
+    """A stage's journal, open."""
+    journal = Journal.start(stage, START | params, "sample")
+    for step in range(0, steps, 10):
+        journal.metrics({"train/loss": 5 - step / 10, "lr": 0.1}, step)
+    journal.dataset("data/tokens", "0" * 32, "data/tokens", "pretrain")
+    return journal
+
+
+# ---- the journal -----------------------------------------------------------------------------------------------------
+
+
+def test_a_journal_tells_the_whole_run(place: Path) -> None:
+    journal = record()
+    (place / "report.md").write_text("before")
+    journal.artifact(place / "report.md")
+    (place / "report.md").write_text("after")
+    journal.summary({"val/loss": 1.5})
+    journal.metrics({"val/loss": torch.tensor(0.5), "x": float("nan")}, 20)  # type: ignore[dict-item]
+    journal.end("FINISHED")
+    events = tracking.read_events(journal.folder)
+    assert [e["event"] for e in events if not any("system/" in k for k in e.get("values", {}))] == [
+        *["start", "metrics", "metrics", "metrics", "dataset", "artifact", "summary", "metrics", "end"]
+    ]
+    assert events[0]["params"] == {"seed": "123", "model.n_layers": "6"}
+    assert Process(**events[0]["process"]).pid == os.getpid()
+    system = {key for event in events for key in event.get("values", {}) if key.startswith("system/")}
+    assert {"system/cpu_utilization_percentage", "system/system_memory_usage_megabytes"} <= system
+    assert (journal.folder / "files/report.md").read_text() == "before"
+    assert events[-2]["values"].get("val/loss") == 0.5 or events[-3]["values"]["val/loss"] == 0.5
+
+
+def test_a_record_that_cannot_be_written_is_one_line_and_no_error(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    journal = record()
+    (journal.folder / "events.jsonl").unlink()
+    (journal.folder / "events.jsonl").mkdir()
+    for step in range(5):
+        journal.metrics({"train/loss": 1.0}, step)
+    journal.artifact(place / "missing.md")
+    journal.end("FINISHED")
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_resumed_run_has_the_whole_curve_once(place: Path) -> None:
+    list_of_journals = place / "journals"
+    for first, last in ((0, 50), (30, 60), (50, 80)):  # killed after 50 and 60, resumed from states at 30 and 50
+        journal = Journal.start("pretrain", START, "sample")
+        journal.resume(list_of_journals)
+        for step in range(first, last, 10):
+            journal.metrics({"train/loss": 100.0 * first + step}, step)
+            if first == 0 and step == 20:
+                journal.metrics({"scratch/loss": 7.0}, 400)
+    journal.end("FINISHED")
+    events = [event for event in tracking.read_events(journal.folder) if event["event"] == "metrics"]
+    curve = {event["step"]: event["values"]["train/loss"] for event in events if "train/loss" in event["values"]}
+    assert len([event for event in events if "train/loss" in event["values"]]) == 8
+    assert curve == {0: 0, 10: 10, 20: 20, 30: 3030, 40: 3040, 50: 5050, 60: 5060, 70: 5070}
+    assert [event["step"] for event in events if "scratch/loss" in event["values"]] == [400]
+
+
+def test_user_and_password_are_never_shown() -> None:
+    assert tracking.printable("https://me:secret@host:5000/path?a@b") == "https://host:5000/path?a@b"
+    assert tracking.printable("sqlite:////home/me@work/mlflow.db") == "sqlite:////home/me@work/mlflow.db"
+
+
+def test_a_pipeline_is_recognised_by_the_dvc_process_above_it(place: Path) -> None:
+    """Both stages of an invocation name the same process, those of another invocation another one."""
+    (place / "dvc").write_text(
+        "import subprocess, sys\n"
+        "code = 'from stages.tracking import invocation, pipeline_name; print(pipeline_name(invocation()))'\n"
+        "for _ in range(2):\n"
+        "    subprocess.run(['sh', '-c', f'{sys.executable} -c \"{code}\"; true'])\n"
+    )
+    started = [
+        subprocess.Popen(
+            [sys.executable, "dvc"], env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
+    first, second = (process.communicate(timeout=60)[0].split() for process in started)
+    assert len(first) == len(second) == 2
+    assert first[0] == first[1] != second[0] == second[1]
+
+
+# ---- delivery --------------------------------------------------------------------------------------------------------
+
+
+def test_one_parent_for_a_pipeline_and_a_child_for_each_stage(delivery: sync.Delivery, place: Path, store: str) -> None:
+    first = record("pretrain", lr="x" * 7000)
+    delivery.pipeline(first.folder.parent)
+    runs = {run.info.run_name: run for run in all_runs(store, place.name)}
+    assert {run.info.status for run in runs.values()} == {"RUNNING"}, "while a stage runs"
+    first.summary({"val/loss": 1.5})
+    first.end("FINISHED")
+    second = record("evaluate", model="y")
+    second.end("FAILED")
+    delivery.pipeline(first.folder.parent)
+
+    runs = {run.info.run_name: run for run in all_runs(store, place.name)}
+    parent = runs.pop("run sample")
+    assert set(runs) == {"pretrain", "evaluate"}
+    assert {run.data.tags["mlflow.parentRunId"] for run in runs.values()} == {parent.info.run_id}
+    assert [runs[name].info.status for name in ("pretrain", "evaluate")] == ["FINISHED", "FAILED"]
+    assert parent.info.status == "FAILED"
+    assert parent.info.end_time == runs["evaluate"].info.end_time
+    assert parent.data.params == {"seed": "123", "model.n_layers": "6", "lr": "x" * 6000, "model": "y"}
+    assert parent.data.metrics == {"pretrain/val/loss": 1.5}
+    assert runs["pretrain"].data.metrics["val/loss"] == 1.5
+    assert runs["pretrain"].data.metrics["train/loss"] == 3.0
+
+
+def test_delivering_again_in_any_order_changes_nothing(delivery: sync.Delivery, place: Path, store: str) -> None:
+    pipelines = []
+    for number in range(2):
+        journal = record(steps=3000)  # more than one batch
+        (place / "report.md").write_text("r")
+        journal.artifact(place / "report.md")
+        journal.summary({"val/loss": 1.5})
+        journal.end("FINISHED")
+        pipelines.append(journal.folder.parent.rename(journal.folder.parent.with_name(f"pipeline-{number}")))
+    shutil.copytree(place / ".work", place / "kept")
+    for pipeline in pipelines:
+        delivery.pipeline(pipeline)
+    before = snapshot(store, place.name)
+    assert len(before) == 4
+    child = next(value for name, value in before.items() if "pipeline-0/" in name)
+    assert child[1][0] == "FINISHED"
+    assert [step for step, _, _ in child[3]["train/loss"]] == list(range(0, 3000, 10))
+    assert child[4:] == (["report.md"], [("data/tokens", "0" * 32, "pretrain")])
+    assert not (pipelines[0] / "files").exists()
+
+    shutil.rmtree(place / ".work")  # as if nothing had been delivered
+    (place / "kept").rename(place / ".work")
+    again = sync.Delivery()
+    for pipeline in reversed(pipelines):
+        again.pipeline(pipeline)
+        again.pipeline(pipeline)
+    assert snapshot(store, place.name) == before
+    assert sync.undelivered() == []
+
+
+def test_a_killed_stage_is_closed_as_killed(delivery: sync.Delivery, place: Path, store: str) -> None:
+    code = (
+        "import os, signal; from stages.tracking import Journal; j = Journal.start('pretrain', {}, 'sample')\n"
+        "j.metrics({'train/loss': 2.0}, 5); f = (j.folder / 'events.jsonl').open('a'); f.write('{\"time\": 1, \"ev')\n"
+        "f.flush(); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=60)
+    assert done.returncode == -signal.SIGKILL
+    [pipeline] = sync.undelivered()
+    delivery.pipeline(pipeline)
+    runs = all_runs(store, place.name)
+    assert [run.info.status for run in runs] == ["KILLED", "KILLED"]
+    assert all(run.info.end_time >= run.info.start_time for run in runs)
+    assert [run.data.metrics["train/loss"] for run in runs if run.info.run_name == "pretrain"] == [2.0]
+
+
+def test_a_store_that_was_deleted_gets_everything_again(
+    delivery: sync.Delivery, place: Path, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = record()
+    delivery.pipeline(journal.folder.parent)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", f"{place.name}-2")
+    journal.end("FINISHED")
+    sync.Delivery().pipeline(journal.folder.parent)
+    [child] = [run for run in all_runs(store, f"{place.name}-2") if run.info.run_name == "pretrain"]
+    assert child.data.metrics["train/loss"] == 3.0
+
+
+def test_a_dead_server_costs_a_stage_one_line_and_nothing_is_lost(place: Path, store: str) -> None:
+    variables = {
+        "LLM_TRACKING": "on",
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "1",
+        "MLFLOW_EXPERIMENT_NAME": place.name,
+    }
+    with socket.create_server(("127.0.0.1", 0)) as hanging, socket.create_server(("127.0.0.1", 0)) as closed:
+        ports = [server.getsockname()[1] for server in (hanging, closed)]
+        closed.close()
+        for port in ports:
+            (place / str(port)).mkdir()
+            (place / str(port) / "stage.py").write_text(
+                "from stages import tracking; tracking.DELIVERY_PATIENCE = 90\n"
+                "j = tracking.Journal.start('pretrain', {'seed': 1}, 'sample')\n"
+                "j.metrics({'train/loss': 2.0}, 5); print(j.folder); j.end('FINISHED')"
+            )
+        addresses = [f"http://me:secret@127.0.0.1:{port}" for port in ports]
+        stages = [
+            command("stage", place / str(port), **variables, MLFLOW_TRACKING_URI=address)
+            for port, address in zip(ports, addresses, strict=True)
+        ]
+        told = [stage.communicate(timeout=100) for stage in stages]
+        for folder, _ in told:
+            wait_for_lock(Path(folder.strip()).parent)
+    assert [stage.returncode for stage in stages] == [0, 0]
+    for port, (_, err) in zip(ports, told, strict=True):
+        assert err.startswith(f"tracking: MLflow at http://127.0.0.1:{port} did not answer")
+        assert err.count("\n") == 1
+    for path in place.rglob(".work/**/*"):
+        assert path.is_dir() or b"secret" not in path.read_bytes(), path
+
+    later = [command("stages.sync", place / str(port), **variables, MLFLOW_TRACKING_URI=store) for port in ports]
+    assert [process.wait(100) for process in later] == [0, 0]
+    runs = sorted((run.info.run_name, run.info.status) for run in all_runs(store, place.name))
+    assert runs == 2 * [("pretrain", "FINISHED")] + 2 * [("run sample", "FINISHED")]
+
+
+def wait_for_lock(pipeline: Path) -> None:
+    """Until the process that the stage started has ended."""
+    from stages.run import locked
+
+    with locked(pipeline / "lock", patience=60) as holder:
+        assert holder is None
+
+
+def test_a_stage_is_delivered_when_it_ends(place: Path, store: str) -> None:
+    variables = {"LLM_TRACKING": "on", "MLFLOW_TRACKING_URI": store, "MLFLOW_EXPERIMENT_NAME": place.name}
+    (place / "stage.py").write_text(
+        "from stages import tracking; tracking.DELIVERY_PATIENCE = 90\n"
+        "j = tracking.Journal.start('pretrain', {'seed': 1}, 'sample')\n"
+        "j.metrics({'train/loss': 2.0}, 5); j.end('FINISHED'); print((j.folder / 'delivered').exists())"
+    )
+    stage = command("stage", place, MLFLOW_RUN_ID="0" * 32, **variables)
+    assert stage.communicate(timeout=100) == ("True\n", "")
+    assert sorted(run.info.run_name for run in all_runs(store, place.name)) == ["pretrain", "run sample"]
+
+
+def test_switched_off_it_only_keeps_the_journal(place: Path) -> None:
+    journal = record()
+    journal.end("FINISHED")
+    assert [path.name for path in journal.folder.parent.iterdir()] == [journal.folder.name]
+
+
+# ---- models ----------------------------------------------------------------------------------------------------------
+
+
+def make_models(place: Path) -> None:
+    tokenizer = Tokenizer.train(["the cat sat on the mat. " * 50], 270)
+    config = gpt_config(vocab_size=tokenizer.vocab_size, context_length=128)
+    torch.manual_seed(0)
+    gpt = GPT(config)
+    labels = ["ham", "spam"]
+    kinds = {
+        "base": (gpt, ModelFolderConfig(kind="base", gpt=config)),
+        "instruct": (gpt, ModelFolderConfig(kind="instruct", gpt=config, template="chatml")),
+        "classifier": (
+            GPTClassifier(gpt, 2),
+            ModelFolderConfig(kind="classifier", gpt=config, labels=labels, max_length=32),
+        ),
+    }
+    for kind, (model, folder_config) in kinds.items():
+        save_model_folder(place / "models" / kind, ModelFolder(model, tokenizer, folder_config))
+
+
+@pytest.mark.filterwarnings("ignore:.*AnyType")  # an answer's values are texts or tables
+def test_registered_models_load_without_pickle_and_answer(delivery: sync.Delivery, place: Path, store: str) -> None:
+    make_models(place)
+    journal = record("evaluate")
+    for kind in ("base", "classifier", "instruct"):
+        journal.model(f"llm-{kind}", place / "models" / kind)
+    shutil.rmtree(place / "models")  # what was handed over counts
+    journal.end("FINISHED")
+    delivery.pipeline(journal.folder.parent)
+    sync.Delivery().pipeline(journal.folder.parent)
+
+    code = """
+import json, mlflow, pandas as pd
+answers = {}
+for name in ("llm-base", "llm-classifier", "llm-instruct"):
+    model = mlflow.pyfunc.load_model(f"models:/{name}@candidate")
+    answers[name] = model.predict(["the cat", "a mat on the mat"]), model.predict(pd.DataFrame({"text": ["the cat"]}))
+params = {"max_new_tokens": 2, "temperature": 1.0, "seed": 3}
+answers["short"] = mlflow.pyfunc.load_model("models:/llm-base@candidate").predict(["the cat"], params=params)
+import llm
+answers["code"] = llm.__file__
+print(json.dumps(answers))
+"""
+    env = os.environ | {"MLFLOW_TRACKING_URI": store, "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=place, env=env, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    answers = json.loads(done.stdout.splitlines()[-1])
+    assert "/artifacts/code/llm/" in answers["code"], "the code that the model was made with"
+    for name in ("llm-base", "llm-instruct"):
+        assert [set(answer) for answer in answers[name][0]] == [{"text"}, {"text"}]
+        assert answers[name][0][:1] == answers[name][1]
+    assert len(answers["short"][0]["text"]) < len(answers["llm-base"][1][0]["text"])
+    labelled = answers["llm-classifier"][0][0]
+    assert labelled["label"] == max(labelled["probabilities"], key=labelled["probabilities"].get)
+    assert sum(labelled["probabilities"].values()) == pytest.approx(1, abs=1e-5)
+    requirements = next((place / "mlruns").rglob("requirements.txt"))
+    assert f"torch=={version('torch')}" in requirements.read_text()
