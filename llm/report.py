@@ -308,7 +308,7 @@ def labelled(parts: Mapping[str, str]) -> str:
     width = max(map(len, parts)) + 2
     lines = []
     for label, text in parts.items():
-        wrapped = [piece for line in text.split("\n") for piece in textwrap.wrap(line, 100) or [""]]
+        wrapped = [piece for line in text.split("\n") for piece in textwrap.wrap(line, 90) or [""]]
         lines += [(label if i == 0 else "").ljust(width) + piece for i, piece in enumerate(wrapped)]
     return "\n".join(line.rstrip() for line in lines)
 
