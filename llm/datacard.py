@@ -198,14 +198,16 @@ def _header(card: Card) -> list[str]:
 def _corpus(card: Card) -> list[str]:
     corpus = card["corpus"]
     lengths = corpus["document_lengths"]
-    columns = ("documents", "characters", "bytes", "tokens", "bytes_per_token")
+    columns = {"documents": "texts", "characters": "characters", "bytes": "bytes", "tokens": "tokens"}
+    columns["bytes_per_token"] = "bytes per token"
     return [
         "## Corpus",
         f"{corpus['documents']:,} documents with {corpus['characters']:,} characters, split in {corpus['units']:,} "
-        "units: documents, or sections of long ones. Equal to an earlier one: "
+        "units: documents, or sections of long ones. The texts of a split are documents, or sections that follow each "
+        "other. Equal to an earlier one: "
         f"{corpus['duplicate_documents']:,} documents, {corpus['duplicate_units']:,} units.",
         table(
-            ("split", *(name.replace("_", " ") for name in columns), "units equal to one of train"),
+            ("split", *columns.values(), "units equal to one of train"),
             [
                 (name, *(values[column] for column in columns), corpus["leaked_units"].get(name))
                 for name, values in corpus["splits"].items()

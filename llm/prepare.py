@@ -241,6 +241,9 @@ def plan_corpus(path: Path, params: CorpusSplit, seed: int, workers: Workers) ->
     for survey in _progress(surveys, batches, "survey"):
         units = iter(zip(survey.unit_chars, survey.unit_hashes, strict=True))
         for document, n, key in zip(survey.documents, survey.n_units, survey.keys, strict=True):
+            n_units.append(n)
+            if n == 0:  # nothing is left after cleaning
+                continue
             if document != previous:
                 previous, hasher = document, _hasher(seed)
                 document_hashes.append(0)
@@ -251,7 +254,6 @@ def plan_corpus(path: Path, params: CorpusSplit, seed: int, workers: Workers) ->
                 unit_chars.append(chars)
                 unit_hashes.append(unit_hash)
                 unit_document.append(len(document_hashes) - 1)
-            n_units.append(n)
         n_records.append(len(survey.documents))
         code_points.update(survey.code_points)
     if not unit_chars:
@@ -331,23 +333,19 @@ def training_texts(path: Path, plan: Plan, max_chars: int) -> Iterator[str]:
     seen = taken = 0
     with open_raw(path) as file:
         for record, line in enumerate(file):
-            chosen = []
+            rooms = []  # how much is taken of each unit
             for unit in range(first[record], first[record + 1]):
+                chars, room = int(plan.unit_chars[unit]), 0
                 if plan.unit_split[unit] == TRAIN:
-                    seen += int(plan.unit_chars[unit])
-                    if taken < share * seen and taken < max_chars:
-                        chosen.append((unit, max_chars - taken))
-                        taken += int(plan.unit_chars[unit])
-            if chosen:
+                    seen += chars
+                    if taken < share * seen:
+                        room = min(chars, max_chars - taken)
+                rooms.append(room)
+                taken += room
+            if any(rooms):  # a record that is not used costs no parsing
                 text = text_field(parse_record(line, str(path)), "text", str(path))
-                units = dict(
-                    zip(range(first[record], first[record + 1]), _units(text, plan, record, first), strict=True)
-                )
-                yield from (units[unit][:room] for unit, room in chosen)
-
-
-def _units(text: str, plan: Plan, record: int, first: Array) -> list[str]:
-    return slices(text, plan.unit_chars[first[record] : first[record + 1]].tolist())
+                units = slices(text, plan.unit_chars[first[record] : first[record + 1]].tolist())
+                yield from (unit[:room] for unit, room in zip(units, rooms, strict=True) if room)
 
 
 def slices(text: str, lengths: Iterable[int]) -> list[str]:

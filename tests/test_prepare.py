@@ -163,6 +163,15 @@ def test_every_text_comes_back_once(tmp_path: Path, tokenizer: Tokenizer) -> Non
         assert meta["splits"][split]["tokens"] == len(read_split(tmp_path / "out", split))
 
 
+@pytest.mark.parametrize("params", [LEAK_FREE, BOOK], ids=["leak_free", "book"])
+def test_documents_without_text_are_left_out(tmp_path: Path, tokenizer: Tokenizer, params: CorpusSplit) -> None:
+    documents = ["", document(1), "\x00", ["\ufeff", document(2), ""], document(3), ""]
+    path = write_corpus(tmp_path / "corpus.jsonl", documents)
+    encode(path, tmp_path / "empty", params, tokenizer)
+    encode(write_corpus(path, [document(seed) for seed in (1, 2, 3)]), tmp_path / "full", params, tokenizer)
+    assert folder_digest(tmp_path / "empty") == folder_digest(tmp_path / "full")
+
+
 def test_long_documents_are_cut_and_their_sections_follow_each_other(tmp_path: Path, tokenizer: Tokenizer) -> None:
     long, short = document(1, paragraphs=150), document(2)
     path = write_corpus(tmp_path / "corpus.jsonl", [long, short])
@@ -737,7 +746,7 @@ def measure(source: Path, megabytes: int, n_workers: int, vocab_size: int = 8192
     try:
         path = folder / "corpus.jsonl"
         synthetic_corpus(source, path, megabytes * 1_000_000)
-        times = [time.perf_counter()]
+        start, times = time.process_time(), [time.perf_counter()]
         with prepare.Workers(n_workers) as workers:
             plan = prepare.plan_corpus(path, params, SEED, workers)
             times.append(time.perf_counter())
@@ -747,7 +756,7 @@ def measure(source: Path, megabytes: int, n_workers: int, vocab_size: int = 8192
         times.append(time.perf_counter())
         survey, train, encoding = np.diff(times)
         own, workers_own = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-        processor = own.ru_utime + own.ru_stime + workers_own.ru_utime + workers_own.ru_stime
+        processor = time.process_time() - start + workers_own.ru_utime + workers_own.ru_stime
         print(f"{megabytes} MB, {n_workers} workers: {times[-1] - times[0]:.1f} s, processor {processor:.1f} s")
         print(f"  survey {survey:.1f} s, vocabulary {train:.1f} s, encoding {encoding:.1f} s")
         print(f"  peak MiB: {own.ru_maxrss // 1024}, largest worker {workers_own.ru_maxrss // 1024}")
