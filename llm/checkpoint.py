@@ -76,9 +76,9 @@ def load_model_folder(folder: Path, device: torch.device | str = "cpu", dropout:
         raise InputError(f"{path}: not valid JSON ({error}); make the model folder again") from None
     config = config.model_copy(update={"gpt": config.gpt.model_copy(update={"dropout": dropout})})
     tokenizer = Tokenizer.load(folder)
-    if tokenizer.vocab_size > config.gpt.vocab_size:
+    if tokenizer.vocab_size != config.gpt.vocab_size:
         raise InputError(
-            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {config.gpt.vocab_size}; "
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model {config.gpt.vocab_size}; "
             "they do not belong together"
         )
     gpt = GPT(config.gpt)
@@ -125,7 +125,7 @@ def save_state(folder: Path, step: int, tensors: dict[str, Tensor], values: dict
         write_bytes(new / "state.json", json.dumps(state).encode())
     states = saved_states(folder)
     i = states.index(path)
-    for other in states[: max(0, i - 1)] + states[i + 1 :]:  # a later one is damaged, or the training would be beyond it
+    for other in states[: max(0, i - 1)] + states[i + 1 :]:  # later ones are damaged: the training passed them over
         shutil.rmtree(other)
 
 

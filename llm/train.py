@@ -153,8 +153,7 @@ def fit(
     with bar:
         while True:
             if state.step % params.eval_interval == 0 or state.step == params.max_steps:
-                if not state.history or state.history[-1]["step"] != state.step:
-                    _evaluate(state, model, params, evaluate, sample, log, bar)
+                _evaluate(state, model, params, evaluate, sample, log, bar)
                 if state.step == params.max_steps or (params.patience and state.evals_since_best >= params.patience):
                     break
                 last_log, tokens_since_log = time.perf_counter(), 0

@@ -203,6 +203,19 @@ def test_dropout_acts_in_training_only() -> None:
     assert not torch.allclose(model(idx), model(idx))
 
 
+def test_dropout_acts_on_embeddings_attention_and_both_branches() -> None:
+    idx = ids(2, 8)
+    for part in ("drop", "blocks.1.attn", "blocks.1.drop"):
+        model = model_of({}, dropout=0.5).train()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout) and module is not model.get_submodule(part):
+                module.p = 0.0
+        if part != "blocks.1.attn":
+            for block in model.blocks:
+                block.attn.config = gpt_config()
+        assert not torch.allclose(model(idx), model(idx)), part
+
+
 # ---- causality, cache, padding ---------------------------------------------------------------------------------------
 
 

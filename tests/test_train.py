@@ -518,21 +518,23 @@ def test_a_loss_or_gradient_that_is_not_finite_never_reaches_the_weights(bad: st
 
 
 @pytest.mark.parametrize("eval_interval", [3, 1000])
-def test_an_exploding_loss_ends_the_training(eval_interval: int) -> None:
-    scale = 1.0
+def test_an_exploding_loss_ends_the_training_at_the_same_step_after_a_stop(eval_interval: int, tmp_path: Path) -> None:
+    scale, made = 1.0, 0
 
     def loss(model: GPT, batch: Batch) -> tuple[Tensor, Tensor]:
         value, weight = next_token_loss(model, batch)
         return value * scale, weight
 
     def batches(step: int) -> list[Batch]:
-        nonlocal scale
-        scale = 100.0 if step >= 12 else 1.0
+        nonlocal scale, made
+        scale, made = 100.0 if step >= 12 else 1.0, step + 1
         return random_batches(step)
 
     params = train_params(max_steps=200, eval_interval=eval_interval)
+    arguments: dict[str, Any] = {"loss": loss, "batches": batches, "state_dir": tmp_path}
+    assert train(new_gpt(), params, should_stop=lambda: made == 15, **arguments).steps == 15
     with pytest.raises(InputError, match=r"^step 19, batch of rows 76, .*exploded to .*lower lr$"):
-        train(new_gpt(), params, loss=loss, batches=batches)
+        train(new_gpt(), params, **arguments)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
