@@ -181,7 +181,7 @@ class GPT(nn.Module):
         if start + T > self.config.context_length:
             raise ValueError(f"{start + T} tokens exceed the context length {self.config.context_length}")
         positions = torch.arange(start, start + T, device=idx.device)  # [T]
-        mask = self._mask(positions, pad) if pad is not None or (start > 0 and T > 1) else None
+        mask = self._mask(positions, start + T, pad) if pad is not None or (start > 0 and T > 1) else None
         if pad is not None:
             positions = (positions - pad[:, None]).clamp(min=0)  # [B, T]
 
@@ -202,9 +202,9 @@ class GPT(nn.Module):
         return self.final_norm(x)
 
     @staticmethod
-    def _mask(positions: Tensor, pad: Tensor | None) -> Tensor:
-        """True where a query of this call may look: [1 or B, 1, T, S], all T queries against the S = start + T keys."""
-        keys = torch.arange(int(positions[-1]) + 1, device=positions.device)  # [S]
+    def _mask(positions: Tensor, n_keys: int, pad: Tensor | None) -> Tensor:
+        """True where a query at one of the `positions` [T] may look: [1 or B, 1, T, S]."""
+        keys = torch.arange(n_keys, device=positions.device)  # [S]
         mask = (keys <= positions[:, None])[None, None]  # [1, 1, T, S]
         if pad is not None:
             mask = mask & (keys >= pad[:, None])[:, None, None]  # [B, 1, T, S]
