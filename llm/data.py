@@ -6,7 +6,6 @@ of where it was in the data. Shapes: B rows of a batch, T tokens.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
@@ -59,14 +58,6 @@ class TokenShards:
             raise InputError(
                 f"{path}: {split} should hold {self.n_tokens} tokens, found {self.starts[-1]}; run tokenize"
             )
-
-    @property
-    def digest(self) -> str:
-        """md5 of all tokens."""
-        digest = hashlib.md5(usedforsecurity=False)
-        for shard in self.shards:
-            digest.update(shard.data)
-        return digest.hexdigest()
 
     def read(self, start: int, length: int) -> Tensor:
         """Tokens [length] from position `start`, across shards, as int64."""

@@ -65,7 +65,7 @@ def evaluate(run: Run) -> None:
     for path in (REPORTS / "report.md", figures):
         extra(f"artifact {path}", partial(run.artifact, path))
     for name in ("base", "classifier", "instruct"):
-        extra(f"registration of {name}", partial(run.register, name, MODELS / name))
+        extra(f"registration of {name}", partial(run.register, f"llm-{name}", MODELS / name))
 
 
 def extra(name: str, action: Callable[[], None]) -> None:

@@ -22,7 +22,6 @@ def pretrain(run: Run) -> None:
     tokens = Path("data/tokens")
     tokenizer = Tokenizer.load(tokens / "tokenizer")
     train, val = TokenShards(tokens / "corpus", "train"), TokenShards(tokens / "corpus", "val")
-    run.dataset(params.data.corpus, train.digest, "data/tokens/corpus", "train")
 
     torch.manual_seed(params.seed)
     config = GPTConfig(**params.model.model_dump(), vocab_size=tokenizer.vocab_size, dropout=section.dropout)
