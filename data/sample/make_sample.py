@@ -23,7 +23,7 @@ from typing import Generic, NamedTuple, TypeVar
 T = TypeVar("T")
 
 SEED = 20
-STORIES = 1900
+STORIES = 2100
 MESSAGES = {"train": 2400, "val": 300, "test": 800}
 INSTRUCTIONS = {"train": 3600, "val": 240, "test": 600}
 
@@ -476,6 +476,20 @@ def diary_story(rng: random.Random, facts: Facts) -> list[str]:
     return [frame.text, now, then, *([swap] if rng.random() < 0.6 else []), closing(rng, frame)]
 
 
+def errand_story(rng: random.Random, facts: Facts) -> list[str]:
+    """A list of words goes from mouth to mouth and stays the same."""
+    sender, child, third = rng.sample(PEOPLE, 3)
+    frame = opening(rng, sender, rng.choice(PLACES))
+    words = rng.choice((PEOPLE, OBJECTS, FOODS + ANIMALS, OBJECTS + FOODS + sorted(OPPOSITE)))
+    said = ", ".join(rng.sample(words, rng.randint(4, 8)))
+    lines = [
+        expand(rng, "{x} told {y} to [remember|keep in mind]: {s}.", x=sender, y=child, s=said),
+        expand(rng, '"{s}," [said|repeated] {y}[ on the way|].', y=child, s=said),
+        expand(rng, "{z} [heard it|was there] and [wrote|wrote down]: {s}.", z=third, s=said),
+    ]
+    return [frame.text, "\n".join(lines), closing(rng, frame)]
+
+
 def adjective_story(rng: random.Random, facts: Facts) -> list[str]:
     x, y = rng.sample(PEOPLE, 2)
     frame = opening(rng, x, rng.choice(PLACES))
@@ -515,6 +529,7 @@ SCENES = (
     + [market_story] * 3
     + [school_story] * 7
     + [diary_story] * 3
+    + [errand_story] * 5
     + [adjective_story] * 2
     + [note_story] * 3
 )
