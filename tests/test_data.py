@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,6 @@ def test_reads_go_across_shards(tmp_path: Path, data: st.DataObject) -> None:
     assert found.dtype == torch.int64
     assert found.tolist() == tokens[start : start + length]
     assert (shards.n_tokens, shards.n_bytes) == (n, 3 * n)
-    assert shards.digest == hashlib.md5(np.array(tokens, dtype=dtype).tobytes()).hexdigest()
 
 
 def test_reading_beyond_the_end_is_an_error_not_fewer_tokens(tmp_path: Path) -> None:
@@ -374,7 +373,7 @@ def test_batches_hold_similar_lengths_and_change_from_epoch_to_epoch() -> None:
         read, real = sum(batch.idx.numel() for batch in epoch), sum(lengths)
         assert real <= read < 1.1 * real  # shuffled without sorting, it would be about 1.8 times as much
         widths = [batch.idx.shape[1] for batch in epoch]
-        assert widths != sorted(widths)  # not from short to long
+        assert 20 < sum(width < following for width, following in pairwise(widths)) < 60  # not from short to long
     compositions = [{frozenset(batch.rows) for batch in epoch} for epoch in epochs]
     assert len(compositions[0] & compositions[1]) < 8
     assert [batch.rows for batch in epochs[1]] != [batch.rows for batch in epochs[2]]

@@ -411,6 +411,7 @@ def test_stopped_at_any_step_and_continued_equals_never_stopped(tmp_path: Path, 
         torch.manual_seed(99)  # another process starts with another state of the generator
         stopped, _ = resumable(folder, optimizer, keep, stop_at=stop_at)
         assert stopped.steps == stop_at
+        assert (folder / f"step-{stop_at:08d}").is_dir()  # nothing is lost
         result, found = resumable(folder, optimizer, keep)
         assert_same_bits(found, expected_weights)
         assert result == expected
