@@ -272,11 +272,15 @@ def commands() -> list[str]:
 
 
 def recipes() -> list[str]:
-    return [command for command in commands() if re.search(r" (-S|--set-param) ", command)]
+    """Commands that change params, with the options of a file in `recipes/` written out."""
+    written_out = [re.sub(r"\$\(cat (\S+)\)", lambda match: (ROOT / match[1]).read_text(), c) for c in commands()]
+    return [command for command in written_out if re.search(r" (-S|--set-param) ", command)]
 
 
 def test_the_readme_shows_recipes() -> None:
     assert len(recipes()) >= 3
+    for path in (ROOT / "recipes").iterdir():
+        assert f"$(cat recipes/{path.name})" in README, f"README.md does not show recipes/{path.name}"
 
 
 @pytest.mark.parametrize("command", recipes())
