@@ -24,7 +24,7 @@ from typing import Generic, NamedTuple, TypeVar
 T = TypeVar("T")
 
 SEED = 20
-STORIES = 2100
+STORIES = 2700
 MESSAGES = {"train": 6000, "val": 400, "test": 1000}
 INSTRUCTIONS = {"train": 12000, "val": 300, "test": 600}
 
@@ -530,7 +530,7 @@ SCENES = (
     + [market_story] * 3
     + [school_story] * 7
     + [diary_story] * 3
-    + [errand_story] * 5
+    + [errand_story] * 10
     + [adjective_story] * 2
     + [note_story] * 3
 )
