@@ -219,7 +219,7 @@ def test_shipped_params_parse() -> None:
         ("pretrain.learning_rate", 0.1, "pretrain.learning_rate: unknown key"),
         ("pretrain.optimizer", "sgd", "pretrain.optimizer: .*'adamw' or 'muon'.*'sgd'"),
         ("pretrain.lr", float("nan"), "pretrain.lr: .*nan"),
-        ("model.n_kv_heads", 4, "model: n_heads 6 must be a multiple of n_kv_heads 4"),
+        ("model.n_kv_heads", 4, "model: n_heads 2 must be a multiple of n_kv_heads 4"),
         ("model.head_dim", 33, "model: .*even head_dim.*33"),
         ("data.corpus", "nowhere", "data.corpus: no source 'nowhere'.*sample"),
         ("data.messages", "the-verdict", "data.messages: no source 'the-verdict' with messages"),

@@ -141,7 +141,7 @@ def test_train_never_uses_what_is_held_out(maker: ModuleType, stories: list[str]
         assert any(held_words & words(row["output"]) for row in test if row["task"] == task), task
 
     about_people = [row for row in test if row["task"] in ("question", "rewriting", "summary")]
-    assert sum(bool(set(maker.HELD_NAMES) & words(row["output"])) for row in about_people) > 0.1 * len(about_people)
+    assert sum(bool(set(maker.HELD_NAMES) & words(row["output"])) for row in about_people) >= 10
 
 
 def test_val_and_test_ask_no_question_of_train(maker: ModuleType) -> None:
@@ -149,10 +149,10 @@ def test_val_and_test_ask_no_question_of_train(maker: ModuleType) -> None:
         assert maker.is_held_out(letters(row["instruction"] + row["input"])) == (row["split"] != "train")
 
 
-def test_sorted_words_of_test_are_new_sets() -> None:
+def test_what_test_has_to_sort_was_not_sorted_in_train_from_another_order() -> None:
     rows = [row for row in read("instructions.jsonl") if row["task"] == "sorting"]
-    known = {frozenset(words(row["input"])) for row in of_split(rows, "train")}
-    assert not [row for row in of_split(rows, "test") if frozenset(words(row["input"])) in known]
+    known = {row["output"] for row in of_split(rows, "train")}
+    assert not [row for row in of_split(rows, "test") if row["output"] in known]
 
 
 GIFT = re.compile(r"(\w+) (?:(?:gave|handed|passed) the (\w+) to (\w+)|gave (\w+) the (\w+))\.")
