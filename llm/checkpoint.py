@@ -13,11 +13,11 @@ from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from pydantic import ValidationError, model_validator
-from safetensors import SafetensorError
-from safetensors.torch import load, load_file, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from llm.config import GPTConfig, InputError, Strict, explain
+from llm.config import GPTConfig, InputError, Strict, Template, explain
 from llm.model import GPT, GPTClassifier
 from llm.tokenizer import Tokenizer
 
@@ -29,7 +29,8 @@ class ModelFolderConfig(Strict):
     gpt: GPTConfig
     labels: list[str] | None = None  # classifier: in the order of its outputs
     max_length: int | None = None  # classifier: tokens of a text that it reads
-    template: Literal["alpaca", "chatml"] | None = None  # instruct: how a prompt is written
+    template: Template | None = None  # instruct: how a prompt is written
+    system: str | None = None  # instruct: what stands before every prompt, where the template has a place for it
 
     @model_validator(mode="after")
     def _belongs_to_kind(self) -> Self:
@@ -37,6 +38,8 @@ class ModelFolderConfig(Strict):
             raise ValueError(f"labels and max_length go with kind classifier, found kind {self.kind}")
         if (self.kind == "instruct") != (self.template is not None):
             raise ValueError(f"a template goes with kind instruct, found kind {self.kind}")
+        if self.system is not None and self.template in (None, "alpaca"):
+            raise ValueError(f"system goes with the templates chatml and llama3, found {self.template}")
         return self
 
 
@@ -50,21 +53,33 @@ def save_model_folder(folder: Path, content: ModelFolder) -> None:
     """Writes a model folder; it appears whole or not at all, in place of any earlier one."""
     with replaced_folder(folder) as new:
         (new / "config.json").write_text(content.config.model_dump_json(indent=2, exclude_none=True) + "\n")
-        # A tied head is the token embedding: stored once.
-        weights = {
-            name: tensor.detach().cpu().contiguous()
-            for name, tensor in content.model.state_dict().items()
-            if not (content.config.gpt.tie_embeddings and name.endswith("lm_head.weight"))
-        }
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in stored_tensors(content.model).items()}
         write_bytes(new / "model.safetensors", save(weights))
         content.tokenizer.save(new)
 
 
-def load_model_folder(folder: Path, device: torch.device | str = "cpu", dropout: float = 0.0) -> ModelFolder:
+def load_model_folder(
+    folder: Path,
+    device: torch.device | str = "cpu",
+    dropout: float = 0.0,
+    dtype: torch.dtype | None = torch.float32,
+) -> ModelFolder:
     """Reads a model folder, in evaluation mode; raises `InputError` if anything of it is missing or does not fit.
 
-    `dropout` is for training on: it belongs to a training, not to the weights.
+    `dropout` is for training on: it belongs to a training, not to the weights. `dtype` None leaves the weights in the
+    one that they are stored in.
     """
+    config, tokenizer = read_model_folder(folder)
+    config = config.model_copy(update={"gpt": config.gpt.model_copy(update={"dropout": dropout})})
+    with torch.device("meta"):  # no memory, no random numbers: all weights come from the file
+        gpt = GPT(config.gpt)
+        model = GPTClassifier(gpt, len(config.labels)) if config.labels else gpt
+    load_weights(model, folder / "model.safetensors", torch.device(device), dtype)
+    return ModelFolder(model.eval(), tokenizer, config)
+
+
+def read_model_folder(folder: Path) -> tuple[ModelFolderConfig, Tokenizer]:
+    """What a model folder says about its model, without the weights."""
     path = folder / "config.json"
     if not path.is_file():
         raise InputError(f"{folder}: not a model folder: config.json is missing; name a folder such as models/base")
@@ -74,41 +89,62 @@ def load_model_folder(folder: Path, device: torch.device | str = "cpu", dropout:
         raise InputError(explain(error, str(path))) from None
     except ValueError as error:
         raise InputError(f"{path}: not valid JSON ({error}); make the model folder again") from None
-    config = config.model_copy(update={"gpt": config.gpt.model_copy(update={"dropout": dropout})})
     tokenizer = Tokenizer.load(folder)
-    if tokenizer.vocab_size != config.gpt.vocab_size:
+    if tokenizer.vocab_size > config.gpt.vocab_size:
         raise InputError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model {config.gpt.vocab_size}; "
             "they do not belong together"
         )
-    gpt = GPT(config.gpt)
-    model = GPTClassifier(gpt, len(config.labels)) if config.labels else gpt
-    load_weights(model, folder / "model.safetensors", config.gpt.tie_embeddings)
-    return ModelFolder(model.to(device).eval(), tokenizer, config)
+    return config, tokenizer
 
 
-def load_weights(model: nn.Module, path: Path, tied: bool) -> None:
-    """Loads strictly: each tensor used once, shapes equal; what is left over or missing is named."""
-    weights = read_safetensors(path)
-    expected = model.state_dict()
-    if tied:
-        expected = {name: tensor for name, tensor in expected.items() if not name.endswith("lm_head.weight")}
-    for name, tensor in expected.items():
-        if name not in weights:
-            raise InputError(f"{path}: tensor {name} is missing; the file does not belong to this config.json")
-        if weights[name].shape != tensor.shape:
-            found, wanted = list(weights[name].shape), list(tensor.shape)
-            raise InputError(f"{path}: tensor {name} has shape {found}, config.json asks for {wanted}")
-    if extra := sorted(set(weights) - set(expected)):
-        raise InputError(f"{path}: tensor {extra[0]} has no place in the model ({len(extra)} left over)")
-    model.load_state_dict(weights, strict=False)
+def load_weights(model: GPT | GPTClassifier, path: Path, device: torch.device, dtype: torch.dtype | None) -> None:
+    """Fills a model on the meta device strictly: each tensor used once, shapes equal; else what is wrong is named.
 
-
-def read_safetensors(path: Path) -> dict[str, Tensor]:
+    Tensor by tensor, with the file closed in between: the memory it is mapped to never adds up to a second model.
+    """
+    expected = {name: list(tensor.shape) for name, tensor in stored_tensors(model).items()}
     try:
-        return load_file(path)
+        with safe_open(path, framework="pt") as file:
+            found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (not a dict)
+        for name, shape in expected.items():
+            if name not in found:
+                raise InputError(f"{path}: tensor {name} is missing; the file does not belong to this config.json")
+            if found[name] != shape:
+                raise InputError(f"{path}: tensor {name} has shape {found[name]}, config.json asks for {shape}")
+        if extra := sorted(set(found) - set(expected)):
+            raise InputError(f"{path}: tensor {extra[0]} has no place in the model ({len(extra)} left over)")
+        for name in expected:
+            with safe_open(path, framework="pt") as file:
+                tensor = file.get_tensor(name)
+                assign_tensor(model, name, tensor.to(device, dtype or tensor.dtype, copy=True))
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: cannot be read as safetensors ({error}); make or copy the file again") from None
+    tie_head(model)
+
+
+def gpt_of(model: GPT | GPTClassifier) -> GPT:
+    return model.gpt if isinstance(model, GPTClassifier) else model
+
+
+def stored_tensors(model: GPT | GPTClassifier) -> dict[str, Tensor]:
+    """The weights that a file holds: a tied head is the token embedding, stored once."""
+    tied = gpt_of(model).config.tie_embeddings
+    weights = model.state_dict()
+    return {name: tensor for name, tensor in weights.items() if not (tied and name.endswith("lm_head.weight"))}
+
+
+def assign_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Puts a tensor in the place of the parameter `name`, whatever device that was on."""
+    path, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(path), leaf, nn.Parameter(tensor))
+
+
+def tie_head(model: GPT | GPTClassifier) -> None:
+    """After `assign_tensor` the head of a tied model has to be made the token embedding again."""
+    gpt = gpt_of(model)
+    if gpt.config.tie_embeddings:
+        gpt.lm_head.weight = gpt.tok_emb.weight
 
 
 # ---- training state --------------------------------------------------------------------------------------------------

@@ -110,7 +110,7 @@ class DataParams(Strict):
 
 
 class TokenizerParams(Strict):
-    kind: Literal["bpe", "gpt2"]
+    kind: Literal["bpe", "gpt2", "pretrained"]
     vocab_size: Annotated[int, Field(ge=260)]
     train_chars: Positive
 
@@ -168,14 +168,63 @@ class ModelParams(Strict):
         return self
 
 
+class RopeScaling(Strict):
+    """How rotary positions are stretched beyond the length that a model was first trained on.
+
+    `linear` (Chen et al. 2023) divides all frequencies by `factor`; `llama3` (Llama 3.1) divides the low ones, whose
+    wavelength exceeds original_context_length / low_freq_factor, and blends towards the high ones; `yarn` (Peng et al.
+    2023) blends between the dimensions that turn beta_slow and beta_fast times within the original context, and
+    scales the attention.
+    """
+
+    kind: Literal["linear", "llama3", "yarn"]
+    factor: PositiveFloat
+    original_context_length: Positive | None = None  # llama3, yarn
+    low_freq_factor: PositiveFloat | None = None  # llama3
+    high_freq_factor: PositiveFloat | None = None  # llama3
+    beta_fast: PositiveFloat | None = None  # yarn
+    beta_slow: PositiveFloat | None = None  # yarn
+    attention_factor: PositiveFloat | None = None  # yarn: what cos and sin are multiplied with
+
+    @model_validator(mode="after")
+    def _belongs_to_kind(self) -> Self:
+        needed = {
+            "linear": (),
+            "llama3": ("original_context_length", "low_freq_factor", "high_freq_factor"),
+            "yarn": ("original_context_length", "beta_fast", "beta_slow", "attention_factor"),
+        }[self.kind]
+        for name in type(self).model_fields:
+            if name not in ("kind", "factor") and (getattr(self, name) is None) == (name in needed):
+                problem = "is missing" if name in needed else "has no place"
+                raise ValueError(f"rope_scaling of kind {self.kind}: {name} {problem}")
+        return self
+
+
 class GPTConfig(ModelParams):
     """Everything that `GPT` is built from; what a model folder's `config.json` holds."""
 
-    vocab_size: Positive
-    dropout: Probability
+    vocab_size: Positive  # at least the tokenizer's; open weights often have rows to spare
+    rope_scaling: RopeScaling | None = None
+    sliding_window: Positive | None = None  # tokens that a position attends to, itself included; None: all before it
+    dropout: Annotated[float, Field(ge=0, lt=1, exclude=True)] = 0.0  # of a training, never stored with the weights
+
+
+Template = Literal["alpaca", "chatml", "llama3"]  # how a prompt is written for an instruct model
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
+
+
+LinearName = Literal["q_proj", "k_proj", "v_proj", "out_proj", "up_proj", "gate_proj", "down_proj"]
+
+
+class LoRAParams(Strict):
+    """Low-rank adapters (Hu et al. 2021): W x + alpha / rank * B A x, with A and B trained and W frozen."""
+
+    rank: Positive
+    alpha: PositiveFloat
+    dropout: Probability
+    targets: Annotated[list[LinearName], Field(min_length=1)]
 
 
 class TrainParams(Strict):
@@ -195,27 +244,29 @@ class TrainParams(Strict):
     weight_decay: NonNegativeFloat
     grad_clip: NonNegativeFloat
     dropout: Probability
+    trainable: Literal["head", "last_blocks", "lora", "all"]  # head: of a classifier
+    last_blocks: NonNegative
+    lora: LoRAParams
     eval_interval: Positive
     patience: NonNegative
     keep: Literal["best", "last"]
 
 
 class PretrainParams(TrainParams):
+    init: str
     prompt: str
     sample_tokens: NonNegative
     eval_tokens: Positive
 
 
 class ClassifyParams(TrainParams):
-    trainable: Literal["head", "last_blocks", "all"]
-    last_blocks: NonNegative
     class_weights: Literal["none", "balanced"]
     max_length: Positive
     scratch_control: bool
 
 
 class InstructParams(TrainParams):
-    template: Literal["alpaca", "chatml"]
+    template: Template
     mask_prompt: bool
     scratch_control: bool
 
@@ -235,6 +286,7 @@ class RuntimeParams(Strict):
 
     device: Literal["auto", "cpu", "cuda", "mps"]
     compile: bool
+    activation_checkpointing: bool
     workers: NonNegative
     log_interval: Positive
     checkpoint_interval: Positive

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llm.config import InputError
+from llm.config import InputError, Template
 from llm.tokenizer import Tokenizer
 
 IGNORE = -100  # a target that does not count
@@ -181,7 +181,9 @@ def class_weights(examples: Sequence[Example], n_labels: int) -> Tensor:
     return len(examples) / (n_labels * counts)
 
 
-def encode_prompt(tokenizer: Tokenizer, template: str, instruction: str, input: str = "") -> list[int]:
+def encode_prompt(
+    tokenizer: Tokenizer, template: Template, instruction: str, input: str = "", system: str | None = None
+) -> list[int]:
     """Everything up to where the response starts. What the user wrote never becomes a special token."""
     if template == "alpaca":  # Taori et al. 2023
         text = (
@@ -191,29 +193,39 @@ def encode_prompt(tokenizer: Tokenizer, template: str, instruction: str, input: 
         text += f"\n\n### Input:\n{input}" if input else ""
         return tokenizer.encode(text + "\n\n### Response:\n")
     question = f"{instruction}\n{input}" if input else instruction
-    return [
-        *_marker(tokenizer, "<|im_start|>"),
-        *tokenizer.encode(f"user\n{question}"),
-        *_marker(tokenizer, "<|im_end|>"),
-        *tokenizer.encode("\n"),
-        *_marker(tokenizer, "<|im_start|>"),
-        *tokenizer.encode("assistant\n"),
-    ]
+    turns = [("user", question)] if system is None else [("system", system), ("user", question)]
+    if template == "llama3":
+        ids = [] if tokenizer.bos is None else [tokenizer.bos]
+        for role, text in turns:
+            ids += [*_header(tokenizer, role), *tokenizer.encode(f"\n\n{text}"), *_marker(tokenizer, "<|eot_id|>")]
+        return [*ids, *_header(tokenizer, "assistant"), *tokenizer.encode("\n\n")]
+    ids = []
+    for role, text in turns:
+        ids += [*_marker(tokenizer, "<|im_start|>"), *tokenizer.encode(f"{role}\n{text}")]
+        ids += [*_marker(tokenizer, "<|im_end|>"), *tokenizer.encode("\n")]
+    return [*ids, *_marker(tokenizer, "<|im_start|>"), *tokenizer.encode("assistant\n")]
+
+
+def _header(tokenizer: Tokenizer, role: str) -> list[int]:
+    """Whose turn it is, in Llama 3's template."""
+    start, end = (_marker(tokenizer, f"<|{name}_header_id|>") for name in ("start", "end"))
+    return [*start, *tokenizer.encode(role), *end]
 
 
 def _marker(tokenizer: Tokenizer, name: str) -> list[int]:
-    """A ChatML marker: one token where the tokenizer has it (ours do), its characters where not (GPT-2's)."""
+    """A marker of a chat: one token where the tokenizer has it (ours do), its characters where not (GPT-2's)."""
     token = tokenizer.special_tokens.get(name)
     return tokenizer.encode(name) if token is None else [token]
 
 
-def stop_token(tokenizer: Tokenizer, template: str) -> int:
+def stop_token(tokenizer: Tokenizer, template: Template) -> int:
     """The token that ends a response."""
-    return tokenizer.special_tokens.get("<|im_end|>", tokenizer.eot) if template == "chatml" else tokenizer.eot
+    name = {"alpaca": tokenizer.end, "chatml": "<|im_end|>", "llama3": "<|eot_id|>"}[template]
+    return tokenizer.special_tokens.get(name, tokenizer.eot)
 
 
 def pair_examples(
-    pairs: Sequence[Pair], tokenizer: Tokenizer, template: str, mask_prompt: bool, max_length: int
+    pairs: Sequence[Pair], tokenizer: Tokenizer, template: Template, mask_prompt: bool, max_length: int
 ) -> list[Example]:
     """Prompt, response and stop token of each pair, cut to `max_length` + 1; pairs without room for a response go."""
     examples = []

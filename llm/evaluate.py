@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from llm.baselines import NGram, classical_classifiers, xz_bytes
 from llm.checkpoint import ModelFolder
 from llm.classify import classify_texts
-from llm.config import EvaluateParams, InputError
+from llm.config import EvaluateParams, InputError, Template
 from llm.data import Pair, TokenShards, encode_prompt, read_labels, read_messages, read_pairs, stop_token
 from llm.generate import generate
 from llm.metrics import (
@@ -165,7 +165,7 @@ class InstructResult(NamedTuple):
     """`reports` and `tasks` by model: gpt, base (not finetuned, prompted the same way), scratch (random weights)."""
 
     split: str
-    template: str
+    template: Template
     reports: dict[str, AnswerReport]
     tasks: dict[str, dict[str, AnswerReport]]
     examples: list[Example]
@@ -177,7 +177,7 @@ class Example(NamedTuple):
 
 
 def evaluate_instruct(
-    folders: Mapping[str, ModelFolder], template: str, instructions: Path, params: EvaluateParams
+    folders: Mapping[str, ModelFolder], template: Template, instructions: Path, params: EvaluateParams
 ) -> InstructResult:
     """Greedy answers of each model in `folders`, `gpt` first, to the same held-out instructions."""
     read = {split: read_pairs(instructions / f"{split}.jsonl") for split in ("test", "val")}
@@ -197,7 +197,7 @@ def evaluate_instruct(
     )
 
 
-def answer(folder: ModelFolder, template: str, pairs: Sequence[Pair], params: EvaluateParams) -> list[str]:
+def answer(folder: ModelFolder, template: Template, pairs: Sequence[Pair], params: EvaluateParams) -> list[str]:
     """A model's greedy answers, generated in batches of prompts of similar length."""
     model, tokenizer, _ = folder
     assert isinstance(model, GPT)

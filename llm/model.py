@@ -12,10 +12,12 @@ D head_dim, F ffn_dim, V vocab_size.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from llm.config import GPTConfig
 
@@ -57,10 +59,47 @@ def make_norm(config: GPTConfig, size: int) -> nn.Module:
     return nn.LayerNorm(size, eps=config.norm_eps, bias=config.bias)
 
 
+@lru_cache(maxsize=16)
+def rotary_frequencies(config: GPTConfig, device: torch.device) -> Tensor:
+    """The angle that each pair of a head turns by from one position to the next, [D/2] in radians, fp32."""
+    D, scaling = config.head_dim, config.rope_scaling
+    frequencies = config.rope_theta ** -(torch.arange(0, D, 2, device=device).float() / D)  # [D/2]
+    if scaling is None:
+        return frequencies
+    stretched = frequencies / scaling.factor
+    if scaling.kind == "llama3":
+        assert scaling.original_context_length and scaling.low_freq_factor and scaling.high_freq_factor
+        turns = scaling.original_context_length * frequencies / (2 * math.pi)  # within the original context
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        kept = ((turns - low) / (high - low)).clamp(0, 1)  # 1: high frequency, as it was
+        return kept * frequencies + (1 - kept) * stretched
+    if scaling.kind == "yarn":
+        original, fast, slow = scaling.original_context_length, scaling.beta_fast, scaling.beta_slow
+        assert original and fast and slow
+        # The pairs that turn so often within the original context; those between them are blended.
+        first, last = (
+            D * math.log(original / (n * 2 * math.pi)) / (2 * math.log(config.rope_theta)) for n in (fast, slow)
+        )
+        low, high = max(math.floor(first), 0), min(math.ceil(last), D - 1)
+        ramp = (torch.arange(D // 2, device=device).float() - low) / max(high - low, 0.001)
+        kept = 1 - ramp.clamp(0, 1)  # [D/2]
+        return kept * frequencies + (1 - kept) * stretched
+    return stretched
+
+
+def rotary(config: GPTConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the angles at `positions` [T] or [B, T]: 2 x [T, D/2] or [B, 1, T, D/2], fp32."""
+    angles = positions[..., None].float() * rotary_frequencies(config, positions.device)
+    if positions.ndim == 2:
+        angles = angles[:, None]  # [B, 1, T, D/2]: the same for all heads
+    scale = 1.0 if config.rope_scaling is None else config.rope_scaling.attention_factor or 1.0
+    return angles.cos() * scale, angles.sin() * scale
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions: turns each pair (x_i, x_{i+D/2}) of [B, H, T, D] by its position's angle."""
-    first, second = x.chunk(2, dim=-1)  # 2 x [B, H, T, D/2]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    """Rotary positions: turns each pair (x_i, x_{i+D/2}) of [B, H, T, D] by its position's angle, in fp32."""
+    first, second = x.float().chunk(2, dim=-1)  # 2 x [B, H, T, D/2]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
 class CausalSelfAttention(nn.Module):
@@ -78,7 +117,7 @@ class CausalSelfAttention(nn.Module):
             self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
 
     def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache: KVCache | None
+        self, x: Tensor, angles: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache: KVCache | None
     ) -> Tensor:
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.config.head_dim)  # [B, T, H, D]
@@ -87,8 +126,8 @@ class CausalSelfAttention(nn.Module):
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, H or K, T, D]
-        if rotary is not None:
-            q, k = rotate(q, *rotary), rotate(k, *rotary)
+        if angles is not None:
+            q, k = rotate(q, *angles), rotate(k, *angles)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # [B, K, S, D]
         y = F.scaled_dot_product_attention(
@@ -132,9 +171,9 @@ class TransformerBlock(nn.Module):
         self.drop = nn.Dropout(config.dropout)
 
     def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache: KVCache | None
+        self, x: Tensor, angles: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache: KVCache | None
     ) -> Tensor:
-        x = x + self.drop(self.attn(self.norm1(x), rotary, mask, cache))
+        x = x + self.drop(self.attn(self.norm1(x), angles, mask, cache))
         return x + self.drop(self.ffn(self.norm2(x)))
 
 
@@ -142,16 +181,10 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
+        self.activation_checkpointing = False  # in training, blocks keep their inputs alone and compute the rest again
         self.tok_emb = nn.Embedding(config.vocab_size, config.emb_dim)
-        self.rotary_cos: Tensor
-        self.rotary_sin: Tensor
         if config.positions == "learned":
             self.pos_emb = nn.Embedding(config.context_length, config.emb_dim)
-        else:
-            frequencies = config.rope_theta ** -(torch.arange(0, config.head_dim, 2).float() / config.head_dim)  # [D/2]
-            angles = torch.arange(config.context_length).float()[:, None] * frequencies  # [context_length, D/2]
-            self.register_buffer("rotary_cos", angles.cos(), persistent=False)
-            self.register_buffer("rotary_sin", angles.sin(), persistent=False)
         self.drop = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(TransformerBlock(config, layer) for layer in range(config.n_layers))
         self.final_norm = make_norm(config, config.emb_dim)
@@ -181,31 +214,34 @@ class GPT(nn.Module):
         if start + T > self.config.context_length:
             raise ValueError(f"{start + T} tokens exceed the context length {self.config.context_length}")
         positions = torch.arange(start, start + T, device=idx.device)  # [T]
-        mask = self._mask(positions, start + T, pad) if pad is not None or (start > 0 and T > 1) else None
+        window = self.config.sliding_window
+        narrow = window is not None and start + T > window
+        mask = self._mask(positions, start + T, pad) if pad is not None or (start > 0 and T > 1) or narrow else None
         if pad is not None:
             positions = (positions - pad[:, None]).clamp(min=0)  # [B, T]
 
         x = self.tok_emb(idx)  # [B, T, C]
-        rotary = None
+        angles = None
         if self.config.positions == "learned":
             x = x + self.pos_emb(positions)
         else:
-            cos, sin = self.rotary_cos[positions], self.rotary_sin[positions]  # [T, D/2] or [B, T, D/2]
-            if pad is not None:
-                cos, sin = cos[:, None], sin[:, None]  # [B, 1, T, D/2]
-            rotary = (cos.to(x.dtype), sin.to(x.dtype))
+            angles = rotary(self.config, positions)
         x = self.drop(x)
         for block in self.blocks:
-            x = block(x, rotary, mask, cache)
+            if self.activation_checkpointing and self.training:
+                x = checkpoint(block, x, angles, mask, None, use_reentrant=False)
+            else:
+                x = block(x, angles, mask, cache)
         if cache is not None:
             cache.length += T
         return self.final_norm(x)
 
-    @staticmethod
-    def _mask(positions: Tensor, n_keys: int, pad: Tensor | None) -> Tensor:
+    def _mask(self, positions: Tensor, n_keys: int, pad: Tensor | None) -> Tensor:
         """True where a query at one of the `positions` [T] may look: [1 or B, 1, T, S]."""
         keys = torch.arange(n_keys, device=positions.device)  # [S]
         mask = (keys <= positions[:, None])[None, None]  # [1, 1, T, S]
+        if self.config.sliding_window is not None:
+            mask = mask & (keys > positions[:, None] - self.config.sliding_window)
         if pad is not None:
             mask = mask & (keys >= pad[:, None])[:, None, None]  # [B, 1, T, S]
             mask = mask | (keys == positions[:, None])  # a padding query sees itself: an empty row would give NaN

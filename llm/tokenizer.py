@@ -1,7 +1,9 @@
 """Byte-level byte-pair encoding: trained here by rustbpe or read from GPT-2's files, served by tiktoken.
 
-The ids: first the 256 single bytes, then the merges in the order of merging, then the special tokens. Special tokens
-never come out of `encode`: a text that says "<|endoftext|>" is encoded as those thirteen characters.
+The ids of a vocabulary trained here: first the 256 single bytes, then the merges in the order of merging, then the
+special tokens. Open weights may have the special tokens elsewhere and ids without a token, but their merges too are in
+the order of the ids, which is what tiktoken goes by. Special tokens never come out of `encode`: a text that says
+"<|endoftext|>" is encoded as those thirteen characters.
 """
 
 from __future__ import annotations
@@ -49,19 +51,33 @@ class Tokenizer:
     (262, 'the cat')
     """
 
-    def __init__(self, ranks: Sequence[bytes], pattern: str, special_tokens: dict[str, int]) -> None:
-        """`ranks`: the bytes of each token that is not special, in the order of merging, which is that of the ids."""
-        self.special_tokens = special_tokens
+    def __init__(
+        self,
+        ranks: Sequence[bytes | None],
+        pattern: str,
+        special_tokens: dict[str, int],
+        end: str = END_OF_TEXT,
+        begin: str | None = None,
+    ) -> None:
+        """`ranks`: the bytes of each id, in the order of merging; None where it is a special token or nothing.
+
+        `end` names the special token that stands between texts, `begin` the one that a model expects before each text.
+        """
+        self.ranks = list(ranks)
         self.pattern = pattern
-        self._ranks = list(ranks)
+        self.special_tokens = special_tokens
+        self.end, self.begin = end, begin
         self._encoding = tiktoken.Encoding(
             "llm",
             pat_str=pattern,
-            mergeable_ranks={token: rank for rank, token in enumerate(ranks)},
+            mergeable_ranks={token: rank for rank, token in enumerate(ranks) if token is not None},
             special_tokens=special_tokens,
         )
-        self.vocab_size = len(ranks) + len(special_tokens)
-        self.eot = special_tokens[END_OF_TEXT]
+        self.vocab_size = max(len(self.ranks), *(number + 1 for number in special_tokens.values()))
+        self.eot = special_tokens[end]
+        self.bos = None if begin is None else special_tokens[begin]
+        named = set(special_tokens.values())
+        self._unused = {i for i in range(self.vocab_size) if i not in named and (i >= len(ranks) or ranks[i] is None)}
 
     def encode(self, text: str) -> list[int]:
         return [number for part in _parts(text) for number in self._encoding.encode_ordinary(part)]
@@ -76,17 +92,20 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Bytes that are no UTF-8, such as half a character, become U+FFFD."""
-        return self._encoding.decode(ids, errors="replace")
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        return self._encoding.decode_bytes(ids)
+        """Ids that stand for nothing, such as the spare rows of an open model's embedding, give nothing."""
+        return self._encoding.decode_bytes([i for i in ids if i < self.vocab_size and i not in self._unused])
 
     def save(self, folder: Path) -> None:
         """Writes `bpe.json`; the same tokenizer gives the same bytes."""
         content = {
             "pattern": self.pattern,
             "special_tokens": self.special_tokens,
-            "ranks": [base64.b64encode(token).decode("ascii") for token in self._ranks],
+            "end": self.end,
+            "begin": self.begin,
+            "ranks": [token and base64.b64encode(token).decode("ascii") for token in self.ranks],
         }
         folder.mkdir(parents=True, exist_ok=True)
         partial = folder / f"{FILE_NAME}.partial"
@@ -98,15 +117,15 @@ class Tokenizer:
         path = folder / FILE_NAME
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            ranks = [base64.b64decode(token, validate=True) for token in content["ranks"]]
+            ranks = [token and base64.b64decode(token, validate=True) for token in content["ranks"]]
             special_tokens = {str(token): int(number) for token, number in content["special_tokens"].items()}
-            pattern = str(content["pattern"])
+            pattern, end, begin = str(content["pattern"]), str(content["end"]), content["begin"]
         except FileNotFoundError:
             raise InputError(f"{path}: there is no tokenizer here; it is written by the tokenize stage") from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError, binascii.Error) as error:
             raise InputError(f"{path}: not a tokenizer ({_one_line(error)}); write it again") from None
-        _check(path, ranks, special_tokens)
-        return cls(ranks, pattern, special_tokens)
+        _check(path, ranks, special_tokens, end, begin)
+        return cls(ranks, pattern, special_tokens, end, begin)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -155,13 +174,16 @@ def _parts(text: str) -> list[str]:
     return [text[start:end] for start, end in pairwise([0, *ends, len(text)])]
 
 
-def _check(path: Path, ranks: list[bytes], special_tokens: dict[str, int]) -> None:
-    if len(set(ranks)) != len(ranks) or not {bytes([byte]) for byte in range(256)} <= set(ranks):
+def _check(path: Path, ranks: list[bytes | None], special_tokens: dict[str, int], end: str, begin: str | None) -> None:
+    tokens = [token for token in ranks if token]
+    if len(set(tokens)) != len(tokens) or not {bytes([byte]) for byte in range(256)} <= set(tokens):
         raise InputError(f"{path}: the ranks must hold each byte, and nothing twice; write the tokenizer again")
-    if sorted(special_tokens.values()) != list(range(len(ranks), len(ranks) + len(special_tokens))):
-        raise InputError(f"{path}: the special tokens must follow the {len(ranks)} ranks; write the tokenizer again")
-    if END_OF_TEXT not in special_tokens:
-        raise InputError(f"{path}: the special token {END_OF_TEXT} is missing; write the tokenizer again")
+    ids = list(special_tokens.values())
+    if len(set(ids)) != len(ids) or any(i < 0 or (i < len(ranks) and ranks[i]) for i in ids):
+        raise InputError(f"{path}: a special token has the id of another token; write the tokenizer again")
+    for name in (end, begin):
+        if name is not None and name not in special_tokens:
+            raise InputError(f"{path}: the special token {name} is missing; write the tokenizer again")
 
 
 def _one_line(error: Exception) -> str:

@@ -66,6 +66,9 @@ def train_params(**changes: Any) -> TrainParams:
         "weight_decay": 0.1,
         "grad_clip": 1.0,
         "dropout": 0.0,
+        "trainable": "all",
+        "last_blocks": 1,
+        "lora": {"rank": 2, "alpha": 4.0, "dropout": 0.0, "targets": ["q_proj", "v_proj"]},
         "eval_interval": 5,
         "patience": 0,
         "keep": "last",
@@ -77,6 +80,7 @@ def runtime_params(**changes: Any) -> RuntimeParams:
     values: dict[str, Any] = {
         "device": "cpu",
         "compile": False,
+        "activation_checkpointing": False,
         "workers": 1,
         "log_interval": 1,
         "checkpoint_interval": 1000,
