@@ -110,7 +110,7 @@ class DataParams(Strict):
 
 
 class TokenizerParams(Strict):
-    kind: Literal["bpe", "gpt2", "pretrained"]
+    kind: Literal["bpe", "gpt2"]
     vocab_size: Annotated[int, Field(ge=260)]
     train_chars: Positive
 

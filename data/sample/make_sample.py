@@ -732,7 +732,7 @@ def is_held_out(question: str) -> bool:
 
 
 def question_pair(rng: random.Random, words: Vocabulary) -> Pair:
-    world, told = small_world(rng, words.names, rng.randint(3, 5), 2, rng.choice((1, 2)))
+    world, told = small_world(rng, words.names, rng.randint(3, 4), 2, rng.choice((1, 1, 2)))
     question, answer = rng.choice(world.questions())
     return question, " ".join(told), answer
 

@@ -1,0 +1,70 @@
+"""Cross entropy of an output layer without its logits ever being whole.
+
+With a vocabulary of 50,000 the logits of a step, their softmax and their gradient take more memory than everything
+else in a small model, and moving them takes more time than the products. Here they exist for a few rows at a time, and
+each chunk's gradient is computed while its logits are at hand (Wijmans et al. 2024 and Hsu et al. 2024 do so on GPUs).
+
+Shapes: N positions, n positions of a chunk, C emb_dim, V vocab_size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK_LOGITS = 2**22  # numbers in the logits of a chunk: 16 MB in fp32
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """The summed cross entropy in nats of `hidden @ weight.T` [N, V] against `targets` [N]; differentiable in both.
+
+    The same as `F.cross_entropy(hidden @ weight.T, targets, reduction="sum")`, up to rounding. Products are made in
+    the dtype of autocast where it is on, the losses in fp32.
+    """
+    if torch.is_autocast_enabled(hidden.device.type):
+        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets)
+    return loss
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        wants_hidden, wants_weight, _ = ctx.needs_input_grad
+        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
+        grad_weight = torch.zeros_like(weight) if wants_weight else None
+        loss = torch.zeros((), device=hidden.device)
+        w = weight.to(hidden.dtype)  # [V, C]
+        rows = max(1, CHUNK_LOGITS // weight.shape[0])
+        for start in range(0, len(targets), rows):
+            chunk = slice(start, start + rows)
+            h, t = hidden[chunk], targets[chunk, None]  # [n, C], [n, 1]
+            logits = (h @ w.T).float()  # [n, V]
+            log_total = logits.logsumexp(-1, keepdim=True)  # [n, 1]
+            loss += (log_total - logits.gather(1, t)).sum()
+            if grad_hidden is None and grad_weight is None:
+                continue
+            # The gradient of the logits is softmax minus one at the target; it takes the logits' place.
+            error = logits.sub_(log_total).exp_()  # [n, V]
+            error.scatter_add_(1, t, torch.full_like(log_total, -1.0))
+            error = error.to(hidden.dtype)
+            if grad_hidden is not None:
+                torch.mm(error, w, out=grad_hidden[chunk])
+            if grad_weight is not None and weight.dtype == hidden.dtype:
+                grad_weight.addmm_(error.T, h)
+            elif grad_weight is not None:
+                grad_weight += error.T @ h
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        (grad,) = grads
+        return (
+            None if grad_hidden is None else grad_hidden * grad,
+            None if grad_weight is None else grad_weight * grad,
+            None,
+        )
