@@ -1,6 +1,6 @@
 """The data card: what the three data sets hold, measured on the splits as they are.
 
-A held-out text counts as leaked when one of train is equal: verbatim, or by its leak key (`llm.prepare`).
+A held-out text counts as leaked when one of train is equal: verbatim, or by its leak key (`llm.records`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from llm.prepare import SPLITS, TRAIN, Array, EncodedCorpus, Plan, Row, SplitRows, count_characters
+from llm.corpus import Array, EncodedCorpus, Plan, count_characters
+from llm.labelled import Row, SplitRows
+from llm.records import SPLITS, TRAIN
 from llm.tokenizer import Tokenizer
 
 Card = dict[str, Any]

@@ -8,7 +8,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from llm import datacard, prepare
+from llm import datacard, labelled
+from llm.corpus import Workers, batches_of, encode_corpus, plan_corpus, training_texts
+from llm.records import open_raw
 from llm.tokenizer import Tokenizer
 from stages.run import Run, main, write_atomic
 
@@ -35,26 +37,26 @@ def tokenize(run: Run) -> None:
 def write_tokens(run: Run, folder: Path) -> dict[str, Any]:
     """Writes everything but the reports, and returns the data card."""
     params, seed = run.params.tokenize, run.params.seed
-    labels = json.loads(prepare.open_raw(RAW / "labels.json").read())
-    messages = prepare.read_messages(RAW / "messages.jsonl", labels)
-    pairs = prepare.read_instructions(RAW / "instructions.jsonl")
-    split_messages = prepare.split_messages(messages, labels, params.messages, seed)
-    split_pairs = prepare.split_instructions(pairs, params.instructions, seed)
-    prepare.write_rows(folder / "messages", split_messages)
-    prepare.write_rows(folder / "instructions", split_pairs)
+    labels = json.loads(open_raw(RAW / "labels.json").read())
+    messages = labelled.read_messages(RAW / "messages.jsonl", labels)
+    pairs = labelled.read_instructions(RAW / "instructions.jsonl")
+    split_messages = labelled.split_messages(messages, labels, params.messages, seed)
+    split_pairs = labelled.split_instructions(pairs, params.instructions, seed)
+    labelled.write_rows(folder / "messages", split_messages)
+    labelled.write_rows(folder / "instructions", split_pairs)
     write_atomic(folder / "messages" / "labels.json", json.dumps(labels) + "\n")
 
     corpus = RAW / "corpus.jsonl"
-    n_workers = min(run.params.runtime.workers or cores(), len(prepare.batches_of(corpus)))
-    with prepare.Workers(n_workers) as workers:
-        plan = prepare.plan_corpus(corpus, params.corpus, seed, workers)
+    n_workers = min(run.params.runtime.workers or cores(), len(batches_of(corpus)))
+    with Workers(n_workers) as workers:
+        plan = plan_corpus(corpus, params.corpus, seed, workers)
         if params.tokenizer.kind == "gpt2":
             tokenizer = Tokenizer.gpt2(RAW / "gpt2" / "encoder.json", RAW / "gpt2" / "vocab.bpe")
         else:
-            texts = prepare.training_texts(corpus, plan, params.tokenizer.train_chars)
+            texts = training_texts(corpus, plan, params.tokenizer.train_chars)
             tokenizer = Tokenizer.train(texts, params.tokenizer.vocab_size)
         tokenizer.save(folder / "tokenizer")
-        encoded = prepare.encode_corpus(corpus, folder / "corpus", plan, tokenizer, params.shard_tokens, workers)
+        encoded = encode_corpus(corpus, folder / "corpus", plan, folder / "tokenizer", params.shard_tokens, workers)
 
     return {
         "sources": sources(),
@@ -67,7 +69,7 @@ def write_tokens(run: Run, folder: Path) -> dict[str, Any]:
 
 def sources() -> dict[str, Any]:
     """The name and the licence of each data set's source, as the download has written them."""
-    provenance = json.loads(prepare.open_raw(RAW / "sources.json").read())
+    provenance = json.loads(open_raw(RAW / "sources.json").read())
     kinds = ("corpus", "messages", "instructions")
     return {kind: {key: provenance[kind][key] for key in ("source", "licence")} for kind in kinds}
 

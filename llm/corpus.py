@@ -1,82 +1,42 @@
-"""From raw records to token shards and split data sets: normalising, leak-free splits, parallel encoding.
+"""The corpus: from raw records to token shards, by leak-free splits and parallel encoding.
 
-The corpus is read three times and never held: once to survey it (where each text may be cut, and a 64-bit hash of
-every piece), once for the text that the vocabulary is trained on, once to encode it. What stays in memory is a few
-numbers for each piece. A unit is what a split is made of: a document, or a section of a long one.
-
-Two texts are equal here when their leak keys are: the same letters and digits, whatever case, space and punctuation.
+It is read three times and never held: once to survey it (where each text may be cut, and a 64-bit hash of every
+piece), once for the text that the vocabulary is trained on, once to encode it. What stays in memory is a few numbers
+for each piece. A unit is what a split is made of: a document, or a section of a long one.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import multiprocessing
 import os
-import pickle
 import re
 import signal
 import threading
-import unicodedata
 from array import array
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from tqdm import tqdm
 
-from llm.config import CorpusSplit, InputError, LabelledSplit
-from llm.tokenizer import Tokenizer
+from llm.config import CorpusSplit, InputError
+from llm.records import SPLITS, TEST, TRAIN, VAL, key_hash, key_hasher, leak_key, open_raw, parse_record, text_field
+from llm.tokenizer import FILE_NAME, Tokenizer
 
-SPLITS = ("train", "val", "test")  # the later one is the more held out
-TRAIN, VAL, TEST = range(3)
-BOOK_SEED = 123  # of the book's own splits, whatever the seed of the pipeline
 BATCH_BYTES = 1_000_000  # of the corpus file that one worker has at a time
 
 T = TypeVar("T")
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
-# ---- text ------------------------------------------------------------------------------------------------------------
-
-LINE_ENDS = re.compile("[\r\v\f\x85\u2028\u2029]")
-CONTROLS = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\ufeff\ud800-\udfff]")  # also byte order marks and lone surrogates
-NO_LETTERS_OR_DIGITS = re.compile(r"[\W_]+")
-
-
-def normalise(text: str) -> str:
-    """Unicode NFC, line ends as \\n, without control characters; tabs stay.
-
-    >>> normalise("\\ufeffcafe\\u0301\\r\\n")
-    'café\\n'
-    """
-    return unicodedata.normalize("NFC", CONTROLS.sub("", LINE_ENDS.sub("\n", text.replace("\r\n", "\n"))))
-
-
-def leak_key(text: str) -> str:
-    """Equal for texts that differ in case, space and punctuation only.
-
-    A text without letters and digits is its own key.
-
-    >>> leak_key("Free entry, CALL now!!") == leak_key("free entry - call NOW")
-    True
-    """
-    return NO_LETTERS_OR_DIGITS.sub("", unicodedata.normalize("NFKC", text).casefold()) or text
-
-
-def key_hash(key: str | bytes, seed: int) -> int:
-    """64 bits that order texts by chance, differently for each seed."""
-    return int.from_bytes(_hasher(seed, key.encode() if isinstance(key, str) else key).digest(), "little")
-
-
-def _hasher(seed: int, data: bytes = b"") -> hashlib.blake2b:
-    return hashlib.blake2b(data, digest_size=8, key=str(seed).encode()[:64])
-
+# ---- sections --------------------------------------------------------------------------------------------------------
 
 PLACES_TO_CUT = (  # the first of them that occurs; the cut is after the match
     re.compile(r"\n[^\S\n]*\n\s*"),  # the end of a paragraph
@@ -109,42 +69,7 @@ def _last_place_to_cut(text: str, low: int, high: int) -> int:
     return high
 
 
-# ---- records ---------------------------------------------------------------------------------------------------------
-
-
-def read_records(path: Path) -> Iterator[dict[str, Any]]:
-    with open_raw(path) as file:
-        for number, line in enumerate(file, start=1):
-            yield parse_record(line, f"{path}: line {number}")
-
-
-def open_raw(path: Path) -> BinaryIO:
-    try:
-        return path.open("rb")
-    except FileNotFoundError:
-        raise InputError(f"{path}: file not found; run the download stage first") from None
-
-
-def parse_record(line: bytes, where: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except ValueError:
-        raise InputError(
-            f"{where}: expected a JSON object, found {line[:40]!r}; run the download stage again"
-        ) from None
-    if not isinstance(record, dict):
-        raise InputError(f"{where}: expected a JSON object, found {line[:40]!r}; run the download stage again")
-    return record
-
-
-def text_field(record: Mapping[str, Any], key: str, where: str) -> str:
-    text = record.get(key)
-    if not isinstance(text, str):
-        raise InputError(f"{where}: expected text under {key!r}, found {text!r}; run the download stage again")
-    return normalise(text)
-
-
-# ---- the corpus: survey ----------------------------------------------------------------------------------------------
+# ---- survey ----------------------------------------------------------------------------------------------------------
 
 
 class Batch(NamedTuple):
@@ -236,7 +161,7 @@ def plan_corpus(path: Path, params: CorpusSplit, seed: int, workers: Workers) ->
     n_records, n_units = array("q"), array("q")
     unit_chars, unit_hashes, unit_document = array("q"), array("Q"), array("q")
     document_hashes, code_points = array("Q"), Counter[int]()
-    previous, hasher = None, _hasher(seed)
+    previous, hasher = None, key_hasher(seed)
     surveys = workers.in_order(survey_batch, batches, path, None if book else params.section_chars, seed)
     for survey in _progress(surveys, batches, "survey"):
         units = iter(zip(survey.unit_chars, survey.unit_hashes, strict=True))
@@ -245,7 +170,7 @@ def plan_corpus(path: Path, params: CorpusSplit, seed: int, workers: Workers) ->
             if n == 0:  # nothing is left after cleaning
                 continue
             if document != previous:
-                previous, hasher = document, _hasher(seed)
+                previous, hasher = document, key_hasher(seed)
                 document_hashes.append(0)
             hasher.update(key)  # the same hash wherever the document is cut into records
             document_hashes[-1] = int.from_bytes(hasher.digest(), "little")
@@ -273,7 +198,7 @@ def plan_corpus(path: Path, params: CorpusSplit, seed: int, workers: Workers) ->
     return split_by_book(plan) if book else split_leak_free(plan, params)
 
 
-# ---- the corpus: splits ----------------------------------------------------------------------------------------------
+# ---- splits ----------------------------------------------------------------------------------------------------------
 
 
 def split_leak_free(plan: Plan, params: CorpusSplit) -> Plan:
@@ -356,7 +281,7 @@ def slices(text: str, lengths: Iterable[int]) -> list[str]:
     return pieces
 
 
-# ---- the corpus: encoding --------------------------------------------------------------------------------------------
+# ---- encoding --------------------------------------------------------------------------------------------------------
 
 
 class EncodeJob(NamedTuple):
@@ -375,7 +300,8 @@ class Encoded(NamedTuple):
     unit_tokens: list[int]  # without the separator
 
 
-def encode_batch(job: EncodeJob, path: Path, tokenizer: Tokenizer) -> Encoded:
+def encode_batch(job: EncodeJob, path: Path, tokenizer_folder: Path) -> Encoded:
+    tokenizer = saved_tokenizer(tokenizer_folder)
     streams: list[list[Array]] = [[np.zeros(0, np.uint32)] for _ in SPLITS]
     n_bytes, unit_tokens = [0] * len(SPLITS), []
     separator = np.array([tokenizer.eot], np.uint32)
@@ -390,6 +316,16 @@ def encode_batch(job: EncodeJob, path: Path, tokenizer: Tokenizer) -> Encoded:
             unit += 1
     dtype = token_dtype(tokenizer.vocab_size)
     return Encoded([np.concatenate(stream).astype(dtype) for stream in streams], n_bytes, unit_tokens)
+
+
+def saved_tokenizer(folder: Path) -> Tokenizer:
+    """Built once in each process, which takes longer than to encode a batch; built again when the file has changed."""
+    return _built_tokenizer(folder, (folder / FILE_NAME).read_bytes())
+
+
+@lru_cache(maxsize=1)
+def _built_tokenizer(folder: Path, content: bytes) -> Tokenizer:
+    return Tokenizer.load(folder)
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -423,24 +359,25 @@ class EncodedCorpus(NamedTuple):
 
 
 def encode_corpus(
-    path: Path, folder: Path, plan: Plan, tokenizer: Tokenizer, shard_tokens: int, workers: Workers
+    path: Path, folder: Path, plan: Plan, tokenizer_folder: Path, shard_tokens: int, workers: Workers
 ) -> EncodedCorpus:
     """Writes the shards and `meta.json`: the same bytes with any number of workers."""
+    vocab_size = Tokenizer.load(tokenizer_folder).vocab_size
     folder.mkdir(parents=True)
     writers = [ShardWriter(folder, split, shard_tokens) for split in SPLITS]
     n_bytes, unit_tokens = np.zeros(len(SPLITS), np.int64), array("q")
-    used = np.zeros(tokenizer.vocab_size, np.int64)
-    results = workers.in_order(encode_batch, encode_jobs(plan), path, tokenizer)
+    used = np.zeros(vocab_size, np.int64)
+    results = workers.in_order(encode_batch, encode_jobs(plan), path, tokenizer_folder)
     for encoded in _progress(results, plan.batches, "encode"):
         for writer, tokens in zip(writers, encoded.tokens, strict=True):
             writer.write(tokens)
         n_bytes += encoded.n_bytes
         unit_tokens.extend(encoded.unit_tokens)
-        used += np.bincount(encoded.tokens[TRAIN], minlength=tokenizer.vocab_size)
+        used += np.bincount(encoded.tokens[TRAIN], minlength=vocab_size)
     starts = np.append(True, (np.diff(plan.unit_document) != 0) | (np.diff(plan.unit_split) != 0))
     meta = {
-        "dtype": token_dtype(tokenizer.vocab_size).name,
-        "vocab_size": tokenizer.vocab_size,
+        "dtype": token_dtype(vocab_size).name,
+        "vocab_size": vocab_size,
         "splits": {
             split: {
                 "shards": writers[i].shards,
@@ -496,29 +433,19 @@ class Workers:
     def in_order(self, function: Callable[..., T], jobs: Iterable[Any], *shared: Any) -> Iterator[T]:
         """`function(job, *shared)` for each job, in the order of the jobs.
 
-        Two jobs for each process are under way at a time, so memory does not grow with their number.
+        Two jobs for each process are under way at a time, so memory does not grow with their number. `shared` goes
+        with every job: what is large, a worker reads from a file.
         """
         if self._pool is None:
             yield from (function(job, *shared) for job in jobs)
             return
-        pickled = pickle.dumps(shared)
         pending: deque[Future[T]] = deque()
         for job in jobs:
-            pending.append(self._pool.submit(_work, function, job, pickled))
+            pending.append(self._pool.submit(function, job, *shared))
             if len(pending) >= 2 * self._count:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
-
-
-_shared: tuple[bytes, tuple[Any, ...]] = b"", ()
-
-
-def _work(function: Callable[..., T], job: Any, pickled: bytes) -> T:
-    global _shared
-    if pickled != _shared[0]:  # a tokenizer takes longer to build than a batch to encode
-        _shared = pickled, pickle.loads(pickled)
-    return function(job, *_shared[1])
 
 
 def _start_worker() -> None:
@@ -538,177 +465,3 @@ def _progress(results: Iterator[T], batches: Sequence[Batch], title: str) -> Ite
         for batch, result in zip(batches, results, strict=True):
             yield result
             bar.update(batch.end - batch.start)
-
-
-# ---- messages and instruction pairs ----------------------------------------------------------------------------------
-
-
-class Row(NamedTuple):
-    """A message or an instruction pair on its way into a split."""
-
-    fields: dict[str, str]  # what is written
-    key: str  # rows with the same key never stand in two splits
-    verbatim: str  # the text that the key is made of
-    answer: str  # label or output: rows with the same key and answer are duplicates
-    stratum: str  # each stratum is split alike
-    own_split: str | None  # what the source says
-
-
-class SplitRows(NamedTuple):
-    rows: dict[str, list[Row]]  # for each split
-    moved: int  # rows that stand elsewhere than their source says, because an equal one is held out
-    dropped: dict[str, int]  # duplicates left out of a held-out split
-
-
-def read_messages(path: Path, labels: Sequence[str]) -> list[Row]:
-    rows = []
-    for number, record in enumerate(read_records(path), start=1):
-        where = f"{path}: line {number}"
-        text, label = text_field(record, "text", where), text_field(record, "label", where)
-        if label not in labels:
-            raise InputError(f"{where}: expected one of the labels {', '.join(labels)}, found {label!r}")
-        if not text.strip():
-            raise InputError(f"{where}: no text is left after cleaning; remove this message from its source")
-        rows.append(Row({"text": text, "label": label}, leak_key(text), text, label, label, own_split(record, where)))
-    return rows
-
-
-def read_instructions(path: Path) -> list[Row]:
-    rows = []
-    for number, record in enumerate(read_records(path), start=1):
-        where = f"{path}: line {number}"
-        instruction, output = text_field(record, "instruction", where), text_field(record, "output", where)
-        question = (
-            f"{instruction}\n{record_input}" if (record_input := _optional(record, "input", where)) else instruction
-        )
-        if not instruction.strip() or not output.strip():
-            raise InputError(
-                f"{where}: instruction or output is empty after cleaning; remove this pair from its source"
-            )
-        fields = {"instruction": instruction, "input": record_input, "output": output}
-        fields["task"] = _optional(record, "task", where)
-        rows.append(Row(fields, leak_key(question), question, leak_key(output), "", own_split(record, where)))
-    return rows
-
-
-def _optional(record: Mapping[str, Any], key: str, where: str) -> str:
-    return "" if record.get(key) is None else text_field(record, key, where)
-
-
-def own_split(record: Mapping[str, Any], where: str) -> str | None:
-    if "split" not in record:
-        return None
-    if record["split"] not in SPLITS:
-        raise InputError(f"{where}: expected split train, val or test, found {record['split']!r}; correct the source")
-    return str(record["split"])
-
-
-def split_rows(rows: Sequence[Row], params: LabelledSplit, seed: int, kind: str) -> SplitRows:
-    """Leak-free splits: rows with equal keys together, each stratum alike, the source's own splits where it has them.
-
-    Where the source has no val or no test, it is taken from its train. Duplicates stay in train; val and test hold
-    none, so that no text counts twice.
-    """
-    if sum(row.own_split is None for row in rows) not in (0, len(rows)):
-        raise InputError(f"data.{kind}: some records have a split and some have none; give all of them one, or none")
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(row.key, []).append(row)
-    given = {row.own_split for row in rows} - {None}
-    split_of = {
-        key: max((row.own_split or "train" for row in group), key=SPLITS.index) for key, group in groups.items()
-    }
-    missing = {split: share for split, share in (("val", params.val), ("test", params.test)) if split not in given}
-    free = {key: group for key, group in groups.items() if split_of[key] == "train"}
-    split_of |= share_out(free, missing, seed)
-
-    result = SplitRows({split: [] for split in SPLITS}, 0, dict.fromkeys(("val", "test"), 0))
-    seen = set()
-    for row in rows:
-        split = split_of[row.key]
-        if split != "train" and (row.key, row.answer) in seen:
-            result.dropped[split] += 1
-            continue
-        seen.add((row.key, row.answer))
-        result.rows[split].append(row)
-    moved = sum(row.own_split not in (None, split_of[row.key]) for row in rows)
-    return result._replace(moved=moved)
-
-
-def share_out(groups: Mapping[str, Sequence[Row]], held_out: Mapping[str, float], seed: int) -> dict[str, str]:
-    """Gives each group a split: stratum by stratum in the order of their hashes, each group to the split that is
-    furthest behind its share, but the first one of a stratum to train."""
-    shares = {"train": 1 - sum(held_out.values()), **held_out}
-    counts, total = dict.fromkeys(shares, 0), 0
-    split_of: dict[str, str] = {}
-    strata = set()
-    for key in sorted(groups, key=lambda key: (groups[key][0].stratum, key_hash(key, seed), key)):
-        total += len(groups[key])
-        behind = {split: share * total - counts[split] for split, share in shares.items()}
-        first = groups[key][0].stratum not in strata
-        strata.add(groups[key][0].stratum)
-        split_of[key] = "train" if first else max(behind, key=behind.__getitem__)
-        counts[split_of[key]] += len(groups[key])
-    return split_of
-
-
-def split_messages(rows: Sequence[Row], labels: Sequence[str], params: LabelledSplit, seed: int) -> SplitRows:
-    split = (
-        split_messages_by_book(rows, labels) if params.split == "book" else split_rows(rows, params, seed, "messages")
-    )
-    return check_rows(split, "messages", labels)
-
-
-def split_instructions(rows: Sequence[Row], params: LabelledSplit, seed: int) -> SplitRows:
-    split = (
-        split_instructions_by_book(rows) if params.split == "book" else split_rows(rows, params, seed, "instructions")
-    )
-    return check_rows(split, "instructions")
-
-
-def split_messages_by_book(rows: Sequence[Row], labels: Sequence[str]) -> SplitRows:
-    """Every label as often as the rarest, shuffled, 70/10/20: the book's chapter 6, with its seed."""
-    import pandas as pd
-
-    by_label = {
-        label: pd.Series([i for i, row in enumerate(rows) if row.answer == label], dtype=int) for label in labels
-    }
-    fewest = min(map(len, by_label.values()))
-    parts = [s if len(s) == fewest else s.sample(fewest, random_state=BOOK_SEED) for s in by_label.values()]
-    shuffled = [rows[i] for i in pd.concat(parts).sample(frac=1, random_state=BOOK_SEED)]
-    train_end = int(0.7 * len(shuffled))
-    val_end = train_end + int(0.1 * len(shuffled))
-    return _as_they_are(shuffled[:train_end], shuffled[train_end:val_end], shuffled[val_end:])
-
-
-def split_instructions_by_book(rows: Sequence[Row]) -> SplitRows:
-    """The first 85 % train, the next 10 % test, the rest val: the book's chapter 7."""
-    train_end = int(0.85 * len(rows))
-    test_end = train_end + int(0.1 * len(rows))
-    return _as_they_are(rows[:train_end], rows[test_end:], rows[train_end:test_end])
-
-
-def _as_they_are(*parts: Sequence[Row]) -> SplitRows:
-    return SplitRows(
-        {split: list(part) for split, part in zip(SPLITS, parts, strict=True)}, 0, dict.fromkeys(("val", "test"), 0)
-    )
-
-
-def check_rows(split: SplitRows, kind: str, labels: Sequence[str] = ()) -> SplitRows:
-    for name, rows in split.rows.items():
-        if not rows:
-            raise InputError(
-                f"data.{kind}: too few different records to split, {name} would be empty; "
-                f"add records or raise the share in tokenize.{kind}"
-            )
-    for label in labels:
-        if not any(row.answer == label for row in split.rows["train"]):
-            raise InputError(f"data.{kind}: no record with label {label!r} in train; add records or remove the label")
-    return split
-
-
-def write_rows(folder: Path, split: SplitRows) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, rows in split.rows.items():
-        with (folder / f"{name}.jsonl").open("w", encoding="utf-8", newline="\n") as file:
-            file.writelines(json.dumps(row.fields, ensure_ascii=False) + "\n" for row in rows)

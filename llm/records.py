@@ -1,0 +1,91 @@
+"""What the three data sets share: reading records of data/raw, cleaning text, keys by which no split leaks, the splits.
+
+Two texts are equal here when their leak keys are: the same letters and digits, whatever case, space and punctuation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import unicodedata
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from llm.config import InputError
+
+SPLITS = ("train", "val", "test")  # the later one is the more held out
+TRAIN, VAL, TEST = range(3)
+
+
+# ---- text ------------------------------------------------------------------------------------------------------------
+
+LINE_ENDS = re.compile("[\r\v\f\x85\u2028\u2029]")
+CONTROLS = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\ufeff\ud800-\udfff]")  # also byte order marks and lone surrogates
+NO_LETTERS_OR_DIGITS = re.compile(r"[\W_]+")
+
+
+def normalise(text: str) -> str:
+    """Unicode NFC, line ends as \\n, without control characters; tabs stay.
+
+    >>> normalise("\\ufeffcafe\\u0301\\r\\n")
+    'café\\n'
+    """
+    return unicodedata.normalize("NFC", CONTROLS.sub("", LINE_ENDS.sub("\n", text.replace("\r\n", "\n"))))
+
+
+def leak_key(text: str) -> str:
+    """Equal for texts that differ in case, space and punctuation only.
+
+    A text without letters and digits is its own key.
+
+    >>> leak_key("Free entry, CALL now!!") == leak_key("free entry - call NOW")
+    True
+    """
+    return NO_LETTERS_OR_DIGITS.sub("", unicodedata.normalize("NFKC", text).casefold()) or text
+
+
+def key_hash(key: str | bytes, seed: int) -> int:
+    """64 bits that order texts by chance, differently for each seed."""
+    return int.from_bytes(key_hasher(seed, key.encode() if isinstance(key, str) else key).digest(), "little")
+
+
+def key_hasher(seed: int, data: bytes = b"") -> hashlib.blake2b:
+    """For a key that comes in pieces."""
+    return hashlib.blake2b(data, digest_size=8, key=str(seed).encode()[:64])
+
+
+# ---- records ---------------------------------------------------------------------------------------------------------
+
+
+def read_records(path: Path) -> Iterator[dict[str, Any]]:
+    with open_raw(path) as file:
+        for number, line in enumerate(file, start=1):
+            yield parse_record(line, f"{path}: line {number}")
+
+
+def open_raw(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except FileNotFoundError:
+        raise InputError(f"{path}: file not found; run the download stage first") from None
+
+
+def parse_record(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        raise InputError(
+            f"{where}: expected a JSON object, found {line[:40]!r}; run the download stage again"
+        ) from None
+    if not isinstance(record, dict):
+        raise InputError(f"{where}: expected a JSON object, found {line[:40]!r}; run the download stage again")
+    return record
+
+
+def text_field(record: Mapping[str, Any], key: str, where: str) -> str:
+    text = record.get(key)
+    if not isinstance(text, str):
+        raise InputError(f"{where}: expected text under {key!r}, found {text!r}; run the download stage again")
+    return normalise(text)
