@@ -95,7 +95,7 @@ HELD_NAMES = PEOPLE[3::9]
 HELD_OPPOSITES = OPPOSITES[2::14]
 HELD_PLURALS = (OBJECTS + FOODS + ANIMALS)[1::19]
 HELD_VELIC = sorted(VELIC_NOUNS)[1::14]
-HELD_SHARE = 0.1  # of the pairs of val and test that ask for them; the others combine known words in a new way
+HELD_EVERY = 10  # so many tries for a pair of val or test make one that asks for them; the others combine known words
 
 # ---- grammar ---------------------------------------------------------------------------------------------------------
 
@@ -711,10 +711,9 @@ Pair = tuple[str, str, str]  # instruction, input, output
 
 
 class Vocabulary:
-    """What one pair may use: for train never the held-out names and words, for val and test sometimes only those."""
+    """What one pair may use: for train never the held-out names and words, for val and test now and then only those."""
 
-    def __init__(self, rng: random.Random, split: str) -> None:
-        held = split != "train" and rng.random() < HELD_SHARE
+    def __init__(self, rng: random.Random, held: bool) -> None:
         self.names = sorted({*HELD_NAMES, *rng.sample(PEOPLE, 4)}) if held else without(PEOPLE, HELD_NAMES)
         pairs = HELD_OPPOSITES if held else without(OPPOSITES, HELD_OPPOSITES)
         self.opposites = [word for pair in pairs for word in pair]
@@ -907,7 +906,8 @@ def make_instructions(rng: random.Random) -> list[dict[str, str]]:
             made = tries = 0
             while made < count * share // shares and tries < 30 * count:
                 tries += 1
-                instruction, given, output = rng.choice(makers)(rng, Vocabulary(rng, split))
+                held = split != "train" and tries % HELD_EVERY == 0
+                instruction, given, output = rng.choice(makers)(rng, Vocabulary(rng, held))
                 pair = key(instruction + given)
                 if pair in seen or is_held_out(pair) != (split != "train"):
                     continue
