@@ -130,20 +130,23 @@ def wrong_kind(path: Path, kind: str, *wanted: str) -> str:
 def answer(folder: ModelFolder, model: GPT, prompt: list[int], args: argparse.Namespace, seed: int) -> Iterator[str]:
     """What the model adds to the prompt, piece by piece."""
     from llm.data import stop_token
-    from llm.generate import stream, stream_text
+    from llm.generate import Sampling, stream, stream_text
 
     stop = {folder.tokenizer.eot}
     if folder.config.template is not None:
         stop.add(stop_token(folder.tokenizer, folder.config.template))
-    tokens = stream(
-        model,
-        prompt,
-        max_new_tokens=args.max_new_tokens,
+    sampling = Sampling(
+        repetition_penalty=args.repetition_penalty,
         temperature=args.temperature,
         top_k=args.top_k,
         top_p=args.top_p,
         min_p=args.min_p,
-        repetition_penalty=args.repetition_penalty,
+    )
+    tokens = stream(
+        model,
+        prompt,
+        max_new_tokens=args.max_new_tokens,
+        sampling=sampling,
         seed=seed,
         stop=stop,
     )

@@ -14,7 +14,7 @@ from llm.checkpoint import ModelFolder
 from llm.classify import classify_texts
 from llm.config import EvaluateParams, InputError, Template
 from llm.data import Pair, TokenShards, encode_prompt, read_labels, read_messages, read_pairs, stop_token
-from llm.generate import generate
+from llm.generate import GREEDY, Sampling, generate
 from llm.metrics import (
     AnswerReport,
     ClassificationReport,
@@ -102,14 +102,9 @@ def complete(model: GPT, tokenizer: Tokenizer, params: EvaluateParams, seed: int
     prompts = [tokenizer.encode(prompt) or [tokenizer.eot] for prompt in params.prompts]
     greedy, sampled = (
         generate(
-            model,
-            prompts,
-            max_new_tokens=params.max_new_tokens,
-            temperature=temperature,
-            seed=seed,
-            stop=(tokenizer.eot,),
+            model, prompts, max_new_tokens=params.max_new_tokens, sampling=sampling, seed=seed, stop=(tokenizer.eot,)
         )
-        for temperature in (0.0, 0.8)
+        for sampling in (GREEDY, Sampling(temperature=0.8))
     )
     return [
         Completion(prompt, tokenizer.decode(g), tokenizer.decode(s))

@@ -50,6 +50,9 @@ class Sampling:
             raise InputError(f"min_p must be between 0 and 1, found {self.min_p}")
 
 
+GREEDY = Sampling()
+
+
 def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """Logits [B, V] with the tokens of `seen` [B, V] (bool) made less likely; a penalty below 1 makes them likelier."""
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
@@ -87,26 +90,19 @@ def generate(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    repetition_penalty: float = 1.0,
+    sampling: Sampling = GREEDY,
     seed: int = 0,
     stop: Collection[int] = (),
 ) -> list[list[int]]:
     """The new tokens of each prompt, up to `max_new_tokens` and ending before the first token of `stop`.
 
     Row i samples with seed + i and from its own logits only, so its text does not depend on the rows beside it.
-    Raises `InputError` for an empty prompt and for values out of range.
+    Raises `InputError` for an empty prompt, and for a `max_new_tokens` or a seed out of range.
 
     >>> prompts = [tokenizer.encode("Once"), tokenizer.encode("It was late")]  # doctest: +SKIP
     >>> generate(model, prompts, max_new_tokens=3, stop={tokenizer.eot})  # doctest: +SKIP
     [[310, 257, 640], [287, 262]]
     """
-    sampling = Sampling(
-        repetition_penalty=repetition_penalty, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
-    )
     _check(prompts, max_new_tokens, seed)
     answers: list[list[int]] = [[] for _ in prompts]
     for row, token in _new_tokens(model, prompts, max_new_tokens, sampling, seed, frozenset(stop)):
@@ -119,18 +115,11 @@ def stream(
     prompt: Sequence[int],
     *,
     max_new_tokens: int,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    repetition_penalty: float = 1.0,
+    sampling: Sampling = GREEDY,
     seed: int = 0,
     stop: Collection[int] = (),
 ) -> Iterator[int]:
     """The same tokens as `generate(model, [prompt], ...)[0]`, each as soon as it is known; errors come at the call."""
-    sampling = Sampling(
-        repetition_penalty=repetition_penalty, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
-    )
     _check([prompt], max_new_tokens, seed)
     return (token for _, token in _new_tokens(model, [prompt], max_new_tokens, sampling, seed, frozenset(stop)))
 

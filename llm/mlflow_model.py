@@ -14,7 +14,7 @@ from mlflow.pyfunc.model import PythonModel, PythonModelContext
 from llm.checkpoint import ModelFolder, load_model_folder
 from llm.classify import classify_texts
 from llm.data import encode_prompt, stop_token
-from llm.generate import generate
+from llm.generate import Sampling, generate
 from llm.model import GPT
 
 
@@ -27,7 +27,7 @@ class TextModel(PythonModel):
     def predict(
         self, context: PythonModelContext, model_input: list[str], params: dict[str, Any] | None = None
     ) -> list[dict[str, Any]]:
-        """`{"text": ...}` or `{"label": ..., "probabilities": {...}}` for each; `params` are for `generate`."""
+        """`{"text": ...}` or `{"label": ..., "probabilities": {...}}` for each; `params`: see `continuations`."""
         if self.folder.config.labels is not None:
             return labelled(self.folder, self.folder.config.labels, model_input)
         return [{"text": text} for text in continuations(self.folder, model_input, params or {})]
@@ -41,7 +41,10 @@ def labelled(folder: ModelFolder, labels: list[str], texts: list[str]) -> list[d
 
 
 def continuations(folder: ModelFolder, texts: list[str], params: dict[str, Any]) -> list[str]:
-    """What a base model writes after each text, or an instruction follower answers to it."""
+    """What a base model writes after each text, or an instruction follower answers to it.
+
+    `params`: max_new_tokens, temperature, top_p and seed; MLflow fills in those that a caller leaves out.
+    """
     model, tokenizer, config = folder
     assert isinstance(model, GPT)
     if config.template is None:
@@ -49,7 +52,15 @@ def continuations(folder: ModelFolder, texts: list[str], params: dict[str, Any])
     else:
         prompts = [encode_prompt(tokenizer, config.template, text) for text in texts]
         stop = stop_token(tokenizer, config.template)
-    return [tokenizer.decode(ids) for ids in generate(model, prompts, stop={stop}, **params)]
+    answers = generate(
+        model,
+        prompts,
+        max_new_tokens=params["max_new_tokens"],
+        sampling=Sampling(temperature=params["temperature"], top_p=params["top_p"]),
+        seed=params["seed"],
+        stop={stop},
+    )
+    return [tokenizer.decode(ids) for ids in answers]
 
 
 mlflow.models.set_model(TextModel())

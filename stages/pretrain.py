@@ -10,7 +10,7 @@ import torch
 from llm.checkpoint import ModelFolder, ModelFolderConfig, save_model_folder
 from llm.config import GPTConfig
 from llm.data import TokenShards, held_out_windows, window_batches
-from llm.generate import generate
+from llm.generate import Sampling, generate
 from llm.model import GPT
 from llm.tokenizer import Tokenizer
 from llm.train import fit, mean_loss, next_token_loss, pick_device
@@ -34,7 +34,8 @@ def pretrain(run: Run) -> None:
         return {"val/loss": loss, "val/bpb": loss / math.log(2) * val.n_tokens / val.n_bytes}
 
     def sample() -> str:
-        ids = generate(model, [prompt], max_new_tokens=section.sample_tokens, temperature=0.8, seed=params.seed)[0]
+        sampling = Sampling(temperature=0.8)
+        [ids] = generate(model, [prompt], max_new_tokens=section.sample_tokens, sampling=sampling, seed=params.seed)
         return tokenizer.decode(prompt + ids)
 
     with run.graceful():

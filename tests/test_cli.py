@@ -22,7 +22,7 @@ from llm.__main__ import main
 from llm.checkpoint import ModelFolder, ModelFolderConfig, load_model_folder, save_model_folder
 from llm.classify import classify_texts
 from llm.data import encode_prompt
-from llm.generate import generate
+from llm.generate import Sampling, generate
 from llm.model import GPT, GPTClassifier
 from llm.tokenizer import Tokenizer
 from tests.helpers import SHIPPED_FORM, gpt_config, randomize
@@ -79,11 +79,14 @@ def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 def test_generate_prints_prompt_and_continuation(cli: Cli, folders: Folders) -> None:
     model, tokenizer, _ = load_model_folder(folders.base)
     prompt = "One morning, a café"
-    options = {"max_new_tokens": 90, "temperature": 0.9, "top_k": 20, "top_p": 0.9, "min_p": 0.01, "seed": 5}
+    sampling = Sampling(repetition_penalty=1.2, temperature=0.9, top_k=20, top_p=0.9, min_p=0.01)
     assert isinstance(model, GPT)
-    [ids] = generate(model, [tokenizer.encode(prompt)], repetition_penalty=1.2, stop={tokenizer.eot}, **options)  # type: ignore[arg-type]
+    [ids] = generate(
+        model, [tokenizer.encode(prompt)], max_new_tokens=90, sampling=sampling, seed=5, stop={tokenizer.eot}
+    )
+    options = {"max_new_tokens": 90, "seed": 5, **vars(sampling)}
     flags = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-    result = cli("generate", folders.base, "--prompt", prompt, *flags, "--repetition-penalty", "1.2")
+    result = cli("generate", folders.base, "--prompt", prompt, *flags)
     assert result == (0, prompt + tokenizer.decode(ids) + "\n", "")
     assert len(ids) > 10
 

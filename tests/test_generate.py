@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.generation import logits_process as warpers
 
 from llm.config import GPTConfig, InputError
-from llm.generate import Sampling, filter_logits, generate, penalise, sample, stream, stream_text
+from llm.generate import GREEDY, Sampling, filter_logits, generate, penalise, sample, stream, stream_text
 from llm.model import GPT
 from llm.tokenizer import Tokenizer
 from tests.helpers import LLAMA_FORM, gpt_config
@@ -208,38 +208,40 @@ def test_samples_follow_the_distribution() -> None:
 
 def test_temperature_near_zero_is_greedy(model: GPT) -> None:
     greedy = generate(model, PROMPTS, max_new_tokens=10)
-    assert generate(model, PROMPTS, max_new_tokens=10, temperature=1e-30) == greedy
-    assert generate(model, PROMPTS, max_new_tokens=10, temperature=5.0, top_k=1) == greedy
+    assert generate(model, PROMPTS, max_new_tokens=10, sampling=Sampling(temperature=1e-30)) == greedy
+    assert generate(model, PROMPTS, max_new_tokens=10, sampling=Sampling(temperature=5.0, top_k=1)) == greedy
 
 
 def test_seeds(model: GPT) -> None:
-    first = generate(model, PROMPTS, max_new_tokens=10, temperature=1.5, seed=1)
-    assert generate(model, PROMPTS, max_new_tokens=10, temperature=1.5, seed=1) == first
-    assert generate(model, PROMPTS, max_new_tokens=10, temperature=1.5, seed=2) != first
-    equal_prompts = generate(model, [[1, 2]] * 4, max_new_tokens=10, temperature=1.5)
+    warm = Sampling(temperature=1.5)
+    first = generate(model, PROMPTS, max_new_tokens=10, sampling=warm, seed=1)
+    assert generate(model, PROMPTS, max_new_tokens=10, sampling=warm, seed=1) == first
+    assert generate(model, PROMPTS, max_new_tokens=10, sampling=warm, seed=2) != first
+    equal_prompts = generate(model, [[1, 2]] * 4, max_new_tokens=10, sampling=warm)
     assert len({tuple(answer) for answer in equal_prompts}) == 4  # each row has a seed of its own
 
 
 def test_a_sample_does_not_depend_on_the_other_rows(model: GPT) -> None:
-    together = generate(model, PROMPTS, max_new_tokens=40, temperature=1.2, top_p=0.9, seed=7, stop={11})
+    sampling = Sampling(temperature=1.2, top_p=0.9)
+    together = generate(model, PROMPTS, max_new_tokens=40, sampling=sampling, seed=7, stop={11})
     for row, prompt in enumerate(PROMPTS):
-        alone = generate(model, [prompt], max_new_tokens=40, temperature=1.2, top_p=0.9, seed=7 + row, stop={11})
+        alone = generate(model, [prompt], max_new_tokens=40, sampling=sampling, seed=7 + row, stop={11})
         assert alone == [together[row]]
 
 
 def test_repetition_penalty_counts_prompt_and_answer(model: GPT) -> None:
     """A penalty beyond any logit's size: no token comes twice."""
-    answers = generate(model, PROMPTS, max_new_tokens=15, repetition_penalty=1e9, stop={11})
+    answers = generate(model, PROMPTS, max_new_tokens=15, sampling=Sampling(repetition_penalty=1e9), stop={11})
     for prompt, answer in zip(PROMPTS, answers, strict=True):
         assert len(set(prompt + answer)) == len(prompt + answer)
     assert answers != generate(model, PROMPTS, max_new_tokens=15, stop={11})
 
 
 def test_stream_gives_the_same_tokens(model: GPT) -> None:
-    for options in ({}, {"temperature": 1.3, "top_k": 9, "min_p": 0.01, "seed": 3, "repetition_penalty": 1.2}):
-        expected = generate(model, [PROMPTS[0]], max_new_tokens=40, stop={11}, **options)  # type: ignore[arg-type]
-        tokens = stream(model, PROMPTS[0], max_new_tokens=40, stop={11}, **options)  # type: ignore[arg-type]
-        assert list(tokens) == expected[0]
+    for sampling in (GREEDY, Sampling(temperature=1.3, top_k=9, min_p=0.01, repetition_penalty=1.2)):
+        [expected] = generate(model, [PROMPTS[0]], max_new_tokens=40, sampling=sampling, seed=3, stop={11})
+        tokens = stream(model, PROMPTS[0], max_new_tokens=40, sampling=sampling, seed=3, stop={11})
+        assert list(tokens) == expected
 
 
 def test_stream_computes_only_what_is_read(model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,7 +270,6 @@ def test_streamed_text_never_cuts_a_character() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_new_tokens": -1}, "max_new_tokens must be 0 or more, found -1"),
         ({"temperature": -0.5}, "temperature must be 0 .* found -0.5"),
         ({"temperature": float("nan")}, "temperature must be 0 .* found nan"),
         ({"top_k": 0}, "top_k must be 1 or more, found 0"),
@@ -276,15 +277,22 @@ def test_streamed_text_never_cuts_a_character() -> None:
         ({"top_p": 1.5}, "top_p must be"),
         ({"min_p": -0.1}, "min_p must be between 0 and 1"),
         ({"repetition_penalty": 0.0}, "repetition_penalty must be above 0"),
-        ({"seed": -1}, "seed must be between 0"),
     ],
 )
-def test_values_out_of_range(model: GPT, options: dict[str, float], message: str) -> None:
-    options = {"max_new_tokens": 3, **options}
+def test_sampling_out_of_range(options: dict[str, float], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        generate(model, [[1]], **options)  # type: ignore[arg-type]
+        Sampling(**options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("max_new_tokens", "seed", "message"),
+    [(-1, 0, "max_new_tokens must be 0 or more, found -1"), (3, -1, "seed must be between 0")],
+)
+def test_length_and_seed_out_of_range(model: GPT, max_new_tokens: int, seed: int, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        stream(model, [1], **options)  # type: ignore[arg-type]
+        generate(model, [[1]], max_new_tokens=max_new_tokens, seed=seed)
+    with pytest.raises(InputError, match=message):
+        stream(model, [1], max_new_tokens=max_new_tokens, seed=seed)
 
 
 def test_empty_prompts(model: GPT) -> None:
@@ -332,5 +340,5 @@ def test_greedy_text_equals_that_of_transformers() -> None:
     assert {len(answer) for answer in answers} >= {free[0].index(end), 14}
     assert answers == expected(PROMPTS, end)
     assert [generate(ours, [prompt], max_new_tokens=14, stop={end})[0] for prompt in PROMPTS] == answers
-    penalised = generate(ours, PROMPTS[:1], max_new_tokens=14, stop={end}, repetition_penalty=1.5)
+    penalised = generate(ours, PROMPTS[:1], max_new_tokens=14, stop={end}, sampling=Sampling(repetition_penalty=1.5))
     assert penalised == expected(PROMPTS[:1], end, repetition_penalty=1.5)
