@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
@@ -49,13 +49,19 @@ class ModelFolder(NamedTuple):
     config: ModelFolderConfig
 
 
-def save_model_folder(folder: Path, content: ModelFolder) -> None:
-    """Writes a model folder; it appears whole or not at all, in place of any earlier one."""
+def save_model_folder(folder: Path, content: ModelFolder, more: Mapping[str, bytes] | None = None) -> None:
+    """Writes a model folder; it appears whole or not at all, in place of any earlier one.
+
+    `more` are further files, by their path inside the folder.
+    """
     with replaced_folder(folder) as new:
         (new / "config.json").write_text(content.config.model_dump_json(indent=2, exclude_none=True) + "\n")
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in stored_tensors(content.model).items()}
         write_bytes(new / "model.safetensors", save(weights))
         content.tokenizer.save(new)
+        for name, data in (more or {}).items():
+            (new / name).parent.mkdir(exist_ok=True)
+            write_bytes(new / name, data)
 
 
 def load_model_folder(

@@ -19,7 +19,7 @@ def classify_texts(folder: ModelFolder, texts: Sequence[str], batch_size: int = 
     model, tokenizer, config = folder
     if not isinstance(model, GPTClassifier) or config.labels is None or config.max_length is None:
         raise InputError(f"this is a model of kind {config.kind}, not a classifier; name one such as models/classifier")
-    device = model.head.weight.device
+    device = next(model.parameters()).device
     examples = [Example(encode_message(tokenizer, text, config.max_length), 0, 0) for text in texts]
     probabilities = torch.empty(len(texts), len(config.labels))
     for batch in batches_by_length(examples, collate_labels, batch_size):

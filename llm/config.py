@@ -215,11 +215,14 @@ Template = Literal["alpaca", "chatml", "llama3"]  # how a prompt is written for 
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
-LinearName = Literal["q_proj", "k_proj", "v_proj", "out_proj", "up_proj", "gate_proj", "down_proj"]
+LinearName = Literal["q_proj", "k_proj", "v_proj", "out_proj", "up_proj", "gate_proj", "down_proj", "head"]
 
 
 class LoRAParams(Strict):
-    """Low-rank adapters (Hu et al. 2021): W x + alpha / rank * B A x, with A and B trained and W frozen."""
+    """Low-rank adapters (Hu et al. 2021): W x + alpha / rank * B A x, with A and B trained and W frozen.
+
+    `targets` are linear layers of every block; `head` is a classifier's, which otherwise trains as it is.
+    """
 
     rank: Positive
     alpha: PositiveFloat

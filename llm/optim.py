@@ -30,11 +30,16 @@ def lr_factor(step: int, params: TrainParams) -> float:
 def make_optimizers(model: nn.Module, params: TrainParams) -> list[torch.optim.Optimizer]:
     """One AdamW, and with `optimizer: muon` a Muon that takes the matrices inside the blocks from it.
 
+    The factors A and B of an adapter stay with AdamW: Muon gives the matrix that it updates a change of fixed size in
+    every direction, but what acts here is the product B A, whose size depends on the other factor too.
+
     Weight decay goes to matrices alone: biases and norm weights have nothing to decay to (nanoGPT does the same).
     Each group keeps its peak learning rate as `peak_lr`; `set_lr` scales it.
     """
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    hidden = [p for name, p in trainable if p.ndim == 2 and "blocks." in name] if params.optimizer == "muon" else []
+    hidden: list[nn.Parameter] = []
+    if params.optimizer == "muon":
+        hidden = [p for name, p in trainable if p.ndim == 2 and "blocks." in name and not name.endswith((".A", ".B"))]
     taken = {id(p) for p in hidden}
     decayed = [p for _, p in trainable if p.ndim >= 2 and id(p) not in taken]
     others = [p for _, p in trainable if p.ndim < 2]

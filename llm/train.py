@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from llm.checkpoint import load_state, save_state
+from llm.checkpoint import gpt_of, load_state, save_state
 from llm.config import InputError, RuntimeParams, TrainParams
 from llm.data import IGNORE, Batch
+from llm.lora import add_lora
 from llm.model import GPT, GPTClassifier
 from llm.optim import lr_factor, make_optimizers, set_lr
 
@@ -72,7 +73,7 @@ def mean_loss(model: nn.Module, loss_function: LossFunction, batches: Iterable[B
 
 def accuracy(model: GPTClassifier, batches: Iterable[Batch]) -> float:
     """The fraction of messages whose likeliest label is theirs."""
-    device = model.head.weight.device
+    device = next(model.parameters()).device
     right, n = 0, 0
     for batch in batches:
         batch = batch.to(device)
@@ -82,17 +83,34 @@ def accuracy(model: GPTClassifier, batches: Iterable[Batch]) -> float:
     return right / n
 
 
-def freeze(classifier: GPTClassifier, trainable: str, last_blocks: int) -> None:
-    """Leaves only the chosen part trainable: `head`; `last_blocks` with the final norm and the head; `all`."""
-    gpt = classifier.gpt
-    if trainable == "last_blocks" and last_blocks > len(gpt.blocks):
-        raise InputError(f"finetune_classify.last_blocks: {last_blocks}, but the model has {len(gpt.blocks)} blocks")
-    gpt.requires_grad_(trainable == "all")
-    if not gpt.config.tie_embeddings:
-        gpt.lm_head.requires_grad_(False)  # a classifier does not use it
-    if trainable == "last_blocks":
-        for module in (*list(gpt.blocks)[len(gpt.blocks) - last_blocks :], gpt.final_norm):
+def freeze(model: GPT | GPTClassifier, params: TrainParams) -> None:
+    """Leaves only what `params.trainable` says to be trained: in fp32, and the rest in the dtype that it has.
+
+    `head`: a classifier's. `last_blocks`: so many, with the final norm and a classifier's head. `lora`: adapters, which
+    are added here, and a classifier's head. `all`: everything that the loss depends on.
+    """
+    gpt, n = gpt_of(model), params.last_blocks
+    model.requires_grad_(params.trainable == "all")
+    if isinstance(model, GPTClassifier):
+        model.head.requires_grad_(True)
+        if not gpt.config.tie_embeddings:
+            gpt.lm_head.requires_grad_(False)  # a classifier does not use it
+    elif params.trainable == "head":
+        raise InputError("trainable: head is for a classifier, and this model is none; take last_blocks, lora or all")
+    if params.trainable == "last_blocks":
+        if n > len(gpt.blocks):
+            raise InputError(f"last_blocks: {n}, but the model has {len(gpt.blocks)} blocks")
+        for module in (*list(gpt.blocks)[len(gpt.blocks) - n :], gpt.final_norm):
             module.requires_grad_(True)
+    elif params.trainable == "lora":
+        add_lora(model, params.lora)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data = p.data.float()
+
+
+def trained_parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def pick_device(name: str) -> torch.device:
@@ -109,6 +127,11 @@ def pick_device(name: str) -> torch.device:
 def precision(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """bf16 matrix products on CUDA, whose units are made for them; fp32 elsewhere."""
     return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def base_dtype(device: torch.device) -> torch.dtype | None:
+    """What a finetuning loads its base in: None, as it is stored, where `precision` mixes dtypes; fp32 elsewhere."""
+    return None if device.type == "cuda" else torch.float32
 
 
 def fit(
@@ -136,6 +159,9 @@ def fit(
     """
     device = next(model.parameters()).device
     optimizers = make_optimizers(model, params)
+    for module in model.modules():
+        if isinstance(module, GPT):
+            module.activation_checkpointing = runtime.activation_checkpointing
     if runtime.compile:
         for module in model.modules():
             if isinstance(module, nn.ModuleList):  # the blocks: one compilation serves them all

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import torch
 
-from llm.checkpoint import ModelFolder, ModelFolderConfig, save_model_folder
+from llm.checkpoint import ModelFolder, ModelFolderConfig
 from llm.config import GPTConfig
 from llm.data import TokenShards, held_out_windows, window_batches
 from llm.generate import Sampling, generate
+from llm.lora import save_trained
 from llm.model import GPT
 from llm.tokenizer import Tokenizer
-from llm.train import fit, mean_loss, next_token_loss, pick_device
+from llm.train import fit, freeze, mean_loss, next_token_loss, pick_device, trained_parameters
 from stages.run import Run, main
 
 
@@ -26,6 +27,8 @@ def pretrain(run: Run) -> None:
     torch.manual_seed(params.seed)
     config = GPTConfig(**params.model.model_dump(), vocab_size=tokenizer.vocab_size, dropout=section.dropout)
     model = GPT(config).to(pick_device(params.runtime.device))
+    freeze(model, section)
+    trained = trained_parameters(model)
     prompt = tokenizer.encode(section.prompt)
 
     def evaluate() -> dict[str, float]:
@@ -53,12 +56,14 @@ def pretrain(run: Run) -> None:
             title="pretrain",
         )
 
-    save_model_folder(Path("models/base"), ModelFolder(model, tokenizer, ModelFolderConfig(kind="base", gpt=config)))
+    content = ModelFolder(model, tokenizer, ModelFolderConfig(kind="base", gpt=config))
+    save_trained(Path("models/base"), content, section)
     tokens_per_step = section.batch_size * section.grad_accum_steps * config.context_length
     run.write_history(result.history)
     run.write_metrics(
         {
             "parameters": sum(p.numel() for p in model.parameters()),
+            "trained_parameters": trained,
             "steps": result.steps,
             "epochs": result.steps * tokens_per_step / train.n_tokens,
             "best_step": result.best_step,

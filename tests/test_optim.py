@@ -91,12 +91,26 @@ def test_muon_takes_the_matrices_of_the_blocks(tied: bool) -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize("trainable", ["head", "last_blocks", "all"])
+@pytest.mark.parametrize("trainable", ["head", "last_blocks", "lora", "all"])
 def test_only_trainable_parameters_are_optimized(optimizer: str, trainable: str) -> None:
     classifier = GPTClassifier(GPT(gpt_config()), 2)
-    freeze(classifier, trainable, last_blocks=1)
-    found = groups_by_name(classifier, make_optimizers(classifier, train_params(optimizer=optimizer)))
+    params = train_params(optimizer=optimizer, trainable=trainable)
+    freeze(classifier, params)
+    found = groups_by_name(classifier, make_optimizers(classifier, params))
     assert set(found) == {name for name, p in classifier.named_parameters() if p.requires_grad}
+
+
+def test_muon_leaves_adapters_to_adamw() -> None:
+    model = GPT(gpt_config())
+    params = train_params(optimizer="muon", trainable="lora")
+    freeze(model, params)
+    found = groups_by_name(model, make_optimizers(model, params))
+    assert found == {
+        f"blocks.{i}.attn.{name}.{factor}": ("AdamW", 0.1)
+        for i in (0, 1)
+        for name in ("q_proj", "v_proj")
+        for factor in "AB"
+    }
 
 
 def test_set_lr_scales_each_optimizer_from_its_own_peak() -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from llm.config import InputError, TrainParams
 from llm.data import IGNORE, Batch, Example, batches_by_length, collate_labels, collate_pairs
+from llm.generate import generate
 from llm.model import GPT, GPTClassifier
 from llm.train import (
     FitResult,
@@ -27,6 +28,7 @@ from llm.train import (
     mean_loss,
     next_token_loss,
     pick_device,
+    trained_parameters,
 )
 from tests.helpers import GPT2_FORM, SHIPPED_FORM, gpt_config, randomize, runtime_params, train_params
 
@@ -232,43 +234,123 @@ def test_one_batch_is_learned_by_heart(optimizer: str, form: dict[str, Any]) -> 
     assert result.kept["val/loss"] < 0.3
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize(
-    ("trainable", "last_blocks", "trained"),
-    [
-        ("head", 2, ("head.",)),
-        ("last_blocks", 0, ("head.", "gpt.final_norm.")),
-        ("last_blocks", 1, ("head.", "gpt.final_norm.", "gpt.blocks.2.")),
-        ("last_blocks", 3, ("head.", "gpt.final_norm.", "gpt.blocks.")),
-        ("all", 0, ("head.", "gpt.final_norm.", "gpt.blocks.", "gpt.tok_emb.", "gpt.pos_emb.")),
-    ],
+ADAPTERS = tuple(
+    f"blocks.{i}.attn.{name}.{factor}" for i in range(3) for name in ("q_proj", "v_proj") for factor in "AB"
 )
+KINDS: list[tuple[str, int, tuple[str, ...]]] = [  # trainable, last_blocks, what of a GPT is trained
+    ("head", 2, ()),
+    ("last_blocks", 0, ("final_norm.",)),
+    ("last_blocks", 1, ("final_norm.", "blocks.2.")),
+    ("last_blocks", 3, ("final_norm.", "blocks.")),
+    ("lora", 0, ADAPTERS),
+    ("all", 0, ("final_norm.", "blocks.", "tok_emb.", "pos_emb.")),
+]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize(("trainable", "last_blocks", "trained"), KINDS)
+@pytest.mark.parametrize("kind", ["gpt", "classifier"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_training_changes_the_chosen_part_and_nothing_else(
-    optimizer: str, trainable: str, last_blocks: int, trained: tuple[str, ...], tied: bool
+    optimizer: str, trainable: str, last_blocks: int, trained: tuple[str, ...], kind: str, tied: bool
 ) -> None:
-    classifier = new_classifier(n_layers=3, dropout=0.1, tie_embeddings=tied)
-    randomize(classifier)
-    freeze(classifier, trainable, last_blocks)
-    before, examples = weights(classifier), ragged_examples()
-    fit(
-        classifier,
-        label_loss,
-        lambda step: [collate_labels(examples, range(8))],
-        train_params(max_steps=3, optimizer=optimizer),
-        runtime_params(),
-        evaluate=lambda: {"val/loss": mean_loss(classifier, label_loss, [collate_labels(examples, range(8))])},
-    )
-    for name, p in classifier.named_parameters():
+    examples = ragged_examples()
+    if kind == "classifier":
+        model: nn.Module = new_classifier(n_layers=3, dropout=0.1, tie_embeddings=tied)
+        loss, batch = label_loss, collate_labels(examples, range(8))
+        trained = ("head.", *(f"gpt.{name}" for name in trained))
+    elif trainable == "head":
+        pytest.skip("only a classifier has one")
+    else:
+        model = new_gpt(n_layers=3, dropout=0.1, tie_embeddings=tied)
+        loss, batch = next_token_loss, collate_pairs(examples, range(8))
+        trained = (*trained, "lm_head.") if trainable == "all" else trained
+    randomize(model)
+    params = train_params(max_steps=3, optimizer=optimizer, trainable=trainable, last_blocks=last_blocks)
+    freeze(model, params)
+    before = weights(model)
+    evaluate = lambda: {"val/loss": mean_loss(model, loss, [batch])}  # noqa: E731
+    fit(model, loss, lambda step: [batch], params, runtime_params(), evaluate=evaluate)
+    count = 0
+    for name, p in model.named_parameters():
         assert p.requires_grad == name.startswith(trained), name
+        count += p.numel() if name.startswith(trained) else 0
         if name.endswith("k_proj.bias"):
             continue  # adds the same to all scores of a query, so that softmax leaves it no gradient but rounding
         assert torch.equal(p, before[name]) != name.startswith(trained), name
+    assert trained_parameters(model) == count
 
 
-def test_more_blocks_than_there_are_is_an_error() -> None:
-    with pytest.raises(InputError, match="last_blocks: 3, but the model has 2 blocks"):
-        freeze(new_classifier(), "last_blocks", 3)
+def test_what_cannot_be_trained_is_named() -> None:
+    with pytest.raises(InputError, match=r"^last_blocks: 3, but the model has 2 blocks$"):
+        freeze(new_classifier(), train_params(trainable="last_blocks", last_blocks=3))
+    with pytest.raises(InputError, match=r"^trainable: head is for a classifier, and this model is none; take"):
+        freeze(new_gpt(), train_params(trainable="head"))
+
+
+@pytest.mark.parametrize("trainable", ["head", "last_blocks", "lora", "all"])
+def test_a_bf16_base_stays_bf16_where_nothing_is_trained(trainable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With autocast, as on CUDA; what is trained is fp32, learns, and everything else keeps its bits."""
+    monkeypatch.setattr("llm.train.precision", lambda device: torch.autocast("cpu", torch.bfloat16))
+    gpt = new_gpt(**SHIPPED_FORM).to(torch.bfloat16)
+    model = GPTClassifier(gpt, 3) if trainable == "head" else gpt
+    loss: Any = label_loss if trainable == "head" else next_token_loss
+    examples = ragged_examples()
+    batch = collate_labels(examples, range(8)) if trainable == "head" else random_batch(0)
+    params = train_params(max_steps=30, eval_interval=10, trainable=trainable, optimizer="muon")
+    freeze(model, params)
+    before = weights(model)
+    result = fit(
+        model,
+        loss,
+        lambda step: [batch],
+        params,
+        runtime_params(),
+        evaluate=lambda: {"val/loss": mean_loss(model, loss, [batch])},
+        sample=lambda: str(generate(gpt, [[1, 2], [3]], max_new_tokens=20)),
+    )
+    assert result.kept["val/loss"] < result.history[0]["val/loss"] - 0.1
+    for name, p in model.named_parameters():
+        assert p.dtype == (torch.float32 if p.requires_grad else torch.bfloat16), name
+        assert p.requires_grad or torch.equal(p, before[name]), name
+    assert any(p.requires_grad for p in model.parameters())
+    assert all(p.requires_grad for p in model.parameters()) == (trainable == "all")
+
+
+# ---- activation checkpointing ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["gpt", "classifier", "lora"])
+def test_activation_checkpointing_computes_blocks_again_and_changes_no_bit(kind: str) -> None:
+    def run(activation_checkpointing: bool) -> tuple[FitResult, dict[str, Tensor], int]:
+        model: nn.Module = new_gpt(dropout=0.2) if kind != "classifier" else new_classifier(dropout=0.2)
+        loss: Any = next_token_loss if kind != "classifier" else label_loss
+        params = train_params(max_steps=4, eval_interval=2, trainable="lora" if kind == "lora" else "all")
+        examples = ragged_examples()
+        batch = random_batch(0) if kind != "classifier" else collate_labels(examples, range(8))
+        freeze(model, params)
+        calls = 0
+
+        def count(*arguments: Any) -> None:
+            nonlocal calls
+            calls += model.training
+
+        model.get_submodule("blocks.1" if kind != "classifier" else "gpt.blocks.1").register_forward_pre_hook(count)
+        result = fit(
+            model,
+            loss,
+            lambda step: [batch],
+            params,
+            runtime_params(activation_checkpointing=activation_checkpointing),
+            evaluate=lambda: {"val/loss": mean_loss(model, loss, [batch])},
+        )
+        return result, weights(model), calls
+
+    plain, plain_weights, plain_calls = run(False)
+    result, found, calls = run(True)
+    assert (plain_calls, calls) == (4, 8)
+    assert_same_bits(found, plain_weights)
+    assert result == plain
 
 
 # ---- what fit does and says ------------------------------------------------------------------------------------------
@@ -375,13 +457,21 @@ class Killed(BaseException):
 
 
 def resumable(
-    folder: Path | None, optimizer: str, keep: str, stop_at: int | None = None, kill_at: int | None = None
+    folder: Path | None,
+    optimizer: str,
+    keep: str,
+    stop_at: int | None = None,
+    kill_at: int | None = None,
+    trainable: str = "all",
 ) -> tuple[FitResult, dict[str, Tensor]]:
     """A training with dropout and accumulation that is stopped after one step, or killed in another."""
     model = new_gpt(dropout=0.2)
     params = train_params(
         max_steps=RESUME_STEPS, eval_interval=4, optimizer=optimizer, keep=keep, grad_accum_steps=2, lr=0.05
     )
+    lora = params.lora.model_copy(update={"dropout": 0.2})
+    params = params.model_copy(update={"trainable": trainable, "lora": lora})
+    freeze(model, params)
     made = 0
 
     def batches(step: int) -> list[Batch]:
@@ -402,17 +492,20 @@ def resumable(
     return result, weights(model)
 
 
+@pytest.mark.parametrize("trainable", ["all", "lora"])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("keep", ["best", "last"])
-def test_stopped_at_any_step_and_continued_equals_never_stopped(tmp_path: Path, optimizer: str, keep: str) -> None:
-    expected, expected_weights = resumable(None, optimizer, keep)
+def test_stopped_at_any_step_and_continued_equals_never_stopped(
+    tmp_path: Path, optimizer: str, keep: str, trainable: str
+) -> None:
+    expected, expected_weights = resumable(None, optimizer, keep, trainable=trainable)
     for stop_at in range(1, RESUME_STEPS + 1):
         folder = tmp_path / str(stop_at)
         torch.manual_seed(99)  # another process starts with another state of the generator
-        stopped, _ = resumable(folder, optimizer, keep, stop_at=stop_at)
+        stopped, _ = resumable(folder, optimizer, keep, stop_at=stop_at, trainable=trainable)
         assert stopped.steps == stop_at
         assert (folder / f"step-{stop_at:08d}").is_dir()  # nothing is lost
-        result, found = resumable(folder, optimizer, keep)
+        result, found = resumable(folder, optimizer, keep, trainable=trainable)
         assert_same_bits(found, expected_weights)
         assert result == expected
 

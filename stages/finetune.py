@@ -1,0 +1,84 @@
+"""What both finetunings share: a training from the base model, and the same from random weights to hold it against."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from llm.checkpoint import ModelFolder, ModelFolderConfig, load_model_folder
+from llm.config import ClassifyParams, InstructParams
+from llm.data import Batch
+from llm.lora import save_trained
+from llm.model import GPT, GPTClassifier
+from llm.train import FitResult, LossFunction, base_dtype, fit, freeze, pick_device, trained_parameters
+from stages.run import Run
+
+
+class Task(NamedTuple):
+    """What is trained and how, and what the model folder will say about it."""
+
+    model: GPT | GPTClassifier
+    config: ModelFolderConfig
+    loss_function: LossFunction
+    batches: Callable[[int], list[Batch]]
+    evaluate: Callable[[], Mapping[str, float]]
+    sample: Callable[[], str] | None = None
+
+
+def finetune(
+    run: Run, name: str, section: ClassifyParams | InstructParams, make_task: Callable[[Run, ModelFolder], Task]
+) -> None:
+    """Trains `models/NAME`, with `scratch_control` also `models/NAME_scratch`, and writes the stage's metrics."""
+    result, trained = train(run, name, section, make_task, from_base=True)
+    run.write_history(result.history)
+    metrics: dict[str, Any] = {
+        "trained_parameters": trained,
+        "steps": result.steps,
+        "best_step": result.best_step,
+        **result.kept,
+    }
+    control = f"{name}_scratch"
+    if section.scratch_control:
+        section = section.model_copy(update={"trainable": "all"})  # there is nothing in random weights to keep
+        metrics["scratch"] = train(run, control, section, make_task, from_base=False)[0].kept
+    else:
+        Path("models", control).mkdir(parents=True, exist_ok=True)  # an output that DVC expects, empty
+    run.write_metrics(metrics)
+
+
+def train(
+    run: Run,
+    name: str,
+    section: ClassifyParams | InstructParams,
+    make_task: Callable[[Run, ModelFolder], Task],
+    from_base: bool,
+) -> tuple[FitResult, int]:
+    """Trains one model and writes its folder; returns also how many parameters were trained."""
+    params = run.params
+    torch.manual_seed(params.seed)
+    device = pick_device(params.runtime.device)
+    base = load_model_folder(Path("models/base"), device, section.dropout, base_dtype(device))
+    if not from_base:
+        base = base._replace(model=GPT(base.config.gpt).to(device))
+    task = make_task(run, base)
+    freeze(task.model, section)
+    trained = trained_parameters(task.model)
+    with run.graceful():
+        result = fit(
+            task.model,
+            task.loss_function,
+            task.batches,
+            section,
+            params.runtime,
+            evaluate=task.evaluate,
+            sample=task.sample,
+            log=run.log if from_base else run.log_as("scratch"),
+            state_dir=run.state_dir / name,
+            should_stop=lambda: run.stop_requested,
+            title=name,
+        )
+    save_trained(Path("models", name), ModelFolder(task.model, base.tokenizer, task.config), section)
+    return result, trained
