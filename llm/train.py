@@ -19,6 +19,7 @@ from llm.checkpoint import gpt_of, load_state, save_state
 from llm.config import InputError, RuntimeParams, TrainParams
 from llm.data import IGNORE, Batch
 from llm.lora import add_lora
+from llm.loss import linear_cross_entropy
 from llm.model import GPT, GPTClassifier
 from llm.optim import lr_factor, make_optimizers, set_lr
 
@@ -45,8 +46,7 @@ def next_token_loss(model: GPT, batch: Batch) -> tuple[Tensor, Tensor]:
     hidden = model.hidden(batch.idx).flatten(0, 1)  # [B*T, C]
     if len(counted) < len(targets):
         hidden, targets = hidden.index_select(0, counted), targets.index_select(0, counted)  # [N, C], [N]
-    logits = model.lm_head(hidden).float()  # [N, V]
-    return F.cross_entropy(logits, targets, reduction="sum"), torch.tensor(float(len(counted)))
+    return linear_cross_entropy(hidden, model.lm_head.weight, targets), torch.tensor(float(len(counted)))
 
 
 def label_loss(model: GPTClassifier, batch: Batch, class_weights: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,7 @@ FIRST_PARTY = ("llm", "stages")
 # `llm` from the ground up: a module may import those of the lines above its own. A new module is placed here.
 LAYERS = [
     {"config"},
-    {"model", "optim", "tokenizer", "fetch", "records"},
+    {"model", "loss", "optim", "tokenizer", "fetch", "records"},
     {"sources", "data", "generate", "metrics", "corpus", "labelled", "checkpoint"},
     {"baselines", "lora", "classify", "datacard"},
     {"train"},
@@ -156,7 +156,15 @@ def test_dependencies_are_what_is_imported() -> None:
             if name not in sys.stdlib_module_names:
                 used |= {normalised(each) for each in distributions[name] if not each.startswith("mlflow-")}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert {normalised(re.split(r"[<>=!~\[]", each)[0]) for each in project["dependencies"]} == used
+    extras = [each for name, extra in project["optional-dependencies"].items() if name != "test" for each in extra]
+    required, optional = (
+        {normalised(re.split(r"[<>=!~\[]", each)[0]) for each in requirements}
+        for requirements in (project["dependencies"], extras)
+    )
+    assert required == used - optional
+    for path in [*modules("llm"), *modules("stages")]:  # an extra is imported where it is used, or it were none
+        early = {normalised(each) for name in at_module_level(path) for each in distributions.get(name, [])}
+        assert not early & optional, path.name
 
 
 def normalised(distribution: str) -> str:
