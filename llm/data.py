@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from llm.config import InputError, Template
-from llm.tokenizer import Tokenizer
+from llm.tokenizer import END_OF_TEXT, Tokenizer
 
 IGNORE = -100  # a target that does not count
 
@@ -222,6 +222,13 @@ def stop_token(tokenizer: Tokenizer, template: Template) -> int:
     """The token that ends a response."""
     name = {"alpaca": tokenizer.end, "chatml": "<|im_end|>", "llama3": "<|eot_id|>"}[template]
     return tokenizer.special_tokens.get(name, tokenizer.eot)
+
+
+def end_tokens(tokenizer: Tokenizer, template: Template | None) -> set[int]:
+    """All tokens that a model may end its text with: the end of a text, and that of a turn in its template."""
+    turns = {"chatml": ("<|im_end|>", END_OF_TEXT), "llama3": ("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>")}
+    names = turns.get(template or "", ())
+    return {tokenizer.eot, *(tokenizer.special_tokens[name] for name in names if name in tokenizer.special_tokens)}
 
 
 def pair_examples(

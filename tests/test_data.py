@@ -28,6 +28,7 @@ from llm.data import (
     collate_pairs,
     encode_message,
     encode_prompt,
+    end_tokens,
     example_batches,
     held_out_windows,
     message_examples,
@@ -280,6 +281,16 @@ def test_chatml_without_its_markers_in_the_vocabulary() -> None:
     prompt = encode_prompt(tokenizer, "chatml", "Hi")
     assert bytes(prompt) == b"<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     assert stop_token(tokenizer, "chatml") == 256
+
+
+def test_every_token_that_may_end_a_text() -> None:
+    names = ["<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|other|>"]
+    special = {name: 256 + i for i, name in enumerate(names)}
+    for end in ("<|endoftext|>", "<|im_end|>"):  # SmolLM2-Instruct and Qwen name the latter
+        tokenizer = Tokenizer([bytes([i]) for i in range(256)], PATTERN, special, end)
+        assert end_tokens(tokenizer, None) == end_tokens(tokenizer, "alpaca") == {special[end]}
+        assert end_tokens(tokenizer, "chatml") == {256, 257}
+        assert end_tokens(tokenizer, "llama3") == {special[end], 258, 259, 260}
 
 
 PAIRS = [Pair("Name the cat.", "It sat.", "ham", "t"), Pair("Say it.", "", "spam and ham, ham and spam", "t")]
