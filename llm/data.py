@@ -181,41 +181,50 @@ def class_weights(examples: Sequence[Example], n_labels: int) -> Tensor:
     return len(examples) / (n_labels * counts)
 
 
+# Alpaca's template (Taori et al. 2023): the instruction and the response each follow their heading.
+ALPACA_PREAMBLE = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+)
+ALPACA_INSTRUCTION = "\n\n### Instruction:\n"
+ALPACA_RESPONSE = "\n\n### Response:\n"
+
+
 def encode_prompt(
     tokenizer: Tokenizer, template: Template, instruction: str, input: str = "", system: str | None = None
 ) -> list[int]:
     """Everything up to where the response starts. What the user wrote never becomes a special token."""
-    if template == "alpaca":  # Taori et al. 2023
-        text = (
-            "Below is an instruction that describes a task. Write a response that appropriately completes the request."
-            f"\n\n### Instruction:\n{instruction}"
-        )
-        text += f"\n\n### Input:\n{input}" if input else ""
-        return tokenizer.encode(text + "\n\n### Response:\n")
+    bos = [] if tokenizer.bos is None else [tokenizer.bos]
+    if template == "alpaca":
+        more = f"\n\n### Input:\n{input}" if input else ""
+        return bos + tokenizer.encode(f"{ALPACA_PREAMBLE}{ALPACA_INSTRUCTION}{instruction}{more}{ALPACA_RESPONSE}")
     question = f"{instruction}\n{input}" if input else instruction
-    turns = [("user", question)] if system is None else [("system", system), ("user", question)]
     if template == "llama3":
-        ids = [] if tokenizer.bos is None else [tokenizer.bos]
-        for role, text in turns:
-            ids += [*_header(tokenizer, role), *tokenizer.encode(f"\n\n{text}"), *_marker(tokenizer, "<|eot_id|>")]
-        return [*ids, *_header(tokenizer, "assistant"), *tokenizer.encode("\n\n")]
-    ids = []
+        question = question.strip()  # as in Llama 3's own template
+    turns = [("user", question)] if system is None else [("system", system), ("user", question)]
+    # A marker of a chat is one token where the tokenizer has it (ours do), its characters where not (GPT-2's).
+    names = ("<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+    im_start, im_end, header, header_end, eot = (tokenizer.special_tokens.get(name, name) for name in names)
+    parts: list[int | str] = []
     for role, text in turns:
-        ids += [*_marker(tokenizer, "<|im_start|>"), *tokenizer.encode(f"{role}\n{text}")]
-        ids += [*_marker(tokenizer, "<|im_end|>"), *tokenizer.encode("\n")]
-    return [*ids, *_marker(tokenizer, "<|im_start|>"), *tokenizer.encode("assistant\n")]
+        if template == "llama3":
+            parts += [header, role, header_end, f"\n\n{text}", eot]
+        else:
+            parts += [im_start, f"{role}\n{text}", im_end, "\n"]
+    parts += [header, "assistant", header_end, "\n\n"] if template == "llama3" else [im_start, "assistant\n"]
+    return bos + _encode_parts(tokenizer, parts)
 
 
-def _header(tokenizer: Tokenizer, role: str) -> list[int]:
-    """Whose turn it is, in Llama 3's template."""
-    start, end = (_marker(tokenizer, f"<|{name}_header_id|>") for name in ("start", "end"))
-    return [*start, *tokenizer.encode(role), *end]
-
-
-def _marker(tokenizer: Tokenizer, name: str) -> list[int]:
-    """A marker of a chat: one token where the tokenizer has it (ours do), its characters where not (GPT-2's)."""
-    token = tokenizer.special_tokens.get(name)
-    return tokenizer.encode(name) if token is None else [token]
+def _encode_parts(tokenizer: Tokenizer, parts: Sequence[int | str]) -> list[int]:
+    """Tokens as they are, and what text stands between them encoded as a whole."""
+    ids: list[int] = []
+    text = ""
+    for part in parts:
+        if isinstance(part, int):
+            ids += [*tokenizer.encode(text), part]
+            text = ""
+        else:
+            text += part
+    return ids + tokenizer.encode(text)
 
 
 def stop_token(tokenizer: Tokenizer, template: Template) -> int:

@@ -12,6 +12,7 @@ import base64
 import binascii
 import json
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import regex
 import rustbpe
 import tiktoken
 
@@ -46,6 +48,9 @@ TRAIN_BUFFER = 64  # texts that rustbpe holds at a time; its default of 8,192 co
 class Tokenizer:
     """Text to ids and back; `decode(encode(text)) == text` for every text that is valid Unicode.
 
+    Imported ones may lose something: `nfc` composes characters first (Unicode's normalization form C), and
+    `missing_bytes`, those without a token, are left out.
+
     >>> tokenizer = Tokenizer.train(["the cat, the hat"], vocab_size=262)
     >>> tokenizer.vocab_size, tokenizer.decode(tokenizer.encode("the cat"))
     (262, 'the cat')
@@ -58,6 +63,7 @@ class Tokenizer:
         special_tokens: dict[str, int],
         end: str = END_OF_TEXT,
         begin: str | None = None,
+        nfc: bool = False,
     ) -> None:
         """`ranks`: the bytes of each id, in the order of merging; None where it is a special token or nothing.
 
@@ -67,24 +73,48 @@ class Tokenizer:
         self.pattern = pattern
         self.special_tokens = special_tokens
         self.end, self.begin = end, begin
-        self._encoding = tiktoken.Encoding(
-            "llm",
-            pat_str=pattern,
-            mergeable_ranks={token: rank for rank, token in enumerate(ranks) if token is not None},
-            special_tokens=special_tokens,
-        )
+        self.nfc = nfc
         self.vocab_size = max(len(self.ranks), *(number + 1 for number in special_tokens.values()))
+        mergeable = {token: rank for rank, token in enumerate(ranks) if token is not None}
+        self.missing_bytes = bytes(byte for byte in range(256) if bytes([byte]) not in mergeable)
+        # tiktoken needs a token for each byte: ids beyond the vocabulary stand for the missing ones while it encodes.
+        mergeable |= {bytes([byte]): self.vocab_size + i for i, byte in enumerate(self.missing_bytes)}
+        self._encoding = tiktoken.Encoding(
+            "llm", pat_str=pattern, mergeable_ranks=mergeable, special_tokens=special_tokens
+        )
         self.eot = special_tokens[end]
         self.bos = None if begin is None else special_tokens[begin]
         named = set(special_tokens.values())
         self._unused = {i for i in range(self.vocab_size) if i not in named and (i >= len(ranks) or ranks[i] is None)}
 
     def encode(self, text: str) -> list[int]:
-        return [number for part in _parts(text) for number in self._encoding.encode_ordinary(part)]
+        ids = []
+        for part in self._parts(text):
+            new = self._encoding.encode_ordinary(part)
+            if self.missing_bytes and any(i >= self.vocab_size for i in new):
+                new = self._encode_without_missing(part)
+            ids += new
+        return ids
 
     def encode_array(self, text: str) -> np.ndarray[Any, np.dtype[np.uint32]]:
         """The same ids as `encode`, without a Python list: much smaller for long texts."""
-        return np.concatenate([self._encoding.encode_to_numpy(part, disallowed_special=()) for part in _parts(text)])
+        arrays = []
+        for part in self._parts(text):
+            new = self._encoding.encode_to_numpy(part, disallowed_special=())
+            if self.missing_bytes and (new >= self.vocab_size).any():
+                new = np.array(self._encode_without_missing(part), np.uint32)
+            arrays.append(new)
+        return np.concatenate(arrays)
+
+    def _parts(self, text: str) -> list[str]:
+        return _parts(unicodedata.normalize("NFC", text) if self.nfc else text)
+
+    def _encode_without_missing(self, text: str) -> list[int]:
+        """The ids of a text with bytes that have no token: what is left of each piece merges across them."""
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # as tiktoken does
+        pieces = regex.findall(self.pattern, text, flags=regex.VERSION1)
+        rest = [piece.encode().translate(None, self.missing_bytes) for piece in pieces]
+        return [number for piece in rest if piece for number in self._encoding._encode_single_piece(piece)]
 
     def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
         with ThreadPoolExecutor(threads) as pool:  # tiktoken lets go of the interpreter lock while it encodes
@@ -105,6 +135,8 @@ class Tokenizer:
             "special_tokens": self.special_tokens,
             "end": self.end,
             "begin": self.begin,
+            **({"nfc": True} if self.nfc else {}),
+            **({"missing_bytes": list(self.missing_bytes)} if self.missing_bytes else {}),
             "ranks": [token and base64.b64encode(token).decode("ascii") for token in self.ranks],
         }
         folder.mkdir(parents=True, exist_ok=True)
@@ -120,12 +152,13 @@ class Tokenizer:
             ranks = [token and base64.b64decode(token, validate=True) for token in content["ranks"]]
             special_tokens = {str(token): int(number) for token, number in content["special_tokens"].items()}
             pattern, end, begin = str(content["pattern"]), str(content["end"]), content["begin"]
+            nfc, missing = content.get("nfc") is True, bytes(content.get("missing_bytes", []))
         except FileNotFoundError:
             raise InputError(f"{path}: there is no tokenizer here; it is written by the tokenize stage") from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError, binascii.Error) as error:
             raise InputError(f"{path}: not a tokenizer ({_one_line(error)}); write it again") from None
-        _check(path, ranks, special_tokens, end, begin)
-        return cls(ranks, pattern, special_tokens, end, begin)
+        _check(path, ranks, special_tokens, end, begin, missing)
+        return cls(ranks, pattern, special_tokens, end, begin, nfc)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -158,7 +191,7 @@ class Tokenizer:
         except (OSError, ValueError) as error:
             raise InputError(f"{encoder_json}, {vocab_bpe}: not GPT-2's files ({_one_line(error)})") from None
         # The ids follow the merges: 256 bytes, then one token for each merge. tiktoken relies on it.
-        byte_of = _gpt2_bytes()
+        byte_of = gpt2_bytes()
         tokens = [*byte_of, *("".join(pair) for pair in merges), END_OF_TEXT]
         if encoder != {token: number for number, token in enumerate(tokens)}:
             raise InputError(f"{encoder_json}: does not go with {vocab_bpe}; fetch both files again")
@@ -174,9 +207,12 @@ def _parts(text: str) -> list[str]:
     return [text[start:end] for start, end in pairwise([0, *ends, len(text)])]
 
 
-def _check(path: Path, ranks: list[bytes | None], special_tokens: dict[str, int], end: str, begin: str | None) -> None:
+def _check(
+    path: Path, ranks: list[bytes | None], special_tokens: dict[str, int], end: str, begin: str | None, missing: bytes
+) -> None:
     tokens = [token for token in ranks if token]
-    if len(set(tokens)) != len(tokens) or not {bytes([byte]) for byte in range(256)} <= set(tokens):
+    alone = {token[0] for token in tokens if len(token) == 1}
+    if len(set(tokens)) != len(tokens) or alone != set(range(256)) - set(missing):
         raise InputError(f"{path}: the ranks must hold each byte, and nothing twice; write the tokenizer again")
     ids = list(special_tokens.values())
     if len(set(ids)) != len(ids) or any(i < 0 or (i < len(ranks) and ranks[i]) for i in ids):
@@ -190,7 +226,7 @@ def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-def _gpt2_bytes() -> dict[str, int]:
+def gpt2_bytes() -> dict[str, int]:
     """The character that stands for each byte in GPT-2's files, in the order of the ids.
 
     Bytes that print stand for themselves; the others are shifted to the characters from 256 on, so that no token holds
