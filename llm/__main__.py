@@ -32,7 +32,8 @@ def generate(args: argparse.Namespace) -> None:
     if not prompt:
         raise InputError("--prompt is empty; give some text to continue")
     folder, model = load_gpt(args.model_dir, "base", "instruct")
-    continuation = answer(folder, model, folder.tokenizer.encode(prompt), args, seed=args.seed)
+    begin = [] if folder.tokenizer.bos is None else [folder.tokenizer.bos]
+    continuation = answer(folder, model, [*begin, *folder.tokenizer.encode(prompt)], args, seed=args.seed)
     write(itertools.chain([prompt], continuation))
 
 
@@ -55,7 +56,7 @@ def chat(args: argparse.Namespace) -> None:
         instruction = line.strip()
         if not instruction:
             continue
-        ids = encode_prompt(folder.tokenizer, template, instruction, context)
+        ids = encode_prompt(folder.tokenizer, template, instruction, context, folder.config.system)
         try:
             write(answer(folder, model, ids, args, seed=args.seed + answered))  # asked again, it may answer otherwise
         except KeyboardInterrupt:
@@ -109,6 +110,48 @@ def score(args: argparse.Namespace) -> None:
     )
 
 
+def import_(args: argparse.Namespace) -> None:
+    """Writes a model folder from another tool's model."""
+    from llm.checkpoint import save_model_folder
+    from llm.weights import describe, import_model
+
+    check_place(args.model_dir, args.source)
+    folder = import_model(args.source)
+    save_model_folder(args.model_dir, folder)
+    note(f"{args.model_dir}: {describe(folder)}")
+
+
+def export(args: argparse.Namespace) -> None:
+    """Writes a model folder in another tool's format."""
+    from llm.checkpoint import load_model_folder
+
+    if args.format == "hf":
+        if args.dtype is not None:
+            raise InputError("--dtype goes with --format gguf; in a folder for transformers the weights keep theirs")
+        check_place(args.out, args.model_dir)
+    folder = load_model_folder(args.model_dir, dtype=None)
+    try:
+        if args.format == "hf":
+            from llm.weights import export_hf
+
+            export_hf(folder, args.out)
+        else:
+            from llm.gguf_file import export_gguf
+
+            export_gguf(folder, args.out, args.dtype or "f16")
+    except InputError as error:
+        raise InputError(f"{args.model_dir}: {error}") from None
+    note(f"{args.out}: written")
+
+
+def check_place(out: Path, source: str | Path) -> None:
+    """A folder that is written replaces what is in its place: refused where that is not a model, or is the source."""
+    if out.resolve() == Path(source).resolve():
+        raise InputError(f"{out}: the source itself; name another folder to write to")
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / "config.json").is_file()):
+        raise InputError(f"{out}: exists and is no model folder; name a new folder to write to")
+
+
 # ---- model folders and answers ---------------------------------------------------------------------------------------
 
 
@@ -129,12 +172,9 @@ def wrong_kind(path: Path, kind: str, *wanted: str) -> str:
 
 def answer(folder: ModelFolder, model: GPT, prompt: list[int], args: argparse.Namespace, seed: int) -> Iterator[str]:
     """What the model adds to the prompt, piece by piece."""
-    from llm.data import stop_token
+    from llm.data import end_tokens
     from llm.generate import Sampling, stream, stream_text
 
-    stop = {folder.tokenizer.eot}
-    if folder.config.template is not None:
-        stop.add(stop_token(folder.tokenizer, folder.config.template))
     sampling = Sampling(
         repetition_penalty=args.repetition_penalty,
         temperature=args.temperature,
@@ -148,7 +188,7 @@ def answer(folder: ModelFolder, model: GPT, prompt: list[int], args: argparse.Na
         max_new_tokens=args.max_new_tokens,
         sampling=sampling,
         seed=seed,
-        stop=stop,
+        stop=end_tokens(folder.tokenizer, folder.config.template),
     )
     context_length = model.config.context_length
     if len(prompt) > context_length:
@@ -275,17 +315,46 @@ def build_parser() -> argparse.ArgumentParser:
         "git show HEAD:README.md | python -m llm score models/base -",
     )
     command.add_argument("file", metavar="FILE", help="a UTF-8 text file, read as it is, or - for stdin")
+
+    command = add_command(
+        commands,
+        import_,
+        "make a model folder of open weights",
+        "Makes a model folder of another tool's model: a folder of transformers (gpt2, llama, mistral, qwen2, qwen3; "
+        "safetensors only), a .gguf file, or a name on the Hugging Face hub, whose cache is looked in first and which "
+        "HF_HUB_OFFLINE=1 keeps from the network. The weights keep their dtype.",
+        "python -m llm import SmolLM2-135M-Instruct.Q8_0.gguf models/smollm2",
+        "python -m llm import openai-community/gpt2 models/gpt2",
+        source=True,
+    )
+
+    command = add_command(
+        commands,
+        export,
+        "write a model for other tools",
+        "Writes a folder that transformers' Auto classes open, or a GGUF file that llama.cpp runs, tokenizer and chat "
+        "template included. What the format has no place for is named and nothing is written.",
+        "python -m llm export models/instruct exported --format hf",
+        "python -m llm export models/instruct model.gguf --format gguf --dtype q8_0",
+    )
+    command.add_argument("out", type=Path, metavar="OUT", help="the folder or file to write")
+    command.add_argument("--format", required=True, choices=["hf", "gguf"], help="for transformers or for llama.cpp")
+    command.add_argument("--dtype", choices=["f16", "q8_0", "f32"], help="of the weights in a GGUF file (default: f16)")
     return parser
 
 
-def add_command(commands: Any, run: Any, summary: str, description: str, *examples: str) -> argparse.ArgumentParser:
+def add_command(
+    commands: Any, run: Any, summary: str, description: str, *examples: str, source: bool = False
+) -> argparse.ArgumentParser:
     command: argparse.ArgumentParser = commands.add_parser(
-        run.__name__,
+        run.__name__.rstrip("_"),
         help=summary,
         description=description,
         epilog="examples:\n" + "\n".join(f"  {example}" for example in examples),
         formatter_class=CommandHelp,
     )
+    if source:
+        command.add_argument("source", metavar="SOURCE", help="a folder, a .gguf file or a hub name such as org/name")
     command.add_argument("model_dir", type=Path, metavar="MODEL_DIR", help="a model folder")
     command.set_defaults(run=run)
     return command

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -14,8 +15,9 @@ from typing import Any, Literal, NamedTuple, Self
 import torch
 from pydantic import ValidationError, model_validator
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load, save
+from safetensors.torch import load, save, save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from llm.config import GPTConfig, InputError, Strict, Template, explain
 from llm.model import GPT, GPTClassifier
@@ -57,7 +59,7 @@ def save_model_folder(folder: Path, content: ModelFolder, more: Mapping[str, byt
     with replaced_folder(folder) as new:
         (new / "config.json").write_text(content.config.model_dump_json(indent=2, exclude_none=True) + "\n")
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in stored_tensors(content.model).items()}
-        write_bytes(new / "model.safetensors", save(weights))
+        write_tensors(new / "model.safetensors", weights)
         content.tokenizer.save(new)
         for name, data in (more or {}).items():
             (new / name).parent.mkdir(exist_ok=True)
@@ -77,7 +79,7 @@ def load_model_folder(
     """
     config, tokenizer = read_model_folder(folder)
     config = config.model_copy(update={"gpt": config.gpt.model_copy(update={"dropout": dropout})})
-    with torch.device("meta"):  # no memory, no random numbers: all weights come from the file
+    with without_weights():
         gpt = GPT(config.gpt)
         model = GPTClassifier(gpt, len(config.labels)) if config.labels else gpt
     load_weights(model, folder / "model.safetensors", torch.device(device), dtype)
@@ -107,7 +109,8 @@ def read_model_folder(folder: Path) -> tuple[ModelFolderConfig, Tokenizer]:
 def load_weights(model: GPT | GPTClassifier, path: Path, device: torch.device, dtype: torch.dtype | None) -> None:
     """Fills a model on the meta device strictly: each tensor used once, shapes equal; else what is wrong is named.
 
-    Tensor by tensor, with the file closed in between: the memory it is mapped to never adds up to a second model.
+    Tensor by tensor, with the file closed in between: the memory it is mapped to never adds up to a second model. The
+    largest come first, while the memory is still empty.
     """
     expected = {name: list(tensor.shape) for name, tensor in stored_tensors(model).items()}
     try:
@@ -120,7 +123,7 @@ def load_weights(model: GPT | GPTClassifier, path: Path, device: torch.device, d
                 raise InputError(f"{path}: tensor {name} has shape {found[name]}, config.json asks for {shape}")
         if extra := sorted(set(found) - set(expected)):
             raise InputError(f"{path}: tensor {extra[0]} has no place in the model ({len(extra)} left over)")
-        for name in expected:
+        for name in sorted(expected, key=lambda name: -math.prod(expected[name])):
             with safe_open(path, framework="pt") as file:
                 tensor = file.get_tensor(name)
                 assign_tensor(model, name, tensor.to(device, dtype or tensor.dtype, copy=True))
@@ -138,6 +141,20 @@ def stored_tensors(model: GPT | GPTClassifier) -> dict[str, Tensor]:
     tied = gpt_of(model).config.tie_embeddings
     weights = model.state_dict()
     return {name: tensor for name, tensor in weights.items() if not (tied and name.endswith("lm_head.weight"))}
+
+
+class _NoInit(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is nn.init.normal_:  # which on the meta device draws nothing, but loads 75 MB of sympy to do so
+            return kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def without_weights() -> Iterator[None]:
+    """Models made in this block take no memory and no random numbers: all their weights come from a file."""
+    with torch.device("meta"), _NoInit():
+        yield
 
 
 def assign_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
@@ -204,6 +221,16 @@ def write_bytes(path: Path, content: bytes) -> None:
     with path.open("wb") as file:
         file.write(content)
         file.flush()
+        os.fsync(file.fileno())
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Writes and syncs a safetensors file from where the tensors are, without a second copy of them in memory."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata)
+    path.chmod(mode)  # safetensors makes files that only their owner can read
+    with path.open("rb") as file:
         os.fsync(file.fileno())
 
 

@@ -77,6 +77,24 @@ def test_a_model_folder_holds_three_files_and_always_the_same_bytes(tmp_path: Pa
     assert file_bytes(tmp_path / "a") == file_bytes(tmp_path / "b")
 
 
+def test_all_files_of_a_model_folder_can_be_read_by_the_same_users(tmp_path: Path) -> None:
+    save_model_folder(tmp_path / "it", content())
+    assert len({path.stat().st_mode for path in (tmp_path / "it").iterdir()}) == 1
+
+
+def test_a_model_that_is_loaded_draws_no_weights_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even on the meta device, where PyTorch needs more than a second and 75 MB for it."""
+    save_model_folder(tmp_path / "it", content("classifier"))
+
+    def drawn(*_: object, **__: object) -> None:
+        raise AssertionError("random numbers are drawn")
+
+    monkeypatch.setattr(torch.Tensor, "normal_", drawn)
+    load_model_folder(tmp_path / "it")
+    with pytest.raises(AssertionError, match="drawn"):
+        content()
+
+
 @pytest.mark.parametrize("kind", ["base", "classifier"])
 def test_a_tied_head_is_stored_once_and_stays_tied(tmp_path: Path, kind: str) -> None:
     save_model_folder(tmp_path / "it", content(kind))

@@ -24,8 +24,8 @@ from llm.classify import classify_texts
 from llm.data import encode_prompt
 from llm.generate import Sampling, generate
 from llm.model import GPT, GPTClassifier
-from llm.tokenizer import Tokenizer
-from tests.helpers import SHIPPED_FORM, gpt_config, randomize
+from llm.tokenizer import GPT2_PATTERN, Tokenizer
+from tests.helpers import LLAMA_FORM, SHIPPED_FORM, gpt_config, randomize
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = "One morning the baker sold bread at the harbour. It was cold, and the café was closed.\n"
@@ -238,6 +238,110 @@ def test_score_of_a_long_text_counts_every_token_but_the_first(cli: Cli, folders
     )
 
 
+# ---- import and export -----------------------------------------------------------------------------------------------
+
+
+def saved(path: Path, tokenizer: Tokenizer, kind: str, template: str | None = None, system: str | None = None) -> Path:
+    """A model folder of a form that other tools know."""
+    form = LLAMA_FORM | {"vocab_size": tokenizer.vocab_size + 2, "context_length": 128}
+    model = randomize(GPT(gpt_config(**form))).to(torch.bfloat16)
+    assert isinstance(model, GPT)
+    config = ModelFolderConfig(kind=kind, gpt=model.config, template=template, system=system)  # type: ignore[arg-type]
+    save_model_folder(path, ModelFolder(model, tokenizer, config))
+    return path
+
+
+def test_export_and_import_for_transformers(cli: Cli, folders: Folders, tmp_path: Path) -> None:
+    ours = saved(tmp_path / "ours", Tokenizer.load(folders.base), "instruct", "chatml", "Be brief.")
+    result = cli("export", ours, tmp_path / "theirs", "--format", "hf")
+    assert result == (0, "", f"{tmp_path / 'theirs'}: written\n")
+    assert json.loads((tmp_path / "theirs" / "config.json").read_text())["model_type"] == "llama"
+
+    result = cli("import", tmp_path / "theirs", tmp_path / "again")
+    n = sum(p.numel() for p in load_model_folder(ours).model.parameters())
+    assert result == (0, "", f"{tmp_path / 'again'}: llama, {n:,} parameters, bfloat16, template chatml\n")
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (ours / name).read_bytes()
+    assert cli("export", ours, tmp_path / "theirs", "--format", "hf").status == 0  # a model may be written again
+
+
+@pytest.mark.parametrize("dtype", [None, "f32"])
+def test_export_and_import_of_gguf(cli: Cli, folders: Folders, tmp_path: Path, dtype: str | None) -> None:
+    pytest.importorskip("gguf")
+    plain = Tokenizer.load(folders.base)
+    tokenizer = Tokenizer(plain.ranks, GPT2_PATTERN, plain.special_tokens)  # llama.cpp knows a few patterns only
+    ours = saved(tmp_path / "ours", tokenizer, "base")
+    options = ["--dtype", dtype] if dtype else []
+    assert cli("export", ours, tmp_path / "model.gguf", "--format", "gguf", *options).status == 0
+    assert (tmp_path / "model.gguf").read_bytes()[:4] == b"GGUF"
+    result = cli("import", tmp_path / "model.gguf", tmp_path / "again")
+    assert (result.status, result.out) == (0, "")
+    again = load_model_folder(tmp_path / "again", dtype=None).model.state_dict()
+    assert again["blocks.0.attn.q_proj.weight"].dtype == (torch.float32 if dtype else torch.float16)
+    for name, tensor in load_model_folder(ours).model.state_dict().items():
+        assert torch.allclose(tensor, again[name].float(), atol=1e-3), name
+
+
+def test_nothing_but_a_model_is_replaced(cli: Cli, folders: Folders, tmp_path: Path) -> None:
+    ours = saved(tmp_path / "ours", Tokenizer.load(folders.base), "base")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "letter.txt").write_text("dear")
+    cases: list[tuple[list[str | Path], str]] = [
+        (["export", ours, other, "--format", "hf"], "other: exists and is no model folder; name a new folder"),
+        (["export", ours, other / "letter.txt", "--format", "hf"], "letter.txt: exists and is no model folder"),
+        (["export", ours, ours, "--format", "hf"], "ours: the source itself; name another folder"),
+        (["export", ours, tmp_path / "x", "--format", "hf", "--dtype", "f16"], "--dtype goes with --format gguf"),
+        (["export", folders.base, tmp_path / "x", "--format", "hf"], "base: transformers' form qwen3 has no place for"),
+        (["export", folders.classifier, tmp_path / "x", "--format", "hf"], "a classifier's head has a bias"),
+        (["export", tmp_path / "nowhere", tmp_path / "x", "--format", "hf"], "nowhere"),
+        (["import", ours, other], "other: exists and is no model folder"),
+        (["import", ours, ours], "ours: the source itself"),
+        (["import", other, tmp_path / "x"], "config.json: missing; give a folder with config.json"),
+        (["import", "nowhere", tmp_path / "x"], "nowhere: not found; give a model folder, a .gguf file or a hub name"),
+    ]
+    for argv, message in cases:
+        result = cli(*argv)
+        assert (result.status, result.out, result.err.count("\n")) == (1, "", 1), argv
+        assert result.err.startswith(f"python -m llm {argv[0]}: ") and message in result.err, result.err
+    assert (other / "letter.txt").read_text() == "dear"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "ours"]
+
+
+def test_a_begin_token_stands_before_the_prompt(cli: Cli, folders: Folders, tmp_path: Path) -> None:
+    plain = Tokenizer.load(folders.base)
+    tokenizer = Tokenizer(plain.ranks, plain.pattern, plain.special_tokens, begin="<|im_start|>")
+    folder = saved(tmp_path / "begin", tokenizer, "base")
+    model = load_model_folder(folder).model
+    assert isinstance(model, GPT) and tokenizer.bos is not None
+    ids = tokenizer.encode("One morning")
+    with_begin, without = generate(model, [[tokenizer.bos, *ids], ids], max_new_tokens=15, stop={tokenizer.eot})
+    assert with_begin != without
+    result = cli("generate", folder, "--prompt", "One morning", "--max-new-tokens", "15")
+    assert result.out == "One morning" + tokenizer.decode(with_begin) + "\n"
+
+
+def test_chat_says_what_the_system_is_and_stops_at_every_end(
+    cli: Cli, folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = Tokenizer.load(folders.base)
+    folder = saved(tmp_path / "it", tokenizer, "instruct", "chatml", "Be brief.")
+    asked: list[tuple[list[int], set[int]]] = []
+
+    def stream(model: GPT, prompt: list[int], *, stop: set[int], **options: object) -> list[int]:
+        asked.append((prompt, stop))
+        return []
+
+    monkeypatch.setattr("llm.generate.stream", stream)
+    cli("chat", folder, stdin=b"Name a trade.")
+    cli("generate", folders.base, "--prompt", "One")
+    ends = {tokenizer.special_tokens[name] for name in ("<|im_end|>", "<|endoftext|>")}
+    assert asked == [
+        (encode_prompt(tokenizer, "chatml", "Name a trade.", system="Be brief."), ends),
+        (tokenizer.encode("One"), {tokenizer.eot}),
+    ]
+
+
 # ---- what the user can get wrong -------------------------------------------------------------------------------------
 
 
@@ -308,11 +412,11 @@ def test_an_interrupt_ends_with_130(cli: Cli, folders: Folders, monkeypatch: pyt
 
 def test_help_shows_examples_without_loading_torch() -> None:
     code = "import sys, llm.__main__ as cli\ntry: cli.main(sys.argv[1:])\nfinally: print('torch' in sys.modules)"
-    for command in ("generate", "chat", "classify", "score"):
+    for command in ("generate", "chat", "classify", "score", "import", "export"):
         done = subprocess.run(
             [sys.executable, "-c", code, command, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
         )
-        assert f"  python -m llm {command} models/" in done.stdout
+        assert f"examples:\n  python -m llm {command} " in done.stdout
         assert done.stdout.endswith("False\n")
 
 
