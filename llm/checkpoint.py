@@ -69,16 +69,13 @@ def save_model_folder(folder: Path, content: ModelFolder, more: Mapping[str, byt
 def load_model_folder(
     folder: Path,
     device: torch.device | str = "cpu",
-    dropout: float = 0.0,
     dtype: torch.dtype | None = torch.float32,
 ) -> ModelFolder:
     """Reads a model folder, in evaluation mode; raises `InputError` if anything of it is missing or does not fit.
 
-    `dropout` is for training on: it belongs to a training, not to the weights. `dtype` None leaves the weights in the
-    one that they are stored in.
+    `dtype` None leaves the weights in the one that they are stored in.
     """
     config, tokenizer = read_model_folder(folder)
-    config = config.model_copy(update={"gpt": config.gpt.model_copy(update={"dropout": dropout})})
     with without_weights():
         gpt = GPT(config.gpt)
         model = GPTClassifier(gpt, len(config.labels)) if config.labels else gpt

@@ -206,7 +206,6 @@ class GPTConfig(ModelParams):
     vocab_size: Positive  # at least the tokenizer's; open weights often have rows to spare
     rope_scaling: RopeScaling | None = None
     sliding_window: Positive | None = None  # tokens that a position attends to, itself included; None: all before it
-    dropout: Annotated[float, Field(ge=0, lt=1, exclude=True)] = 0.0  # of a training, never stored with the weights
 
 
 Template = Literal["alpaca", "chatml", "llama3"]  # how a prompt is written for an instruct model
@@ -255,8 +254,11 @@ class TrainParams(Strict):
     keep: Literal["best", "last"]
 
 
+SCRATCH = "scratch"
+
+
 class PretrainParams(TrainParams):
-    init: str
+    init: Annotated[str, Field(min_length=1)]  # SCRATCH, or where open weights are
     prompt: str
     sample_tokens: NonNegative
     eval_tokens: Positive

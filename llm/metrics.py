@@ -47,6 +47,9 @@ class Score(NamedTuple):
         return self.nats / math.log(2) / max(n_bytes, 1)
 
 
+MAX_TOKENS = 2**15  # of the windows that are scored together: a long context leaves room for few of them
+
+
 class TokenSource(Protocol):
     """Token ids that need not fit into memory, such as `llm.data.TokenShards`."""
 
@@ -85,8 +88,9 @@ def score_tokens(model: GPT, idx: Tensor | TokenSource, batch_size: int = 16, ma
         windows = [(0, 1)] if n_tokens > 1 else []
         while windows and windows[-1][0] + T < n_tokens:
             windows.append((windows[-1][0] + T // 2, windows[-1][0] + T))
-        for i in range(0, len(windows), batch_size):
-            nats += _score_windows(model, tokens, windows[i : i + batch_size], n_tokens, device)
+        rows = max(1, min(batch_size, MAX_TOKENS // T))
+        for i in range(0, len(windows), rows):
+            nats += _score_windows(model, tokens, windows[i : i + rows], n_tokens, device)
     finally:
         model.train(was_training)
     return Score(nats, max(n_tokens - 1, 0))

@@ -107,6 +107,7 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.config = config
         self.layer = layer
+        self.dropout = 0.0
         kv_dim = config.n_kv_heads * config.head_dim
         self.q_proj = nn.Linear(config.emb_dim, config.n_heads * config.head_dim, bias=config.qkv_bias)
         self.k_proj = nn.Linear(config.emb_dim, kv_dim, bias=config.qkv_bias)
@@ -136,7 +137,7 @@ class CausalSelfAttention(nn.Module):
             v,
             attn_mask=mask,
             is_causal=mask is None and T > 1,
-            dropout_p=self.config.dropout if self.training else 0.0,
+            dropout_p=self.dropout if self.training else 0.0,
             enable_gqa=self.config.n_kv_heads != self.config.n_heads,
         )  # [B, H, T, D]
         return self.out_proj(y.transpose(1, 2).reshape(B, T, -1))  # [B, T, C]
@@ -168,7 +169,7 @@ class TransformerBlock(nn.Module):
         self.attn = CausalSelfAttention(config, layer)
         self.norm2 = make_norm(config, config.emb_dim)
         self.ffn = FeedForward(config)
-        self.drop = nn.Dropout(config.dropout)
+        self.drop = nn.Dropout(0.0)
 
     def forward(
         self, x: Tensor, angles: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache: KVCache | None
@@ -185,7 +186,7 @@ class GPT(nn.Module):
         self.tok_emb = nn.Embedding(config.vocab_size, config.emb_dim)
         if config.positions == "learned":
             self.pos_emb = nn.Embedding(config.context_length, config.emb_dim)
-        self.drop = nn.Dropout(config.dropout)
+        self.drop = nn.Dropout(0.0)
         self.blocks = nn.ModuleList(TransformerBlock(config, layer) for layer in range(config.n_layers))
         self.final_norm = make_norm(config, config.emb_dim)
         self.lm_head = nn.Linear(config.emb_dim, config.vocab_size, bias=False)
@@ -195,6 +196,13 @@ class GPT(nn.Module):
         for name, p in self.named_parameters():  # each block adds twice to the residual stream (GPT-2)
             if name.endswith(("out_proj.weight", "down_proj.weight")):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layers))
+
+    def set_dropout(self, p: float) -> None:
+        """Of the embeddings, the attention and both branches of each block, for a training: a model has none."""
+        self.drop.p = p
+        for block in self.blocks:
+            assert isinstance(block, TransformerBlock)
+            block.drop.p = block.attn.dropout = p
 
     @staticmethod
     def _init_weights(module: nn.Module) -> None:

@@ -128,9 +128,12 @@ class Tokenizer:
         """Ids that stand for nothing, such as the spare rows of an open model's embedding, give nothing."""
         return self._encoding.decode_bytes([i for i in ids if i < self.vocab_size and i not in self._unused])
 
-    def save(self, folder: Path) -> None:
-        """Writes `bpe.json`; the same tokenizer gives the same bytes."""
-        content = {
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Tokenizer) and self._content() == other._content()
+
+    def _content(self) -> dict[str, Any]:
+        """All that makes it what it is, as `bpe.json` has it."""
+        return {
             "pattern": self.pattern,
             "special_tokens": self.special_tokens,
             "end": self.end,
@@ -139,9 +142,12 @@ class Tokenizer:
             **({"missing_bytes": list(self.missing_bytes)} if self.missing_bytes else {}),
             "ranks": [token and base64.b64encode(token).decode("ascii") for token in self.ranks],
         }
+
+    def save(self, folder: Path) -> None:
+        """Writes `bpe.json`; the same tokenizer gives the same bytes."""
         folder.mkdir(parents=True, exist_ok=True)
         partial = folder / f"{FILE_NAME}.partial"
-        partial.write_text(json.dumps(content, ensure_ascii=False, indent=0) + "\n", encoding="utf-8")
+        partial.write_text(json.dumps(self._content(), ensure_ascii=False, indent=0) + "\n", encoding="utf-8")
         partial.replace(folder / FILE_NAME)
 
     @classmethod

@@ -161,6 +161,7 @@ def fit(
     optimizers = make_optimizers(model, params)
     for module in model.modules():
         if isinstance(module, GPT):
+            module.set_dropout(params.dropout)
             module.activation_checkpointing = runtime.activation_checkpointing
     if runtime.compile:
         for module in model.modules():
@@ -269,7 +270,8 @@ def _evaluate(
     model.eval()
     with torch.no_grad(), precision(next(model.parameters()).device):
         metrics = dict(evaluate())
-        text = sample() if sample is not None else None
+        with torch.compiler.set_stance("force_eager"):  # a sample's many shapes would each be compiled
+            text = sample() if sample is not None else None
     train_loss = sum(state.losses) / len(state.losses) if state.losses else metrics["val/loss"]
     state.losses = []
     row = {"step": float(state.step), "train/loss": train_loss, **metrics}

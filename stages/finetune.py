@@ -60,7 +60,7 @@ def train(
     params = run.params
     torch.manual_seed(params.seed)
     device = pick_device(params.runtime.device)
-    base = load_model_folder(Path("models/base"), device, section.dropout, base_dtype(device))
+    base = load_model_folder(Path("models/base"), device, base_dtype(device))
     if not from_base:
         base = base._replace(model=GPT(base.config.gpt).to(device))
     task = make_task(run, base)

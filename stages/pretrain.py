@@ -8,13 +8,14 @@ from pathlib import Path
 import torch
 
 from llm.checkpoint import ModelFolder, ModelFolderConfig
-from llm.config import GPTConfig
+from llm.config import SCRATCH, GPTConfig, InputError, PretrainParams
 from llm.data import TokenShards, held_out_windows, window_batches
 from llm.generate import Sampling, generate
 from llm.lora import save_trained
 from llm.model import GPT
 from llm.tokenizer import Tokenizer
-from llm.train import fit, freeze, mean_loss, next_token_loss, pick_device, trained_parameters
+from llm.train import base_dtype, fit, freeze, mean_loss, next_token_loss, pick_device, trained_parameters
+from llm.weights import import_model
 from stages.run import Run, main
 
 
@@ -25,14 +26,19 @@ def pretrain(run: Run) -> None:
     train, val = TokenShards(tokens / "corpus", "train"), TokenShards(tokens / "corpus", "val")
 
     torch.manual_seed(params.seed)
-    config = GPTConfig(**params.model.model_dump(), vocab_size=tokenizer.vocab_size, dropout=section.dropout)
-    model = GPT(config).to(pick_device(params.runtime.device))
+    device = pick_device(params.runtime.device)
+    if section.init == SCRATCH:
+        config = GPTConfig(**params.model.model_dump(), vocab_size=tokenizer.vocab_size)
+        model = GPT(config).to(device)
+    else:
+        model = open_weights(section, tokenizer, device)
+    config, window = model.config, min(params.model.context_length, model.config.context_length)
     freeze(model, section)
     trained = trained_parameters(model)
     prompt = tokenizer.encode(section.prompt)
 
     def evaluate() -> dict[str, float]:
-        windows = held_out_windows(val, config.context_length, section.batch_size, section.eval_tokens)
+        windows = held_out_windows(val, window, section.batch_size, section.eval_tokens)
         loss = mean_loss(model, next_token_loss, windows)
         return {"val/loss": loss, "val/bpb": loss / math.log(2) * val.n_tokens / val.n_bytes}
 
@@ -45,7 +51,7 @@ def pretrain(run: Run) -> None:
         result = fit(
             model,
             next_token_loss,
-            window_batches(train, config.context_length, section.batch_size, section.grad_accum_steps, params.seed),
+            window_batches(train, window, section.batch_size, section.grad_accum_steps, params.seed),
             section,
             params.runtime,
             evaluate=evaluate,
@@ -58,7 +64,7 @@ def pretrain(run: Run) -> None:
 
     content = ModelFolder(model, tokenizer, ModelFolderConfig(kind="base", gpt=config))
     save_trained(Path("models/base"), content, section)
-    tokens_per_step = section.batch_size * section.grad_accum_steps * config.context_length
+    tokens_per_step = section.batch_size * section.grad_accum_steps * window
     run.write_history(result.history)
     run.write_metrics(
         {
@@ -70,6 +76,19 @@ def pretrain(run: Run) -> None:
             **result.kept,
         }
     )
+
+
+def open_weights(section: PretrainParams, tokenizer: Tokenizer, device: torch.device) -> GPT:
+    """The model that `pretrain.init` names; `tokenizer` is what the corpus was encoded with."""
+    imported = import_model(section.init, base_dtype(device))
+    if not isinstance(imported.model, GPT):
+        raise InputError(f"pretrain.init: {section.init} is a classifier; name a language model")
+    if imported.tokenizer != tokenizer:
+        raise InputError(
+            f"pretrain.init: the tokenizer of {section.init} is not the one that data/tokens was encoded with; "
+            "run tokenize again: `dvc repro -f tokenize`"
+        )
+    return imported.model.to(device)
 
 
 if __name__ == "__main__":

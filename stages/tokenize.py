@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llm import datacard, labelled
+from llm.config import SCRATCH
 from llm.corpus import Workers, batches_of, encode_corpus, plan_corpus, training_texts
 from llm.records import open_raw
 from llm.tokenizer import Tokenizer
@@ -50,7 +51,12 @@ def write_tokens(run: Run, folder: Path) -> dict[str, Any]:
     n_workers = min(run.params.runtime.workers or cores(), len(batches_of(corpus)))
     with Workers(n_workers) as workers:
         plan = plan_corpus(corpus, params.corpus, seed, workers)
-        if params.tokenizer.kind == "gpt2":
+        kind = params.tokenizer.kind if run.params.pretrain.init == SCRATCH else run.params.pretrain.init
+        if run.params.pretrain.init != SCRATCH:
+            from llm.weights import import_tokenizer  # late: it brings torch, which no worker process needs
+
+            tokenizer = import_tokenizer(run.params.pretrain.init).tokenizer
+        elif kind == "gpt2":
             tokenizer = Tokenizer.gpt2(RAW / "gpt2" / "encoder.json", RAW / "gpt2" / "vocab.bpe")
         else:
             texts = training_texts(corpus, plan, params.tokenizer.train_chars)
@@ -60,7 +66,7 @@ def write_tokens(run: Run, folder: Path) -> dict[str, Any]:
 
     return {
         "sources": sources(),
-        "tokenizer": datacard.describe_tokenizer(params.tokenizer.kind, tokenizer, encoded.used),
+        "tokenizer": datacard.describe_tokenizer(kind, tokenizer, encoded.used),
         "corpus": datacard.describe_corpus(plan, encoded, params.corpus.split),
         "messages": datacard.describe_messages(messages, split_messages, tokenizer, params.messages.split),
         "instructions": datacard.describe_instructions(pairs, split_pairs, tokenizer, params.instructions.split),

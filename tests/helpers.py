@@ -29,7 +29,6 @@ GPT2_FORM: dict[str, Any] = {
     "qkv_bias": True,
     "bias": True,
     "tie_embeddings": True,
-    "dropout": 0.0,
 }
 LLAMA_FORM = {"positions": "rotary", "norm": "rmsnorm", "activation": "swiglu", "qkv_bias": False, "bias": False}
 SHIPPED_FORM = LLAMA_FORM | {"activation": "relu2", "qk_norm": True}  # what params.yaml ships

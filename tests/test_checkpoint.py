@@ -104,12 +104,15 @@ def test_a_tied_head_is_stored_once_and_stays_tied(tmp_path: Path, kind: str) ->
     assert gpt.lm_head.weight is gpt.tok_emb.weight
 
 
-def test_dropout_belongs_to_the_training_not_to_the_folder(tmp_path: Path) -> None:
-    save_model_folder(tmp_path / "it", content(dropout=0.3))
-    for dropout in (0.0, 0.2):
-        loaded = load_model_folder(tmp_path / "it", dropout=dropout)
-        assert loaded.config.gpt.dropout == dropout
-        assert {m.p for m in loaded.model.modules() if isinstance(m, torch.nn.Dropout)} == {dropout}
+def test_a_model_folder_is_read_in_the_dtype_asked_for(tmp_path: Path) -> None:
+    saved = content()
+    saved.model.bfloat16()
+    save_model_folder(tmp_path / "it", saved)
+    for dtype in (None, torch.float32, torch.float16):
+        loaded = load_model_folder(tmp_path / "it", dtype=dtype).model
+        for name, tensor in loaded.state_dict().items():
+            assert tensor.dtype == (dtype or torch.bfloat16)
+            assert torch.equal(tensor, saved.model.state_dict()[name].to(tensor.dtype)), name
 
 
 def edit_config(**changes: Any) -> Callable[[Path], None]:

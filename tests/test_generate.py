@@ -118,7 +118,8 @@ def test_one_prefill_then_one_token_a_call(model: GPT, monkeypatch: pytest.Monke
 
 
 def test_no_dropout_and_the_mode_is_kept() -> None:
-    model = make_model(MODERN.model_copy(update={"dropout": 0.9}))
+    model = make_model(MODERN)
+    model.set_dropout(0.9)
     expected = generate(model, PROMPTS, max_new_tokens=10)
     model.train()
     assert generate(model, PROMPTS, max_new_tokens=10) == expected

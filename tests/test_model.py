@@ -196,7 +196,8 @@ def test_a_tied_head_is_the_token_embedding() -> None:
 
 
 def test_dropout_acts_in_training_only() -> None:
-    model = model_of({}, dropout=0.5)
+    model = model_of({})
+    model.set_dropout(0.5)
     idx = ids(2, 8)
     assert torch.equal(model(idx), model(idx))
     model.train()
@@ -206,13 +207,14 @@ def test_dropout_acts_in_training_only() -> None:
 def test_dropout_acts_on_embeddings_attention_and_both_branches() -> None:
     idx = ids(2, 8)
     for part in ("drop", "blocks.1.attn", "blocks.1.drop"):
-        model = model_of({}, dropout=0.5).train()
+        model = model_of({}).train()
+        model.set_dropout(0.5)
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout) and module is not model.get_submodule(part):
                 module.p = 0.0
         if part != "blocks.1.attn":
             for block in model.blocks:
-                block.attn.config = gpt_config()
+                block.attn.dropout = 0.0
         assert not torch.allclose(model(idx), model(idx)), part
 
 

@@ -256,17 +256,17 @@ def test_training_changes_the_chosen_part_and_nothing_else(
 ) -> None:
     examples = ragged_examples()
     if kind == "classifier":
-        model: nn.Module = new_classifier(n_layers=3, dropout=0.1, tie_embeddings=tied)
+        model: nn.Module = new_classifier(n_layers=3, tie_embeddings=tied)
         loss, batch = label_loss, collate_labels(examples, range(8))
         trained = ("head.", *(f"gpt.{name}" for name in trained))
     elif trainable == "head":
         pytest.skip("only a classifier has one")
     else:
-        model = new_gpt(n_layers=3, dropout=0.1, tie_embeddings=tied)
+        model = new_gpt(n_layers=3, tie_embeddings=tied)
         loss, batch = next_token_loss, collate_pairs(examples, range(8))
         trained = (*trained, "lm_head.") if trainable == "all" else trained
     randomize(model)
-    params = train_params(max_steps=3, optimizer=optimizer, trainable=trainable, last_blocks=last_blocks)
+    params = train_params(max_steps=3, optimizer=optimizer, trainable=trainable, last_blocks=last_blocks, dropout=0.1)
     freeze(model, params)
     before = weights(model)
     evaluate = lambda: {"val/loss": mean_loss(model, loss, [batch])}  # noqa: E731
@@ -323,9 +323,9 @@ def test_a_bf16_base_stays_bf16_where_nothing_is_trained(trainable: str, monkeyp
 @pytest.mark.parametrize("kind", ["gpt", "classifier", "lora"])
 def test_activation_checkpointing_computes_blocks_again_and_changes_no_bit(kind: str) -> None:
     def run(activation_checkpointing: bool) -> tuple[FitResult, dict[str, Tensor], int]:
-        model: nn.Module = new_gpt(dropout=0.2) if kind != "classifier" else new_classifier(dropout=0.2)
+        model: nn.Module = new_gpt() if kind != "classifier" else new_classifier()
         loss: Any = next_token_loss if kind != "classifier" else label_loss
-        params = train_params(max_steps=4, eval_interval=2, trainable="lora" if kind == "lora" else "all")
+        params = train_params(max_steps=4, eval_interval=2, trainable="lora" if kind == "lora" else "all", dropout=0.2)
         examples = ragged_examples()
         batch = random_batch(0) if kind != "classifier" else collate_labels(examples, range(8))
         freeze(model, params)
@@ -386,7 +386,7 @@ def test_log_interval_thins_the_log() -> None:
 
 
 def test_evaluation_is_without_dropout_and_gradient_and_shows_a_sample(capsys: pytest.CaptureFixture[str]) -> None:
-    model = new_gpt(dropout=0.5)
+    model = new_gpt()
     seen: list[tuple[bool, bool]] = []
 
     def evaluate() -> dict[str, float]:
@@ -465,9 +465,15 @@ def resumable(
     trainable: str = "all",
 ) -> tuple[FitResult, dict[str, Tensor]]:
     """A training with dropout and accumulation that is stopped after one step, or killed in another."""
-    model = new_gpt(dropout=0.2)
+    model = new_gpt()
     params = train_params(
-        max_steps=RESUME_STEPS, eval_interval=4, optimizer=optimizer, keep=keep, grad_accum_steps=2, lr=0.05
+        max_steps=RESUME_STEPS,
+        eval_interval=4,
+        optimizer=optimizer,
+        keep=keep,
+        grad_accum_steps=2,
+        lr=0.05,
+        dropout=0.2,
     )
     lora = params.lora.model_copy(update={"dropout": 0.2})
     params = params.model_copy(update={"trainable": trainable, "lora": lora})
