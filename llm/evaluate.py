@@ -13,7 +13,7 @@ from llm.baselines import NGram, classical_classifiers, xz_bytes
 from llm.checkpoint import ModelFolder
 from llm.classify import classify_texts
 from llm.config import EvaluateParams, InputError, Template
-from llm.data import Pair, TokenShards, encode_prompt, read_labels, read_messages, read_pairs, stop_token
+from llm.data import Pair, TokenShards, encode_prompt, end_tokens, read_labels, read_messages, read_pairs
 from llm.generate import GREEDY, Sampling, generate
 from llm.metrics import (
     AnswerReport,
@@ -205,7 +205,7 @@ def answer(folder: ModelFolder, template: Template, pairs: Sequence[Pair], param
             model,
             [prompts[i] for i in rows],
             max_new_tokens=params.max_new_tokens,
-            stop=(stop_token(tokenizer, template), tokenizer.eot),
+            stop=end_tokens(tokenizer, template),
         )
         for i, ids in zip(rows, batch, strict=True):
             texts[i] = tokenizer.decode(ids).strip()

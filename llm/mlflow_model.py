@@ -13,7 +13,7 @@ from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 from llm.checkpoint import ModelFolder, load_model_folder
 from llm.classify import classify_texts
-from llm.data import encode_prompt, stop_token
+from llm.data import encode_prompt, end_tokens
 from llm.generate import Sampling, generate
 from llm.model import GPT
 
@@ -48,17 +48,16 @@ def continuations(folder: ModelFolder, texts: list[str], params: dict[str, Any])
     model, tokenizer, config = folder
     assert isinstance(model, GPT)
     if config.template is None:
-        prompts, stop = [tokenizer.encode(text) for text in texts], tokenizer.eot
+        prompts = [tokenizer.encode(text) for text in texts]
     else:
-        prompts = [encode_prompt(tokenizer, config.template, text) for text in texts]
-        stop = stop_token(tokenizer, config.template)
+        prompts = [encode_prompt(tokenizer, config.template, text, system=config.system) for text in texts]
     answers = generate(
         model,
         prompts,
         max_new_tokens=params["max_new_tokens"],
         sampling=Sampling(temperature=params["temperature"], top_p=params["top_p"]),
         seed=params["seed"],
-        stop={stop},
+        stop=end_tokens(tokenizer, config.template),
     )
     return [tokenizer.decode(ids) for ids in answers]
 
