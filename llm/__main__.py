@@ -122,12 +122,23 @@ def import_(args: argparse.Namespace) -> None:
 
 
 def export(args: argparse.Namespace) -> None:
-    """Writes a model folder in another tool's format."""
+    """Writes a model folder, or the adapter in it, in another tool's format."""
     from llm.checkpoint import load_model_folder
 
+    if args.dtype is not None and args.format != "gguf":
+        raise InputError("--dtype goes with --format gguf; in the other formats the weights keep theirs")
+    if args.base is not None and args.format != "peft":
+        raise InputError("--base goes with --format peft; in the other formats a model stands on its own")
+    if args.format == "peft":
+        from llm.peft import export_peft
+
+        check_place(args.out, args.model_dir, "adapter", holds="adapter_config.json")
+        if not (args.model_dir / "adapter").is_dir():
+            raise InputError(f"{args.model_dir}: holds no adapter; train it with trainable: lora, or use --format hf")
+        export_peft(args.model_dir / "adapter", args.out, args.base)
+        note(f"{args.out}: written")
+        return
     if args.format == "hf":
-        if args.dtype is not None:
-            raise InputError("--dtype goes with --format gguf; in a folder for transformers the weights keep theirs")
         check_place(args.out, args.model_dir)
     folder = load_model_folder(args.model_dir, dtype=None)
     try:
@@ -144,12 +155,12 @@ def export(args: argparse.Namespace) -> None:
     note(f"{args.out}: written")
 
 
-def check_place(out: Path, source: str | Path) -> None:
-    """A folder that is written replaces what is in its place: refused where that is not a model, or is the source."""
+def check_place(out: Path, source: str | Path, kind: str = "model folder", holds: str = "config.json") -> None:
+    """A folder that is written replaces what is in its place: refused where that is of another kind, or the source."""
     if out.resolve() == Path(source).resolve():
         raise InputError(f"{out}: the source itself; name another folder to write to")
-    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / "config.json").is_file()):
-        raise InputError(f"{out}: exists and is no model folder; name a new folder to write to")
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / holds).is_file()):
+        raise InputError(f"{out}: exists and is no {kind}; name a new folder to write to")
 
 
 # ---- model folders and answers ---------------------------------------------------------------------------------------
@@ -333,13 +344,18 @@ def build_parser() -> argparse.ArgumentParser:
         export,
         "write a model for other tools",
         "Writes a folder that transformers' Auto classes open, or a GGUF file that llama.cpp runs, tokenizer and chat "
-        "template included. What the format has no place for is named and nothing is written.",
+        "template included; or the adapter alone, in PEFT's form, of a model trained with trainable: lora. "
+        "What the format has no place for is named and nothing is written.",
         "python -m llm export models/instruct exported --format hf",
         "python -m llm export models/instruct model.gguf --format gguf --dtype q8_0",
+        "python -m llm export models/instruct adapter --format peft --base HuggingFaceTB/SmolLM2-135M-Instruct",
     )
     command.add_argument("out", type=Path, metavar="OUT", help="the folder or file to write")
-    command.add_argument("--format", required=True, choices=["hf", "gguf"], help="for transformers or for llama.cpp")
+    command.add_argument(
+        "--format", required=True, choices=["hf", "gguf", "peft"], help="for transformers, for llama.cpp or for PEFT"
+    )
     command.add_argument("--dtype", choices=["f16", "q8_0", "f32"], help="of the weights in a GGUF file (default: f16)")
+    command.add_argument("--base", metavar="NAME", help="the model that an adapter for PEFT says it belongs to")
     return parser
 
 

@@ -29,10 +29,11 @@ LAYERS = [
     {"config"},
     {"model", "loss", "optim", "tokenizer", "fetch", "records"},
     {"sources", "data", "generate", "metrics", "corpus", "labelled", "checkpoint"},
-    {"baselines", "lora", "classify", "datacard"},
-    {"train"},
-    {"evaluate", "mlflow_model", "__main__"},
-    {"report"},
+    {"baselines", "lora", "classify", "datacard", "tokenizer_files"},
+    {"train", "gguf_file"},
+    {"weights"},
+    {"evaluate", "mlflow_model", "peft"},
+    {"report", "__main__"},
 ]
 
 

@@ -23,9 +23,11 @@ from llm.checkpoint import ModelFolder, ModelFolderConfig, load_model_folder, sa
 from llm.classify import classify_texts
 from llm.data import encode_prompt
 from llm.generate import Sampling, generate
+from llm.lora import save_trained
 from llm.model import GPT, GPTClassifier
 from llm.tokenizer import GPT2_PATTERN, Tokenizer
-from tests.helpers import LLAMA_FORM, SHIPPED_FORM, gpt_config, randomize
+from llm.train import freeze
+from tests.helpers import LLAMA_FORM, SHIPPED_FORM, gpt_config, randomize, train_params
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = "One morning the baker sold bread at the harbour. It was cold, and the café was closed.\n"
@@ -282,6 +284,18 @@ def test_export_and_import_of_gguf(cli: Cli, folders: Folders, tmp_path: Path, d
         assert torch.allclose(tensor, again[name].float(), atol=1e-3), name
 
 
+def test_export_of_an_adapter(cli: Cli, folders: Folders, tmp_path: Path) -> None:
+    content = load_model_folder(saved(tmp_path / "ours", Tokenizer.load(folders.base), "base"))
+    params = train_params(trainable="lora")
+    freeze(content.model, params)
+    save_trained(tmp_path / "tuned", content, params)
+    for options, base in (([], None), (["--base", "org/name"], "org/name")):
+        result = cli("export", tmp_path / "tuned", tmp_path / "peft", "--format", "peft", *options)
+        assert result == (0, "", f"{tmp_path / 'peft'}: written\n")
+        values = json.loads((tmp_path / "peft/adapter_config.json").read_text())
+        assert (values["base_model_name_or_path"], values["r"]) == (base, 2)
+
+
 def test_nothing_but_a_model_is_replaced(cli: Cli, folders: Folders, tmp_path: Path) -> None:
     ours = saved(tmp_path / "ours", Tokenizer.load(folders.base), "base")
     other = tmp_path / "other"
@@ -295,6 +309,9 @@ def test_nothing_but_a_model_is_replaced(cli: Cli, folders: Folders, tmp_path: P
         (["export", folders.base, tmp_path / "x", "--format", "hf"], "base: transformers' form qwen3 has no place for"),
         (["export", folders.classifier, tmp_path / "x", "--format", "hf"], "a classifier's head has a bias"),
         (["export", tmp_path / "nowhere", tmp_path / "x", "--format", "hf"], "nowhere"),
+        (["export", ours, tmp_path / "x", "--format", "hf", "--base", "a"], "--base goes with --format peft"),
+        (["export", ours, tmp_path / "x", "--format", "peft"], "ours: holds no adapter; train it with trainable: lora"),
+        (["export", ours, folders.base, "--format", "peft"], "base: exists and is no adapter; name a new folder"),
         (["import", ours, other], "other: exists and is no model folder"),
         (["import", ours, ours], "ours: the source itself"),
         (["import", other, tmp_path / "x"], "config.json: missing; give a folder with config.json"),
