@@ -376,12 +376,14 @@ def _made_by_merges(tokens: Mapping[int, bytes]) -> dict[bytes, tuple[bytes, ...
 def _merge(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, ...]:
     """Byte-pair encoding (Sennrich et al. 2016): the two neighbours of the lowest rank merge, until none have one."""
     parts = [token[i : i + 1] for i in range(len(token))]
-    while len(parts) > 2:
-        known = [(ranks[left + right], i) for i, (left, right) in enumerate(pairwise(parts)) if left + right in ranks]
-        if not known:
-            break
-        _, i = min(known)
+    found = [ranks.get(left + right, MAX_VOCAB_SIZE) for left, right in pairwise(parts)]  # by the left neighbour
+    while len(parts) > 2 and (rank := min(found)) < MAX_VOCAB_SIZE:
+        i = found.index(rank)
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        del found[i]
+        for left in (i - 1, i):
+            if 0 <= left < len(found):
+                found[left] = ranks.get(parts[left] + parts[left + 1], MAX_VOCAB_SIZE)
     return tuple(parts)
 
 

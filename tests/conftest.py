@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -41,3 +42,17 @@ def mirror() -> Path:
     if not os.environ.get("LLM_TEST_MIRROR"):
         pytest.skip("the real data sets are not here: set LLM_TEST_MIRROR to a folder that holds them")
     return ROOT / os.environ["LLM_TEST_MIRROR"]
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct as a .gguf file."""
+    if os.environ.get("LLM_TEST_SMOLLM2"):
+        return ROOT / os.environ["LLM_TEST_SMOLLM2"]
+    script = ROOT.parent / "shared" / "get-smollm2"
+    if not script.is_file():
+        pytest.skip(f"SmolLM2 is not here: set LLM_TEST_SMOLLM2 to its .gguf file, or have {script}")
+    got = subprocess.run([script], capture_output=True, text=True, check=False)
+    if got.returncode:
+        pytest.skip(f"SmolLM2 could not be fetched: {got.stderr.strip().splitlines()[-1:]}")
+    return Path(got.stdout.strip())
