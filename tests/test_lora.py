@@ -29,6 +29,7 @@ from llm.lora import (
 )
 from llm.model import GPT, GPTClassifier
 from llm.train import freeze, trained_parameters
+from llm.weights import export_hf, import_model
 from stages.finetune_classify import finetune_classify
 from stages.finetune_instruct import finetune_instruct
 from stages.pretrain import pretrain
@@ -412,3 +413,20 @@ def test_each_stage_trains_adapters_and_writes_them_merged_and_alone(place: Path
     assert changed == {key for key in ours if key.split(".")[-2] in LINEARS and key.endswith("weight")}
     assert not (place / f"models/{name}_scratch/adapter").exists()
     assert load_model_folder(place / f"models/{name}_scratch").config == made.config
+
+
+def test_pretraining_open_weights_by_adapters(place: Path) -> None:
+    """The adapter that lies beside the merged weights goes onto the imported model."""
+    source = folder_of(new_model(context_length=64, **LLAMA_FORM))
+    export_hf(source, place / "hf")
+    params = shipped_params()
+    section = params.pretrain.model_copy(update={"init": str(place / "hf")})
+    pretrain(Run("pretrain", params.model_copy(update={"pretrain": section}), place / "state", Mock()))
+    made = load_model_folder(place / "models/base")
+    again = load_adapter(place / "models/base/adapter", import_model(str(place / "hf")))
+    assert torch.equal(
+        again.model.get_submodule("blocks.0.attn.q_proj").base.weight,
+        source.model.get_parameter("blocks.0.attn.q_proj.weight"),
+    )
+    torch.testing.assert_close(logits(again.model), logits(made.model), atol=1e-5, rtol=1e-4)
+    assert not torch.equal(logits(made.model), logits(source.model))
