@@ -64,16 +64,18 @@ class Tokenizer:
         end: str = END_OF_TEXT,
         begin: str | None = None,
         nfc: bool = False,
+        user_defined: Sequence[str] = (),
     ) -> None:
         """`ranks`: the bytes of each id, in the order of merging; None where it is a special token or nothing.
 
-        `end` names the special token that stands between texts, `begin` the one that a model expects before each text.
+        `end` names the special token that stands between texts, `begin` the one that a model expects before each text,
+        `user_defined` those that other tools show in what a model writes, such as Qwen's <think>.
         """
         self.ranks = list(ranks)
         self.pattern = pattern
         self.special_tokens = special_tokens
         self.end, self.begin = end, begin
-        self.nfc = nfc
+        self.nfc, self.user_defined = nfc, list(user_defined)
         self.vocab_size = max(len(self.ranks), *(number + 1 for number in special_tokens.values()))
         mergeable = {token: rank for rank, token in enumerate(ranks) if token is not None}
         self.missing_bytes = bytes(byte for byte in range(256) if bytes([byte]) not in mergeable)
@@ -139,6 +141,7 @@ class Tokenizer:
             "end": self.end,
             "begin": self.begin,
             **({"nfc": True} if self.nfc else {}),
+            **({"user_defined": self.user_defined} if self.user_defined else {}),
             **({"missing_bytes": list(self.missing_bytes)} if self.missing_bytes else {}),
             "ranks": [token and base64.b64encode(token).decode("ascii") for token in self.ranks],
         }
@@ -159,12 +162,13 @@ class Tokenizer:
             special_tokens = {str(token): int(number) for token, number in content["special_tokens"].items()}
             pattern, end, begin = str(content["pattern"]), str(content["end"]), content["begin"]
             nfc, missing = content.get("nfc") is True, bytes(content.get("missing_bytes", []))
+            user_defined = [str(name) for name in content.get("user_defined", [])]
         except FileNotFoundError:
             raise InputError(f"{path}: there is no tokenizer here; it is written by the tokenize stage") from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError, binascii.Error) as error:
             raise InputError(f"{path}: not a tokenizer ({_one_line(error)}); write it again") from None
         _check(path, ranks, special_tokens, end, begin, missing)
-        return cls(ranks, pattern, special_tokens, end, begin, nfc)
+        return cls(ranks, pattern, special_tokens, end, begin, nfc, user_defined)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:

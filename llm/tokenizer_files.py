@@ -4,8 +4,8 @@ Byte-level BPE only (GPT-2, SmolLM2, Llama 3, Qwen2.5, Qwen3 and their kin); Sen
 by other rules and are refused. What is read gives the ids that the original gives. Two things have to agree for that:
 where a text is cut before merging (`SPLITS`), and which merges come first (`_made_by_merges`).
 
-Tokens that were added to a vocabulary, special or not, never come from text here. transformers finds those that are
-not special, such as Qwen's <tool_call>, in any text, and the special ones too unless told `split_special_tokens`.
+Tokens that were added to a vocabulary never come from text here. transformers and llama.cpp find those that are not
+special, such as Qwen's <think>, in any text; transformers the special ones too, unless told `split_special_tokens`.
 """
 
 from __future__ import annotations
@@ -151,9 +151,10 @@ def read_tokenizer_json(folder: Path) -> ImportedTokenizer:
             if model.get(option):
                 raise InputError(f"{path}: model.{option} {model[option]!r} has no place in byte-level BPE")
         vocab = {str(name): int(number) for name, number in model["vocab"].items()}
-        special = {str(token["content"]): int(token["id"]) for token in content.get("added_tokens") or []}
+        added = {str(token["content"]): token for token in content.get("added_tokens") or []}
         for number, token in (config.get("added_tokens_decoder") or {}).items():
-            special.setdefault(str(token["content"]), int(number))
+            added.setdefault(str(token["content"]), {**token, "id": number})
+        special = {name: int(token["id"]) for name, token in added.items()}
         names = _named_tokens(folder, config, {number: name for name, number in (vocab | special).items()})
         adds_begin = config.get("add_bos_token")
         begin = _post_processor_begin(content.get("post_processor")) if adds_begin is None else None
@@ -173,13 +174,14 @@ def read_tokenizer_json(folder: Path) -> ImportedTokenizer:
             nfc=_is_nfc(path, content.get("normalizer")),
             end=end,
             begin=begin,
+            user_defined=[name for name, token in added.items() if not token.get("special", True)],
         )
         if tokenizer.missing_bytes and model.get("unk_token"):
             raise InputError(f"{path}: bytes without a token and an unk_token for them; only the one or the other")
         template = _chat_template_of(folder, config)
     except InputError:
         raise
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise InputError(f"{path}: not a tokenizer ({error!r}); fetch it again") from None
     return ImportedTokenizer(tokenizer, *_recognise(template, tokenizer, names))
 
@@ -304,6 +306,7 @@ def _build(
     nfc: bool,
     end: str,
     begin: str | None,
+    user_defined: Sequence[str],
 ) -> Tokenizer:
     """A tokenizer from names in GPT-2's byte characters; `vocab` may name the special tokens too."""
     named: dict[int, str] = {}
@@ -322,38 +325,29 @@ def _build(
     tokens: dict[int, bytes] = {}
     for name, number in sorted(vocab.items(), key=lambda item: item[1]):
         if name not in special:
-            try:
-                tokens[number] = bytes(byte_of[character] for character in name)
-            except KeyError:
-                raise InputError(
-                    f"{where}: token {number} {name!r} is not byte-level BPE; only that is known"
-                ) from None
-    id_of = {token: number for number, token in tokens.items()}
-    pairs: dict[int, set[tuple[bytes, bytes]]] = {}
+            if not name or not set(name) <= byte_of.keys():
+                raise InputError(f"{where}: token {number} {name!r} is not byte-level BPE; only that is known")
+            tokens[number] = bytes(byte_of[character] for character in name)
+    pairs: dict[int, set[tuple[bytes, ...]]] = {}
     last = -1
     for i, (left, right) in enumerate(merges):
-        try:
-            a, b = (bytes(byte_of[character] for character in part) for part in (left, right))
-            number = id_of[a + b]
-            if a not in id_of or b not in id_of:
-                raise KeyError
-        except KeyError:
-            raise InputError(
-                f"{where}: merge {i} {left} {right} is of tokens that it has not; fetch it again"
-            ) from None
+        numbers = [vocab.get(name, -1) for name in (left, right, left + right)]
+        if not all(number in tokens for number in numbers):
+            raise InputError(f"{where}: merge {i} {left} {right} is of tokens that it has not; fetch it again")
+        a, b, number = tokens[numbers[0]], tokens[numbers[1]], numbers[2]
         if number < last:
             raise InputError(f"{where}: merge {i} {left} {right} has a lower id than one before it; that is not known")
         last = number
         pairs.setdefault(number, set()).add((a, b))
     made = _made_by_merges(tokens)
     ranks: list[bytes | None] = [None] * (max(tokens, default=-1) + 1)
-    for token, number in id_of.items():
+    for number, token in tokens.items():
         parts = made[token]
         known = parts in pairs.get(number, ()) if len(parts) == 2 else len(token) == 1 or whole_words
         if not known:
             raise InputError(f"{where}: no merge makes token {number} {token!r}; such a vocabulary is not known here")
         ranks[number] = token
-    return Tokenizer(ranks, split.pattern, special, end, begin, nfc=nfc)
+    return Tokenizer(ranks, split.pattern, special, end, begin, nfc, user_defined)
 
 
 def _made_by_merges(tokens: Mapping[int, bytes]) -> dict[bytes, tuple[bytes, ...]]:
@@ -413,6 +407,8 @@ def tokenizer_from_gguf(fields: Mapping[str, Any]) -> ImportedTokenizer:
     tokens: list[Any] = get("tokenizer.ggml.tokens", list)
     types: list[Any] = get("tokenizer.ggml.token_type", list, [NORMAL] * len(tokens))
     merges: list[Any] = get("tokenizer.ggml.merges", list)
+    if not all(isinstance(token, str) for token in tokens) or not all(isinstance(type_, int) for type_ in types):
+        raise InputError("tokenizer.ggml.tokens, tokenizer.ggml.token_type: expected strings and integers")
     if len(types) != len(tokens):
         raise InputError(f"tokenizer.ggml.token_type: {len(types)} types for {len(tokens)} tokens")
     names = {}
@@ -421,7 +417,7 @@ def tokenizer_from_gguf(fields: Mapping[str, Any]) -> ImportedTokenizer:
             number = get(f"tokenizer.ggml.{name}_token_id", int)
             if not 0 <= number < len(tokens):
                 raise InputError(f"tokenizer.ggml.{name}_token_id: {number} is none of {len(tokens)} tokens")
-            names[f"{name}_token"] = str(tokens[number])
+            names[f"{name}_token"] = tokens[number]
     end = names.get("eos_token", END_OF_TEXT)
     vocab: dict[str, int] = {}
     special: dict[str, int] = {}
@@ -430,19 +426,20 @@ def tokenizer_from_gguf(fields: Mapping[str, Any]) -> ImportedTokenizer:
             continue
         if token in vocab:
             raise InputError(f"tokenizer.ggml.tokens: {vocab[token]} and {number} are both {token!r}")
-        vocab[str(token)] = number
+        vocab[token] = number
         if type_ != NORMAL or token == end:
-            special[str(token)] = number
+            special[token] = number
     begin = names.get("bos_token") if get("tokenizer.ggml.add_bos_token", bool, split.begins) else None
     try:
         pairs = [_pair(merge) for merge in merges]
     except (ValueError, AttributeError, TypeError):
         raise InputError("tokenizer.ggml.merges: expected pairs of tokens with a space between them") from None
+    user_defined = [name for name, number in special.items() if types[number] == USER_DEFINED]
     tokenizer = _build(
         "tokenizer.ggml", vocab, pairs, special, split, whole_words=split.whole_words, nfc=split.nfc,
-        end=end, begin=begin,
+        end=end, begin=begin, user_defined=user_defined,
     )  # fmt: skip
-    template = fields.get("tokenizer.chat_template")
+    template = get("tokenizer.chat_template", str, "") or None
     return ImportedTokenizer(tokenizer, *_recognise(template, tokenizer, names))
 
 
@@ -456,6 +453,8 @@ def _chat_template_of(folder: Path, config: Mapping[str, Any]) -> str | None:
     template = config.get("chat_template")
     if isinstance(template, list):  # several by name
         template = {one["name"]: one["template"] for one in template}.get("default")
+    if not isinstance(template, str | None):
+        raise InputError(f"{folder / 'tokenizer_config.json'}: chat_template: expected text, found {_short(template)}")
     return template
 
 
@@ -542,7 +541,7 @@ def write_tokenizer_json(folder: Path, tokenizer: Tokenizer, template: Template 
     merges, whole_words = _merges(tokenizer)
     added = [
         {"id": number, "content": name, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-         "special": True}
+         "special": name not in tokenizer.user_defined}
         for name, number in tokenizer.special_tokens.items()
     ]  # fmt: skip
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
@@ -623,14 +622,13 @@ def gguf_tokenizer_fields(tokenizer: Tokenizer, template: Template | None, syste
     if whole_words and not split.whole_words:
         raise InputError("tokenizer: it has tokens that no merges make, which llama.cpp cannot use; export to hf")
     names = _names(tokenizer)
-    special = set(tokenizer.special_tokens.values())
+    shown = tokenizer.user_defined
+    types = {i: USER_DEFINED if name in shown else CONTROL for name, i in tokenizer.special_tokens.items()}
     fields: dict[str, Any] = {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": split.pre[0],
         "tokenizer.ggml.tokens": [f"[PAD{i}]" if name is None else name for i, name in enumerate(names)],
-        "tokenizer.ggml.token_type": [
-            UNUSED if name is None else CONTROL if i in special else NORMAL for i, name in enumerate(names)
-        ],
+        "tokenizer.ggml.token_type": [UNUSED if name is None else types.get(i, NORMAL) for i, name in enumerate(names)],
         "tokenizer.ggml.merges": merges,
         "tokenizer.ggml.bos_token_id": tokenizer.eot if tokenizer.bos is None else tokenizer.bos,
         "tokenizer.ggml.eos_token_id": tokenizer.eot,
