@@ -5,15 +5,22 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
+import torch
 import yaml
 
+from llm.checkpoint import ModelFolder, ModelFolderConfig, load_model_folder, save_model_folder
 from llm.config import InputError, parse_params
+from llm.model import GPT
 from llm.records import SPLITS
 from llm.tokenizer import Tokenizer
+from stages.pretrain import pretrain
+from stages.run import Run
 from stages.tokenize import tokenize
 from tests.datasets import document, folder_digest, write_corpus, write_lines
+from tests.helpers import LLAMA_FORM, gpt_config, randomize, tiny_tokenizer
 
 
 class FakeRun:
@@ -87,3 +94,27 @@ def test_gpt2_files_that_are_missing(raw: Path) -> None:
     run: Any = FakeRun(tokenizer={"kind": "gpt2", "vocab_size": 300, "train_chars": 1000})
     with pytest.raises(InputError, match=r"encoder\.json: file not found"):
         tokenize(run)
+
+
+def test_open_weights_bring_their_tokenizer_and_pass_through(raw: Path) -> None:
+    config = gpt_config(**LLAMA_FORM | {"vocab_size": 300, "context_length": 64})  # 20 rows more than tokens
+    source = ModelFolder(GPT(config), tiny_tokenizer(), ModelFolderConfig(kind="base", gpt=config))
+    randomize(source.model)
+    save_model_folder(raw.parent / "open", source)
+    run: Any = FakeRun()
+    changes = {"init": str(raw.parent / "open"), "max_steps": 0}
+    run.params = run.params.model_copy(update={"pretrain": run.params.pretrain.model_copy(update=changes)})
+
+    tokenize(run)
+    assert Tokenizer.load(Path("data/tokens/tokenizer")) == tiny_tokenizer()
+    assert json.loads(Path("reports/data_card.json").read_text())["tokenizer"]["vocab_size"] == 280
+
+    stage = Run("pretrain", run.params, raw.parent / "state", Mock())
+    pretrain(stage)
+    base = load_model_folder(Path("models/base"))
+    assert base.config.gpt == config
+    assert all(torch.equal(base.model.state_dict()[name], t) for name, t in source.model.state_dict().items())
+
+    Tokenizer.train(["another text " * 9], 262).save(Path("data/tokens/tokenizer"))
+    with pytest.raises(InputError, match="is not the one that data/tokens was encoded with; run tokenize again"):
+        pretrain(stage)
