@@ -208,11 +208,7 @@ class Delivery:
                 if holder is not None:
                     raise TimeoutError(f"process {holder} holds {runs_folder() / 'lock'}")
                 client = mlflow.MlflowClient()
-                name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or "llm"
-                experiment = client.get_experiment_by_name(name)
-                if experiment is None:
-                    created = client.create_experiment(name, artifact_location=artifact_location())
-                self._connection = client, experiment.experiment_id if experiment else created
+                self._connection = client, experiment_id(client)
             mlflow.set_experiment(experiment_id=self._connection[1])  # where models are logged
         return self._connection
 
@@ -326,6 +322,23 @@ class Delivery:
         else:
             client.set_terminated(parent, status, ended)
         self._states[pipeline] = state
+
+
+def experiment_id(client: MlflowClient) -> str:
+    """The experiment's id; makes it, unless another clone that delivers to the same server was faster."""
+    from mlflow import MlflowException
+
+    name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or "llm"
+    experiment = client.get_experiment_by_name(name)
+    if experiment is not None:
+        return experiment.experiment_id
+    try:
+        return client.create_experiment(name, artifact_location=artifact_location())
+    except MlflowException:
+        experiment = client.get_experiment_by_name(name)
+        if experiment is None:
+            raise
+        return experiment.experiment_id
 
 
 def artifact_location() -> str | None:

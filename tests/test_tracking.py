@@ -297,7 +297,7 @@ def test_a_dead_server_costs_a_stage_one_line_and_nothing_is_lost(place: Path, s
         assert path.is_dir() or b"secret" not in path.read_bytes(), path
 
     later = [command("stages.sync", place / str(port), **variables, MLFLOW_TRACKING_URI=store) for port in ports]
-    assert [process.wait(100) for process in later] == [0, 0]
+    assert [process.communicate(timeout=100) for process in later] == 2 * [(f"1 runs delivered to {store}\n", "")]
     runs = sorted((run.info.run_name, run.info.status) for run in all_runs(store, place.name))
     assert runs == 2 * [("pretrain", "FINISHED")] + 2 * [("run sample", "FINISHED")]
 
@@ -308,6 +308,19 @@ def wait_for_lock(pipeline: Path) -> None:
 
     with locked(pipeline / "lock", patience=60) as holder:
         assert holder is None
+
+
+def test_an_experiment_that_another_clone_makes_first_is_taken(
+    delivery: sync.Delivery, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = MlflowClient(os.environ["MLFLOW_TRACKING_URI"]).create_experiment(place.name)
+    first_look = MlflowClient.get_experiment_by_name
+
+    def too_early(client: MlflowClient, name: str) -> None:
+        monkeypatch.setattr(MlflowClient, "get_experiment_by_name", first_look)
+
+    monkeypatch.setattr(MlflowClient, "get_experiment_by_name", too_early)
+    assert delivery._client()[1] == made
 
 
 def test_a_stage_is_delivered_when_it_ends(place: Path, store: str) -> None:
