@@ -51,6 +51,13 @@ class ModelFolder(NamedTuple):
     config: ModelFolderConfig
 
 
+def language_model(model: GPT, tokenizer: Tokenizer, template: Template | None, system: str | None) -> ModelFolder:
+    """A GPT as a model folder's content, in evaluation mode: of kind instruct where there is a template, else base."""
+    kind: Literal["base", "instruct"] = "base" if template is None else "instruct"
+    config = ModelFolderConfig(kind=kind, gpt=model.config, template=template, system=system)
+    return ModelFolder(model.eval(), tokenizer, config)
+
+
 def save_model_folder(folder: Path, content: ModelFolder, more: Mapping[str, bytes] | None = None) -> None:
     """Writes a model folder; it appears whole or not at all, in place of any earlier one.
 
@@ -125,8 +132,12 @@ def load_weights(model: GPT | GPTClassifier, path: Path, device: torch.device, d
                 tensor = file.get_tensor(name)
                 assign_tensor(model, name, tensor.to(device, dtype or tensor.dtype, copy=True))
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: cannot be read as safetensors ({error}); make or copy the file again") from None
+        raise unreadable(path, error) from None
     tie_head(model)
+
+
+def unreadable(path: Path, error: Exception) -> InputError:
+    return InputError(f"{path}: cannot be read as safetensors ({error}); make or copy the file again")
 
 
 def gpt_of(model: GPT | GPTClassifier) -> GPT:

@@ -29,7 +29,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from llm.checkpoint import ModelFolder, ModelFolderConfig, assign_tensor, stored_tensors, tie_head, without_weights
+from llm.checkpoint import ModelFolder, assign_tensor, language_model, stored_tensors, tie_head, without_weights
 from llm.config import GPTConfig, InputError, RopeScaling, explain
 from llm.model import GPT, rotary_frequencies
 from llm.tokenizer_files import ImportedTokenizer, gguf_tokenizer_fields, tokenizer_from_gguf
@@ -73,7 +73,8 @@ MAX_HEADER = 2**27  # bytes; as Python values it takes up to eight times as much
 CHUNK = 2**18  # numbers that are dequantised at a time
 WINDOW = "attention.sliding_window"
 POSITIONS = "position_embd.weight"  # llama.cpp's converter keeps it in fp32 whatever the other matrices are in
-FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7}  # general.file_type
+FileType = Literal["f32", "f16", "q8_0"]
+FILE_TYPES: dict[FileType, int] = {"f32": 0, "f16": 1, "q8_0": 7}  # general.file_type
 
 
 class StoredTensor(NamedTuple):
@@ -119,10 +120,7 @@ def read_gguf(path: Path, dtype: torch.dtype | None) -> ModelFolder:
             stored = header.tensors[source]
             assign_tensor(model, name, _read_tensor(file, stored, first_row, order, empty.shape, dtype))
     tie_head(model)
-    kind: Literal["base", "instruct"] = "base" if template is None else "instruct"
-    return ModelFolder(
-        model.eval(), tokenizer, ModelFolderConfig(kind=kind, gpt=config, template=template, system=system)
-    )
+    return language_model(model, tokenizer, template, system)
 
 
 def gguf_tokenizer(path: Path) -> ImportedTokenizer:
@@ -506,7 +504,7 @@ def _read(file: BufferedReader, n_bytes: int) -> bytearray:
 # ---- out -------------------------------------------------------------------------------------------------------------
 
 
-def export_gguf(folder: ModelFolder, out: Path, kind: Literal["f16", "q8_0", "f32"]) -> None:
+def export_gguf(folder: ModelFolder, out: Path, kind: FileType) -> None:
     """Writes a GGUF file that llama.cpp runs; it appears whole or not at all, and the same model gives the same bytes.
 
     `kind` is of the matrices: vectors and learned positions stay in fp32, and where a row is no whole number of blocks
@@ -607,7 +605,7 @@ def _form(config: GPTConfig) -> tuple[str, GPTConfig]:
     return "llama", form
 
 
-def _metadata_out(arch: str, form: GPTConfig, name: str, kind: Literal["f16", "q8_0", "f32"]) -> dict[str, Any]:
+def _metadata_out(arch: str, form: GPTConfig, name: str, kind: FileType) -> dict[str, Any]:
     fields: dict[str, Any] = {
         "general.type": "model",
         "general.name": name,
@@ -666,7 +664,7 @@ def _value_type(value: Any) -> Any:
     return by_type[type(value)]
 
 
-def _type_out(name: str, tensor: Tensor, kind: Literal["f16", "q8_0", "f32"]) -> Any:
+def _type_out(name: str, tensor: Tensor, kind: FileType) -> Any:
     kinds = _gguf().GGMLQuantizationType
     if kind == "f32" or tensor.ndim == 1 or name == POSITIONS:
         return kinds.F32

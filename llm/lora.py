@@ -24,6 +24,7 @@ from llm.checkpoint import (
     replaced_folder,
     save_model_folder,
     stored_tensors,
+    unreadable,
     write_bytes,
 )
 from llm.config import InputError, LoRAParams, Sha256, Strict, TrainParams, explain
@@ -183,4 +184,4 @@ def read_adapter(folder: Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
     try:
         return config, load(path.read_bytes())
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: cannot be read as safetensors ({error}); make or copy the file again") from None
+        raise unreadable(path, error) from None

@@ -616,7 +616,7 @@ def gguf_tokenizer_fields(tokenizer: Tokenizer, template: Template | None, syste
     if not split.pre:
         raise InputError(
             "tokenizer: llama.cpp has no pre-tokenizer that cuts a text as a vocabulary of kind bpe does here; "
-            "train with tokenize.tokenizer.kind gpt2 or pretrained, or export to hf"
+            "train with tokenize.tokenizer.kind gpt2 or from open weights (pretrain.init), or export to hf"
         )
     merges, whole_words = _merges(tokenizer)
     if whole_words and not split.whole_words:

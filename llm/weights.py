@@ -22,13 +22,14 @@ from torch import Tensor
 
 from llm.checkpoint import (
     ModelFolder,
-    ModelFolderConfig,
     assign_tensor,
+    language_model,
     load_model_folder,
     read_model_folder,
     replaced_folder,
     stored_tensors,
     tie_head,
+    unreadable,
     without_weights,
     write_tensors,
 )
@@ -82,10 +83,7 @@ def import_model(source: str, dtype: torch.dtype | None = None) -> ModelFolder:
     with without_weights():
         model = GPT(config)
     read_weights(model, path, NAMES[form.model_type], dtype)
-    kind: Literal["base", "instruct"] = "base" if template is None else "instruct"
-    return ModelFolder(
-        model.eval(), tokenizer, ModelFolderConfig(kind=kind, gpt=config, template=template, system=system)
-    )
+    return language_model(model, tokenizer, template, system)
 
 
 def import_tokenizer(source: str) -> ImportedTokenizer:
@@ -551,10 +549,6 @@ def weight_files(folder: Path) -> list[Path]:
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise InputError(f"{folder}: shard {missing[0]} is missing ({len(missing)} of {len(names)}); fetch it again")
     return [folder / name for name in names]
-
-
-def unreadable(path: Path, error: Exception) -> InputError:
-    return InputError(f"{path}: cannot be read as safetensors ({error}); make or copy the file again")
 
 
 # ---- out -------------------------------------------------------------------------------------------------------------

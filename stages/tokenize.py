@@ -51,11 +51,11 @@ def write_tokens(run: Run, folder: Path) -> dict[str, Any]:
     n_workers = min(run.params.runtime.workers or cores(), len(batches_of(corpus)))
     with Workers(n_workers) as workers:
         plan = plan_corpus(corpus, params.corpus, seed, workers)
-        kind = params.tokenizer.kind if run.params.pretrain.init == SCRATCH else run.params.pretrain.init
-        if run.params.pretrain.init != SCRATCH:
+        kind, init = params.tokenizer.kind, run.params.pretrain.init
+        if init != SCRATCH:
             from llm.weights import import_tokenizer  # late: it brings torch, which no worker process needs
 
-            tokenizer = import_tokenizer(run.params.pretrain.init).tokenizer
+            tokenizer = import_tokenizer(init).tokenizer
         elif kind == "gpt2":
             tokenizer = Tokenizer.gpt2(RAW / "gpt2" / "encoder.json", RAW / "gpt2" / "vocab.bpe")
         else:
@@ -66,7 +66,7 @@ def write_tokens(run: Run, folder: Path) -> dict[str, Any]:
 
     return {
         "sources": sources(),
-        "tokenizer": datacard.describe_tokenizer(kind, tokenizer, encoded.used),
+        "tokenizer": datacard.describe_tokenizer(kind if init == SCRATCH else init, tokenizer, encoded.used),
         "corpus": datacard.describe_corpus(plan, encoded, params.corpus.split),
         "messages": datacard.describe_messages(messages, split_messages, tokenizer, params.messages.split),
         "instructions": datacard.describe_instructions(pairs, split_pairs, tokenizer, params.instructions.split),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from llm import metrics
 from llm.config import InputError
 from llm.metrics import (
     Score,
@@ -57,6 +58,17 @@ def test_score_equals_a_loop_over_tokens(length: int, context_length: int) -> No
     score = score_tokens(model, ids, batch_size=3)
     assert score.tokens == max(length - 1, 0)
     assert score.nats == pytest.approx(naive_nats(model, ids.tolist()), rel=1e-5, abs=1e-9)
+
+
+def test_long_windows_are_scored_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_gpt()
+    ids = torch.randint(0, 50, (100,), generator=torch.Generator().manual_seed(1))
+    expected, rows = score_tokens(model, ids), []
+    hidden = model.hidden
+    monkeypatch.setattr(model, "hidden", lambda idx: rows.append(len(idx)) or hidden(idx))
+    monkeypatch.setattr(metrics, "MAX_TOKENS", 20)  # two windows of 8
+    assert score_tokens(model, ids).nats == pytest.approx(expected.nats, rel=1e-5)
+    assert set(rows) <= {1, 2} and 2 in rows
 
 
 def test_score_does_not_depend_on_the_batch_size_or_the_training_mode() -> None:
