@@ -46,7 +46,7 @@ class Split(NamedTuple):
 
     steps: tuple[str, ...]
     pattern: str
-    pre: tuple[str, ...] = ()
+    pre: tuple[str, ...]
     whole_words: bool = False  # llama.cpp: a piece that is a token needs no merges
     begins: bool = False  # llama.cpp: texts begin with the bos token unless the file says otherwise
     nfc: bool = False  # the original composes characters first, which no GGUF file mentions
@@ -57,10 +57,6 @@ GPT2_STEP = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?
 LLAMA3_STEP = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-LLAMA3_PATTERN = (  # U+017F folds to s, as it does in (?i:'s)
-    r"'(?:[sSſdDmMtT]|[lL][lL]|[vV][eE]|[rR][eE])|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+"
-    r"| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s*[\r\n]|\s++$|\s+(?!\S)|\s"
 )
 TEKKEN_WORDS = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
@@ -87,12 +83,12 @@ SPLITS = (
         r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++|\p{N}| ?[^\s\p{L}\p{N}]++|\s++(?=\p{N}|$)|\s+(?!\S)|\s",
         ("smollm", "starcoder", "refact"),
     ),
-    Split(
-        (LLAMA3_STEP,), LLAMA3_PATTERN, ("llama-bpe", "llama3", "llama-v3", "falcon3"), whole_words=True, begins=True
+    Split(  # Llama 3, and a vocabulary trained here
+        (LLAMA3_STEP,), PATTERN, ("llama-bpe", "llama3", "llama-v3", "falcon3"), whole_words=True, begins=True
     ),
     Split(  # Qwen2.5, Qwen3
         (LLAMA3_STEP.replace("{1,3}", ""),),
-        LLAMA3_PATTERN.replace("{1,3}+", ""),
+        PATTERN.replace("{1,3}+", ""),
         ("qwen2", "deepseek-r1-qwen"),
         nfc=True,
     ),
@@ -118,13 +114,6 @@ SPLITS = (
         r"[\p{P}$+<=>^~|]++| ?\p{L}++|[0-9]{3}|(?:(?![0-9]{3})\p{N})++| ?[^\s\p{L}\p{N}\p{P}$+<=>^~|]++"
         r"|\s++(?=[\p{P}$+<=>^~|]|$)|\s+(?!\S)|\s",
         ("default",),
-    ),
-    Split(  # a vocabulary trained here
-        (
-            r"'(?:[sdmt]|ll|ve|re)(?!\p{L})| ?[\p{L}\p{M}]+| ?\p{N}{1,3}| ?[^\s\p{L}\p{M}\p{N}]+"
-            r"|\s*\n+|\s+(?!\S)|\s+",
-        ),
-        PATTERN,
     ),
 )
 
@@ -613,11 +602,6 @@ def gguf_tokenizer_fields(tokenizer: Tokenizer, template: Template | None, syste
     Two differences are llama.cpp's own: characters newer than Unicode 15 are cut as unknown ones, and NFC is left out.
     """
     split = _split_of(tokenizer)
-    if not split.pre:
-        raise InputError(
-            "tokenizer: llama.cpp has no pre-tokenizer that cuts a text as a vocabulary of kind bpe does here; "
-            "train with tokenize.tokenizer.kind gpt2 or from open weights (pretrain.init), or export to hf"
-        )
     merges, whole_words = _merges(tokenizer)
     if whole_words and not split.whole_words:
         raise InputError("tokenizer: it has tokens that no merges make, which llama.cpp cannot use; export to hf")

@@ -563,6 +563,12 @@ def export_hf(folder: ModelFolder, out: Path) -> None:
     if not isinstance(model, GPT):
         raise InputError("a classifier's head has a bias, which transformers' sequence classifiers lack; not exported")
     form = form_of(model.config)
+    if form.model_type == "qwen2" and not tokenizer.nfc:
+        # Beside a model of this type transformers 5 cuts a text as Qwen does, whatever tokenizer.json says.
+        raise InputError(
+            "qkv_bias without bias is the form of Qwen2, with which transformers uses no tokenizer but Qwen's; "
+            "train with both or neither, or export to gguf"
+        )
     ours = stored_tensors(model)
     weights: dict[str, Tensor] = {}
     for theirs, parts in joined(NAMES[form.model_type], ours).items():

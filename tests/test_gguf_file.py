@@ -23,7 +23,6 @@ from llm.data import encode_prompt
 from llm.generate import generate
 from llm.gguf_file import export_gguf, gguf_tokenizer, read_gguf
 from llm.model import GPT, GPTClassifier
-from llm.tokenizer import GPT2_PATTERN, Tokenizer
 from tests.helpers import LLAMA_FORM, gpt_config, randomize, tiny_tokenizer
 
 gguf = pytest.importorskip("gguf")
@@ -67,8 +66,7 @@ def folder_of(form: dict[str, Any], **more: Any) -> ModelFolder:
     """
     config = gpt_config(**form)
     model = randomize(GPT(config), std=0.2)
-    trained = tiny_tokenizer()  # whose pattern llama.cpp does not know
-    tokenizer = Tokenizer(trained.ranks, GPT2_PATTERN, trained.special_tokens)
+    tokenizer = tiny_tokenizer()
     silent = [i for i, token in enumerate(tokenizer.ranks) if token is None or not token.isascii()]
     silent += [*(i for i in tokenizer.special_tokens.values() if i != tokenizer.eot), *range(280, config.vocab_size)]
     with torch.no_grad():

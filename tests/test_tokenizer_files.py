@@ -495,12 +495,12 @@ def test_chats_go_on_as_the_training_wrote_them(template: Template, tmp_path: Pa
 
 # ---- GGUF ------------------------------------------------------------------------------------------------------------
 
-KNOWN_TO_LLAMA_CPP = [*FAMILIES, "default"]
+KNOWN_TO_LLAMA_CPP = [*FAMILIES, "default", "trained here"]
 
 
 def tokenizer_for(pre: str) -> Tokenizer:
     if pre != "default":
-        return imported(pre)
+        return tokenizers_of_all_kinds()[pre]
     [split] = [split for split in SPLITS if "default" in split.pre]
     other = imported("gpt-2")
     return Tokenizer(other.ranks, split.pattern, other.special_tokens, other.end)
@@ -510,7 +510,7 @@ def tokenizer_for(pre: str) -> Tokenizer:
 def test_gguf_metadata_round_trip(pre: str, tmp_path: Path) -> None:
     tokenizer = tokenizer_for(pre)
     fields = gguf_tokenizer_fields(tokenizer, "chatml", "Be brief.")
-    assert fields["tokenizer.ggml.pre"] == pre
+    assert fields["tokenizer.ggml.pre"] == ("llama-bpe" if pre == "trained here" else pre)
     found = tokenizer_from_gguf(json.loads(json.dumps(fields)))  # plain values
     assert found[1:] == ("chatml", "Be brief.")
     tokenizer.save(tmp_path / "a")
@@ -582,12 +582,6 @@ def test_llama_cpp_gives_the_same_ids(pre: str, tmp_path: Path) -> None:
     ids = llama_cpp.post("/tokenize", {"content": prompt, "parse_special": True, "add_special": False})["tokens"]
     expected = encode_prompt(tokenizer, template, "What's 2+2?", system="Be brief.")
     assert begin + [i for i in ids if i not in begin] == expected  # the server adds the first token itself
-
-
-def test_a_vocabulary_trained_here_has_no_form_in_llama_cpp() -> None:
-    with pytest.raises(InputError, match=r"tokenize\.tokenizer\.kind") as caught:
-        gguf_tokenizer_fields(tiny_tokenizer(), None, None)
-    assert "\n" not in str(caught.value)
 
 
 def test_spare_tokens_of_a_gguf_file() -> None:

@@ -23,7 +23,8 @@ from llm.checkpoint import ModelFolder, ModelFolderConfig, save_model_folder
 from llm.config import GPTConfig, InputError, RopeScaling
 from llm.generate import generate
 from llm.model import GPT, GPTClassifier
-from llm.tokenizer_files import write_tokenizer_json
+from llm.tokenizer import Tokenizer
+from llm.tokenizer_files import SPLITS, write_tokenizer_json
 from llm.weights import describe, export_hf, import_model, import_tokenizer, source_files
 from tests.helpers import FORMS, LLAMA_FORM, SHIPPED_FORM, gpt_config, randomize, tiny_tokenizer
 
@@ -82,7 +83,8 @@ def tiny(family: str, n_layers: int = 2, **changes: Any) -> nn.Module:
 
 def save(model: nn.Module, folder: Path, **options: Any) -> Path:
     model.save_pretrained(folder, **options)  # type: ignore[operator]
-    write_tokenizer_json(folder, tiny_tokenizer(), None, None)
+    is_qwen2 = model.config.model_type == "qwen2"
+    write_tokenizer_json(folder, qwen_tokenizer() if is_qwen2 else tiny_tokenizer(), None, None)
     return folder
 
 
@@ -666,13 +668,21 @@ FITTING: dict[str, dict[str, Any]] = {
 }
 
 
+def qwen_tokenizer() -> Tokenizer:
+    """One that cuts a text as Qwen's does."""
+    [pattern] = [split.pattern for split in SPLITS if "qwen2" in split.pre]
+    trained = tiny_tokenizer()
+    return Tokenizer(trained.ranks, pattern, trained.special_tokens, nfc=True)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", FITTING)
 def test_a_model_made_here_runs_in_transformers(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
     form = FITTING[name] | {"vocab_size": VOCAB}
     model = randomize(GPT(gpt_config(**form))).to(dtype)
     assert isinstance(model, GPT)
-    saved = ModelFolder(model, tiny_tokenizer(), ModelFolderConfig(kind="base", gpt=model.config))
+    tokenizer = qwen_tokenizer() if name == "qwen2" else tiny_tokenizer()
+    saved = ModelFolder(model, tokenizer, ModelFolderConfig(kind="base", gpt=model.config))
     export_hf(saved, tmp_path / "out")
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
@@ -706,6 +716,7 @@ def test_a_model_made_here_runs_in_transformers(tmp_path: Path, name: str, dtype
         (LLAMA_FORM | {"bias": True}, "llama has no place for qkv_bias False"),
         (LLAMA_FORM | {"activation": "gelu", "norm": "layernorm"}, "norm 'layernorm' .*, activation 'gelu'"),
         (LLAMA_FORM | {"sliding_window": 3, "bias": True}, "mistral has no place for bias True"),
+        (LLAMA_FORM | {"qkv_bias": True}, "qkv_bias without bias is the form of Qwen2"),
     ],
 )
 def test_what_transformers_cannot_say_is_named(tmp_path: Path, form: dict[str, Any], message: str) -> None:
