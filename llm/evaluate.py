@@ -7,13 +7,26 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from llm.baselines import NGram, classical_classifiers, xz_bytes
 from llm.checkpoint import ModelFolder
 from llm.classify import classify_texts
 from llm.config import EvaluateParams, InputError, Template
-from llm.data import Pair, TokenShards, encode_prompt, end_tokens, read_labels, read_messages, read_pairs
+from llm.data import (
+    Pair,
+    TokenShards,
+    batches_by_length,
+    collate_pairs,
+    encode_prompt,
+    end_tokens,
+    pair_examples,
+    read_labels,
+    read_messages,
+    read_pairs,
+    stop_token,
+)
 from llm.generate import GREEDY, Sampling, generate
 from llm.metrics import (
     AnswerReport,
@@ -27,6 +40,7 @@ from llm.metrics import (
 )
 from llm.model import GPT
 from llm.tokenizer import Tokenizer
+from llm.train import mean_loss, next_token_loss
 
 Row = TypeVar("Row")
 Floats = NDArray[np.float64]
@@ -162,8 +176,28 @@ class InstructResult(NamedTuple):
     split: str
     template: Template
     reports: dict[str, AnswerReport]
+    losses: dict[str, ResponseLoss]
     tasks: dict[str, dict[str, AnswerReport]]
     examples: list[Example]
+
+
+class ResponseLoss(NamedTuple):
+    """What a model pays in nats for the expected responses, each with the token that ends it, given the prompts.
+
+    Tokenizers cut the same responses into other numbers of tokens; the characters are the same for all.
+    """
+
+    nats: float
+    tokens: int
+    characters: int
+
+    @property
+    def per_token(self) -> float:
+        return self.nats / self.tokens
+
+    @property
+    def per_character(self) -> float:
+        return self.nats / max(1, self.characters)
 
 
 class Example(NamedTuple):
@@ -185,6 +219,7 @@ def evaluate_instruct(
         split=split,
         template=template,
         reports={name: answer_report(texts, expected) for name, texts in answers.items()},
+        losses={name: response_loss(folder, template, pairs, params) for name, folder in folders.items()},
         tasks={name: by_task(texts, expected, tasks) for name, texts in answers.items()},
         examples=[
             Example(pairs[i], {name: texts[i] for name, texts in answers.items()}) for i in (by_tasks[k] for k in shown)
@@ -210,6 +245,22 @@ def answer(folder: ModelFolder, template: Template, pairs: Sequence[Pair], param
         for i, ids in zip(rows, batch, strict=True):
             texts[i] = tokenizer.decode(ids).strip()
     return texts
+
+
+@torch.no_grad()
+def response_loss(
+    folder: ModelFolder, template: Template, pairs: Sequence[Pair], params: EvaluateParams
+) -> ResponseLoss:
+    """The loss on the responses alone; what does not fit into the model's context is left out."""
+    model, tokenizer, _ = folder
+    assert isinstance(model, GPT)
+    examples = pair_examples(pairs, tokenizer, template, mask_prompt=True, max_length=model.config.context_length)
+    responses = [example.ids[example.counted + 1 :] for example in examples]
+    n_tokens = sum(map(len, responses))
+    mean = mean_loss(model, next_token_loss, batches_by_length(examples, collate_pairs, params.batch_size))
+    end = stop_token(tokenizer, template)
+    texts = [tokenizer.decode([i for i in ids if i != end]) for ids in responses]
+    return ResponseLoss(mean * n_tokens, n_tokens, sum(map(len, texts)))
 
 
 def first_filled(splits: Mapping[str, Sequence[Row]], folder: Path) -> tuple[str, Sequence[Row]]:

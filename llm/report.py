@@ -65,7 +65,13 @@ def metrics(base: BaseResult, classifiers: ClassifierResult, instruct: InstructR
         sections[section] = {"messages": report.rows, **numbers(report)}
     for name, answers in instruct.reports.items():
         section = "instruct" if name == "gpt" else f"instruct_{name}"
-        sections[section] = {"pairs": answers.rows, **numbers(answers)}
+        loss = instruct.losses[name]
+        sections[section] = {
+            "pairs": answers.rows,
+            **numbers(answers),
+            "nats_per_token": loss.per_token,
+            "nats_per_character": loss.per_character,
+        }
     if instruct.tasks["gpt"]:
         sections["instruct_tasks"] = {task: report.exact_match.value for task, report in instruct.tasks["gpt"].items()}
     return sections
@@ -241,7 +247,13 @@ def _classifier_section(result: ClassifierResult, comparison: list[str], details
 
 def _instruct_section(result: InstructResult, picture: list[str]) -> list[str]:
     rows = [
-        [ANSWERERS[name], percent(r.exact_match), f"{r.rouge_l:.3f}", f"{r.chrf:.1f}"]
+        [
+            ANSWERERS[name],
+            percent(r.exact_match),
+            f"{r.rouge_l:.3f}",
+            f"{r.chrf:.1f}",
+            f"{result.losses[name].per_character:.3f}",
+        ]
         for name, r in result.reports.items()
     ]
     lines = [
@@ -249,9 +261,9 @@ def _instruct_section(result: InstructResult, picture: list[str]) -> list[str]:
         "",
         f"{part(result.split)}: {result.reports['gpt'].rows:,} pairs, prompted with the {result.template} template "
         "and answered without sampling. Exact match ignores nothing but white space; ROUGE-L (0 to 1) compares words, "
-        "chrF (0 to 100) characters.",
+        "chrF (0 to 100) characters. Nats per character: how surprising the expected response is to the model.",
         "",
-        *table(["model", "exact match", "ROUGE-L", "chrF"], rows),
+        *table(["model", "exact match", "ROUGE-L", "chrF", "nats per character"], rows),
         *picture,
     ]
     if tasks := result.tasks["gpt"]:

@@ -15,16 +15,18 @@ import torch
 from llm import report
 from llm.checkpoint import ModelFolder, ModelFolderConfig
 from llm.config import EvaluateParams, InputError
-from llm.data import Pair
+from llm.data import Pair, encode_prompt
 from llm.evaluate import (
     BaseResult,
     ClassifierResult,
     Completion,
     Example,
     InstructResult,
+    ResponseLoss,
     evaluate_base,
     evaluate_classifiers,
     evaluate_instruct,
+    response_loss,
     text_bytes,
 )
 from llm.metrics import Score, answer_report, by_task, classification_report, roc_points
@@ -44,7 +46,7 @@ def tokenizer() -> Tokenizer:
 
 def make_gpt(tokenizer: Tokenizer) -> GPT:
     torch.manual_seed(0)
-    config = gpt_config(**SHIPPED_FORM, context_length=64, vocab_size=tokenizer.vocab_size)
+    config = gpt_config(**SHIPPED_FORM, context_length=256, vocab_size=tokenizer.vocab_size)
     return GPT(config).eval()
 
 
@@ -163,6 +165,25 @@ def test_answers_stay_with_their_pairs(tmp_path: Path, tokenizer: Tokenizer, mon
     assert [e.pair.task for e in result.examples] == ["t0", "t1"]  # spread over the tasks
 
 
+def test_response_loss_is_that_of_each_response_read_alone(tokenizer: Tokenizer) -> None:
+    folder = make_folder(tokenizer)
+    assert isinstance(folder.model, GPT)
+    pairs = [Pair("say", "", "the cat sat", ""), Pair("what is red?", "the mat", "the red dog on the mat é", "")]
+    nats, n_tokens = 0.0, 0
+    for pair in pairs:
+        prompt = encode_prompt(tokenizer, "alpaca", pair.instruction, pair.input)
+        response = [*tokenizer.encode(pair.output), tokenizer.eot]
+        with torch.no_grad():
+            logits = folder.model(torch.tensor([prompt + response]))[0]
+        nats -= float(logits.log_softmax(-1)[len(prompt) - 1 : -1].gather(1, torch.tensor(response)[:, None]).sum())
+        n_tokens += len(response)
+    loss = response_loss(folder, "alpaca", pairs, params())
+    assert (loss.tokens, loss.characters) == (n_tokens, sum(len(pair.output) for pair in pairs))
+    assert loss.nats == pytest.approx(nats, rel=1e-5)
+    assert loss.per_token == pytest.approx(nats / n_tokens, rel=1e-5)
+    assert loss.per_character == pytest.approx(nats / loss.characters, rel=1e-5)
+
+
 # ---- the report ------------------------------------------------------------------------------------------------------
 
 
@@ -191,6 +212,7 @@ def results(labels: list[str]) -> tuple[BaseResult, ClassifierResult, InstructRe
         split="test",
         template="alpaca",
         reports={name: answer_report(texts, ["yes", "yes"]) for name, texts in answers.items()},
+        losses={name: ResponseLoss(6.0 + i, 4, 12) for i, name in enumerate(answers)},
         tasks={name: by_task(texts, ["yes", "yes"], [p.task for p in pairs]) for name, texts in answers.items()},
         examples=[Example(p, {name: texts[i] for name, texts in answers.items()}) for i, p in enumerate(pairs)],
     )
