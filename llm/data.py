@@ -241,12 +241,17 @@ def end_tokens(tokenizer: Tokenizer, template: Template | None) -> set[int]:
 
 
 def pair_examples(
-    pairs: Sequence[Pair], tokenizer: Tokenizer, template: Template, mask_prompt: bool, max_length: int
+    pairs: Sequence[Pair],
+    tokenizer: Tokenizer,
+    template: Template,
+    mask_prompt: bool,
+    max_length: int,
+    system: str | None = None,
 ) -> list[Example]:
     """Prompt, response and stop token of each pair, cut to `max_length` + 1; pairs without room for a response go."""
     examples = []
     for pair in pairs:
-        prompt = encode_prompt(tokenizer, template, pair.instruction, pair.input)
+        prompt = encode_prompt(tokenizer, template, pair.instruction, pair.input, system)
         ids = [*prompt, *tokenizer.encode(pair.output), stop_token(tokenizer, template)]
         if len(prompt) <= max_length:
             examples.append(Example(ids[: max_length + 1], len(prompt) - 1 if mask_prompt else 0, 0))

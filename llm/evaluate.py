@@ -171,7 +171,7 @@ def evaluate_classifiers(folders: Mapping[str, ModelFolder], messages: Path, bat
 
 
 class InstructResult(NamedTuple):
-    """`reports` and `tasks` by model: gpt, base (not finetuned, prompted the same way), scratch (random weights)."""
+    """`reports` and `tasks` by model: gpt, base (before the finetuning), scratch (random weights)."""
 
     split: str
     template: Template
@@ -208,7 +208,10 @@ class Example(NamedTuple):
 def evaluate_instruct(
     folders: Mapping[str, ModelFolder], template: Template, instructions: Path, params: EvaluateParams
 ) -> InstructResult:
-    """Greedy answers of each model in `folders`, `gpt` first, to the same held-out instructions."""
+    """Greedy answers of each model in `folders`, `gpt` first, to the same held-out instructions.
+
+    A model that knows a template is prompted in its own; `template` is for the others.
+    """
     read = {split: read_pairs(instructions / f"{split}.jsonl") for split in ("test", "val")}
     split, pairs = first_filled(read, instructions)
     answers = {name: answer(folder, template, pairs, params) for name, folder in folders.items()}
@@ -229,9 +232,10 @@ def evaluate_instruct(
 
 def answer(folder: ModelFolder, template: Template, pairs: Sequence[Pair], params: EvaluateParams) -> list[str]:
     """A model's greedy answers, generated in batches of prompts of similar length."""
-    model, tokenizer, _ = folder
+    model, tokenizer, config = folder
     assert isinstance(model, GPT)
-    prompts = [encode_prompt(tokenizer, template, pair.instruction, pair.input) for pair in pairs]
+    template = config.template or template
+    prompts = [encode_prompt(tokenizer, template, pair.instruction, pair.input, config.system) for pair in pairs]
     order = sorted(range(len(pairs)), key=lambda i: len(prompts[i]))
     texts = [""] * len(pairs)
     for start in range(0, len(order), params.batch_size):
@@ -252,9 +256,10 @@ def response_loss(
     folder: ModelFolder, template: Template, pairs: Sequence[Pair], params: EvaluateParams
 ) -> ResponseLoss:
     """The loss on the responses alone; what does not fit into the model's context is left out."""
-    model, tokenizer, _ = folder
+    model, tokenizer, config = folder
     assert isinstance(model, GPT)
-    examples = pair_examples(pairs, tokenizer, template, mask_prompt=True, max_length=model.config.context_length)
+    template = config.template or template
+    examples = pair_examples(pairs, tokenizer, template, True, config.gpt.context_length, config.system)
     responses = [example.ids[example.counted + 1 :] for example in examples]
     n_tokens = sum(map(len, responses))
     mean = mean_loss(model, next_token_loss, batches_by_length(examples, collate_pairs, params.batch_size))

@@ -260,8 +260,9 @@ def _instruct_section(result: InstructResult, picture: list[str]) -> list[str]:
         "## Following instructions",
         "",
         f"{part(result.split)}: {result.reports['gpt'].rows:,} pairs, prompted with the {result.template} template "
-        "and answered without sampling. Exact match ignores nothing but white space; ROUGE-L (0 to 1) compares words, "
-        "chrF (0 to 100) characters. Nats per character: how surprising the expected response is to the model.",
+        "(a base model that knew another: with its own) and answered without sampling. Exact match ignores nothing but "
+        "white space; ROUGE-L (0 to 1) compares words, chrF (0 to 100) characters. Nats per character: how surprising "
+        "the expected response is to the model.",
         "",
         *table(["model", "exact match", "ROUGE-L", "chrF", "nats per character"], rows),
         *picture,

@@ -33,10 +33,12 @@ def make_task(run: Run, base: ModelFolder) -> Task:
     section = run.params.finetune_instruct
     model, tokenizer, gpt = base.model, base.tokenizer, base.config.gpt
     assert isinstance(model, GPT)
+    # A base that already follows instructions in this template goes on being told what it was told first.
+    system = base.config.system if base.config.template == section.template else None
     folder = Path("data/tokens/instructions")
     val_pairs = read_pairs(folder / "val.jsonl")
     train_set, val_set = (
-        pair_examples(pairs, tokenizer, section.template, section.mask_prompt, gpt.context_length)
+        pair_examples(pairs, tokenizer, section.template, section.mask_prompt, gpt.context_length, system)
         for pairs in (read_pairs(folder / "train.jsonl"), val_pairs)
     )
 
@@ -45,13 +47,13 @@ def make_task(run: Run, base: ModelFolder) -> Task:
         return {"val/loss": mean_loss(model, next_token_loss, batches)}
 
     def sample() -> str:
-        prompt = encode_prompt(tokenizer, section.template, val_pairs[0].instruction, val_pairs[0].input)
+        prompt = encode_prompt(tokenizer, section.template, val_pairs[0].instruction, val_pairs[0].input, system)
         stop = stop_token(tokenizer, section.template)
         return tokenizer.decode(generate(model, [prompt], max_new_tokens=60, stop=[stop])[0])
 
     return Task(
         model,
-        ModelFolderConfig(kind="instruct", gpt=gpt, template=section.template),
+        ModelFolderConfig(kind="instruct", gpt=gpt, template=section.template, system=system),
         next_token_loss,
         example_batches(train_set, collate_pairs, section.batch_size, section.grad_accum_steps, run.params.seed),
         evaluate,

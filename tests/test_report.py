@@ -165,6 +165,27 @@ def test_answers_stay_with_their_pairs(tmp_path: Path, tokenizer: Tokenizer, mon
     assert [e.pair.task for e in result.examples] == ["t0", "t1"]  # spread over the tasks
 
 
+def test_a_base_that_knows_a_template_is_asked_in_it(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for split in ("test", "val"):
+        write_rows(tmp_path / f"{split}.jsonl", [{"instruction": "say", "input": "", "output": "cat", "task": ""}])
+    asked: list[str] = []
+
+    def listen(model: GPT, prompts: list[list[int]], **options: object) -> list[list[int]]:
+        asked.extend(tokenizer.decode(prompt) for prompt in prompts)
+        return [[] for _ in prompts]
+
+    monkeypatch.setattr("llm.evaluate.generate", listen)
+    plain = make_folder(tokenizer)
+    config = plain.config.model_copy(update={"template": "chatml", "system": "the cat knows"})
+    folders = {"gpt": plain, "base": ModelFolder(plain.model, tokenizer, config)}
+    result = evaluate_instruct(folders, "alpaca", tmp_path, params())
+    assert asked[0] == tokenizer.decode(encode_prompt(tokenizer, "alpaca", "say"))
+    assert asked[1] == tokenizer.decode(encode_prompt(tokenizer, "chatml", "say", system="the cat knows"))
+    assert result.losses["gpt"] != result.losses["base"]
+
+
 def test_response_loss_is_that_of_each_response_read_alone(tokenizer: Tokenizer) -> None:
     folder = make_folder(tokenizer)
     assert isinstance(folder.model, GPT)
