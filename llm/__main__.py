@@ -111,12 +111,17 @@ def score(args: argparse.Namespace) -> None:
 
 
 def import_(args: argparse.Namespace) -> None:
-    """Writes a model folder from another tool's model."""
+    """Writes a model folder from another tool's model, or from a base and an adapter that was trained on it."""
     from llm.checkpoint import save_model_folder
     from llm.weights import describe, import_model
 
     check_place(args.model_dir, args.source)
     folder = import_model(args.source)
+    if args.adapter is not None:
+        from llm.lora import load_adapter, merge_lora
+
+        folder = load_adapter(args.adapter, folder)
+        merge_lora(folder.model)
     save_model_folder(args.model_dir, folder)
     note(f"{args.model_dir}: {describe(folder)}")
 
@@ -333,10 +338,15 @@ def build_parser() -> argparse.ArgumentParser:
         "make a model folder of open weights",
         "Makes a model folder of another tool's model: a folder of transformers (gpt2, llama, mistral, qwen2, qwen3; "
         "safetensors only), a .gguf file, or a name on the Hugging Face hub, whose cache is looked in first and which "
-        "HF_HUB_OFFLINE=1 keeps from the network. The weights keep their dtype.",
+        "HF_HUB_OFFLINE=1 keeps from the network. The weights keep their dtype. A model folder is a source too: with "
+        "--adapter it is the base that an adapter is merged into.",
         "python -m llm import SmolLM2-135M-Instruct.Q8_0.gguf models/smollm2",
         "python -m llm import openai-community/gpt2 models/gpt2",
+        "python -m llm import models/base models/again --adapter models/instruct/adapter",
         source=True,
+    )
+    command.add_argument(
+        "--adapter", type=Path, metavar="DIR", help="the adapter/ of a model that was trained with trainable: lora"
     )
 
     command = add_command(

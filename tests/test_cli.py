@@ -294,6 +294,26 @@ def test_export_of_an_adapter(cli: Cli, folders: Folders, tmp_path: Path) -> Non
         assert (values["base_model_name_or_path"], values["r"]) == (base, 2)
 
 
+def test_import_of_a_base_with_an_adapter(cli: Cli, folders: Folders, tmp_path: Path) -> None:
+    content = load_model_folder(saved(tmp_path / "ours", Tokenizer.load(folders.base), "base"))
+    params = train_params(trainable="lora")
+    freeze(content.model, params)
+    for name, tensor in content.model.named_parameters():
+        if name.endswith(".B"):
+            torch.nn.init.normal_(tensor)
+    save_trained(tmp_path / "tuned", content, params)
+    adapter = tmp_path / "tuned" / "adapter"
+    result = cli("import", tmp_path / "ours", tmp_path / "again", "--adapter", adapter)
+    assert (result.status, result.out) == (0, "")
+    weights = [load_model_folder(tmp_path / name).model.state_dict() for name in ("ours", "tuned", "again")]
+    for name, tensor in weights[2].items():  # in the dtype of the base, bf16
+        torch.testing.assert_close(tensor, weights[1][name], rtol=0.02, atol=0.02)
+    assert not torch.allclose(weights[2]["blocks.0.attn.q_proj.weight"], weights[0]["blocks.0.attn.q_proj.weight"])
+    result = cli("import", folders.base, tmp_path / "other", "--adapter", adapter)
+    assert (result.status, result.out) == (1, "") and "another base model" in result.err
+    assert not (tmp_path / "other").exists()
+
+
 def test_nothing_but_a_model_is_replaced(cli: Cli, folders: Folders, tmp_path: Path) -> None:
     ours = saved(tmp_path / "ours", Tokenizer.load(folders.base), "base")
     other = tmp_path / "other"

@@ -415,6 +415,16 @@ def test_each_stage_trains_adapters_and_writes_them_merged_and_alone(place: Path
     assert load_model_folder(place / f"models/{name}_scratch").config == made.config
 
 
+@pytest.mark.parametrize(("template", "system"), [("chatml", "Be kind."), ("alpaca", None)])
+def test_what_a_base_is_told_first_is_kept_with_its_template(place: Path, template: str, system: str | None) -> None:
+    save_model_folder(place / "models/base", folder_of(new_model(context_length=256), "instruct"))
+    params = shipped_params()
+    section = params.finetune_instruct.model_copy(update={"template": template, "scratch_control": False})
+    params = params.model_copy(update={"finetune_instruct": section})
+    finetune_instruct(Run("finetune-instruct", params, place / "state", Mock()))
+    assert load_model_folder(place / "models/instruct").config.system == system
+
+
 def test_pretraining_open_weights_by_adapters(place: Path) -> None:
     """The adapter that lies beside the merged weights goes onto the imported model."""
     source = folder_of(new_model(context_length=64, **LLAMA_FORM))
