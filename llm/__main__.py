@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm.config import InputError
+from llm.display import CONTROLS, one_line, visible
 
 if TYPE_CHECKING:
     from llm.checkpoint import ModelFolder
@@ -216,18 +217,20 @@ def answer(folder: ModelFolder, model: GPT, prompt: list[int], args: argparse.Na
 
 
 def note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(one_line(text), file=sys.stderr, flush=True)
 
 
 def write(pieces: Iterable[str]) -> None:
-    """Writes each piece as soon as it is there, and a line end."""
+    """Writes each piece as soon as it is there, and a line end. A terminal would obey control characters."""
     for piece in pieces:
-        print(piece, end="", flush=True)
+        print(visible(piece), end="", flush=True)
     print(flush=True)
 
 
 def print_json(value: dict[str, Any]) -> None:
-    print(json.dumps(value, ensure_ascii=False), flush=True)
+    """One line. JSON escapes some control characters itself; the others are escaped here, which is JSON as well."""
+    text = json.dumps(value, ensure_ascii=False)
+    print(CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text), flush=True)
 
 
 def checked_text(text: str, what: str) -> str:

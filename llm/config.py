@@ -12,9 +12,17 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from llm.display import one_line
+
 
 class InputError(ValueError):
-    """Something the user gave is wrong. The message is one line: what, where, and what to do."""
+    """Something the user gave is wrong. The message is one line: what, where, and what to do.
+
+    It may quote files, so that control characters in it are escaped here, for whoever prints it.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
 
 
 class Strict(BaseModel):

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from llm.corpus import Array, EncodedCorpus, Plan, count_characters
+from llm.display import escape
 from llm.labelled import Row, SplitRows
 from llm.records import SPLITS, TRAIN
 from llm.tokenizer import Tokenizer
@@ -192,7 +193,7 @@ def _header(card: Card) -> list[str]:
             ("", "source", "licence", "split"),
             [(kind, *card["sources"][kind].values(), card[kind]["split"]) for kind in kinds],
         ),
-        f"Tokenizer: {tokenizer['kind']}, {tokenizer['vocab_size']:,} tokens, of which "
+        f"Tokenizer: {escape(tokenizer['kind'])}, {tokenizer['vocab_size']:,} tokens, of which "
         f"{tokenizer['tokens_used_in_train']:,} occur in train.",
     ]
 
@@ -251,7 +252,7 @@ def _rows(card: Card, kind: str) -> list[str]:
         _scripts(part["characters_of"]),
     ]
     if part["most_repeated"]:
-        rows = [(entry["times"], " ".join(entry["text"].split())) for entry in part["most_repeated"]]
+        rows = [(entry["times"], entry["text"]) for entry in part["most_repeated"]]
         blocks.append(table(("times", "most repeated"), rows))
     return blocks
 
@@ -274,4 +275,4 @@ def _cell(value: object) -> str:
         return "-"
     if isinstance(value, int | float):
         return f"{value:,}"
-    return str(value).replace("|", "\\|")
+    return escape(str(value))

@@ -32,6 +32,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from llm.config import InputError, SourceFile
+from llm.display import one_line
 
 SCHEMES = ("https", "http", "file", "s3", "gs", "hf")
 TRACKED = (Path("data/own"), Path("data/sample"))  # DVC notices changes of local files here
@@ -133,7 +134,7 @@ def redact(url: str) -> str:
 
 
 def note(message: str) -> None:
-    tqdm.write(message, file=sys.stderr)
+    tqdm.write(one_line(message), file=sys.stderr)
 
 
 # ---- local files and mirrors -----------------------------------------------------------------------------------------

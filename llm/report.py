@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llm.display import escape, visible
 from llm.evaluate import BaseResult, ClassifierResult, InstructResult
 from llm.metrics import Interval, fold, numbers
 
@@ -107,14 +108,23 @@ def plot_files(base: BaseResult, classifiers: ClassifierResult, instruct: Instru
 
 
 def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows as CSV, numbers with 6 significant digits."""
+    """Rows as CSV, numbers with 6 significant digits.
+
+    DVC copies texts into the scripts of its page, where a `<` could end one: another sign stands for it.
+    """
     columns = list(dict.fromkeys(column for row in rows for column in row))
     file = io.StringIO()
     writer = csv.DictWriter(file, columns, lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+        writer.writerow({column: _csv_cell(value) for column, value in row.items()})
     return file.getvalue()
+
+
+def _csv_cell(value: Any) -> Any:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return value.replace("<", "‹") if isinstance(value, str) else value
 
 
 # ---- Markdown --------------------------------------------------------------------------------------------------------
@@ -328,16 +338,9 @@ def labelled(parts: Mapping[str, str]) -> str:
 
 def fenced(text: str) -> list[str]:
     """Text as a code block that nothing inside it can close; control characters become U+FFFD."""
-    text = re.sub(r"[^\S \n]", " ", text)
-    text = re.sub("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", "\ufffd", text)
+    text = visible(re.sub(r"[^\S \n]", " ", text))
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return [f"{fence}text", text, fence, ""]
-
-
-def escape(text: str) -> str:
-    """Text for a line or a table cell of Markdown, shown as it is."""
-    text = " ".join(re.sub("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", " ", text).split())
-    return re.sub(r"([\\`*_{}\[\]()#+!|<>~&$:@-])", r"\\\1", text)
 
 
 def part(split: str) -> str:

@@ -22,6 +22,7 @@ from llm.__main__ import main
 from llm.checkpoint import ModelFolder, ModelFolderConfig, load_model_folder, save_model_folder
 from llm.classify import classify_texts
 from llm.data import encode_prompt
+from llm.display import visible
 from llm.generate import Sampling, generate
 from llm.lora import save_trained
 from llm.model import GPT, GPTClassifier
@@ -89,7 +90,7 @@ def test_generate_prints_prompt_and_continuation(cli: Cli, folders: Folders) -> 
     options = {"max_new_tokens": 90, "seed": 5, **vars(sampling)}
     flags = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     result = cli("generate", folders.base, "--prompt", prompt, *flags)
-    assert result == (0, prompt + tokenizer.decode(ids) + "\n", "")
+    assert result == (0, prompt + visible(tokenizer.decode(ids)) + "\n", "")
     assert len(ids) > 10
 
 
@@ -105,7 +106,7 @@ def test_generate_continues_the_raw_prompt_of_an_instruct_model(cli: Cli, folder
     assert isinstance(model, GPT)
     [ids] = generate(model, [tokenizer.encode("It was")], max_new_tokens=12, stop={tokenizer.eot})
     result = cli("generate", folders.instruct, "--prompt", "It was", "--max-new-tokens", "12")
-    assert result.out == "It was" + tokenizer.decode(ids) + "\n"
+    assert result.out == "It was" + visible(tokenizer.decode(ids)) + "\n"
 
 
 def test_a_prompt_longer_than_the_context_is_named_on_stderr(cli: Cli, folders: Folders) -> None:
@@ -126,7 +127,7 @@ def test_chat_answers_each_line_with_the_template(cli: Cli, folders: Folders) ->
     for instruction in ("Name a trade.", "Où est le café ?"):
         prompt = encode_prompt(tokenizer, config.template, instruction, "the baker")
         [ids] = generate(model, [prompt], max_new_tokens=9, stop={tokenizer.eot})
-        expected.append(tokenizer.decode(ids) + "\n")
+        expected.append(visible(tokenizer.decode(ids)) + "\n")
     stdin = "Name a trade.\r\n\n  \nOù est le café ?".encode()
     result = cli("chat", folders.instruct, "--input", "the baker", "--max-new-tokens", "9", stdin=stdin)
     assert result == (0, "".join(expected), "")
@@ -353,7 +354,7 @@ def test_a_begin_token_stands_before_the_prompt(cli: Cli, folders: Folders, tmp_
     with_begin, without = generate(model, [[tokenizer.bos, *ids], ids], max_new_tokens=15, stop={tokenizer.eot})
     assert with_begin != without
     result = cli("generate", folder, "--prompt", "One morning", "--max-new-tokens", "15")
-    assert result.out == "One morning" + tokenizer.decode(with_begin) + "\n"
+    assert result.out == "One morning" + visible(tokenizer.decode(with_begin)) + "\n"
 
 
 def test_chat_says_what_the_system_is_and_stops_at_every_end(
