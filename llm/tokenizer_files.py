@@ -16,8 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
+from llm.chat_template import render, render_untrusted
 from llm.config import InputError, Template
 from llm.data import ALPACA_INSTRUCTION, ALPACA_PREAMBLE, ALPACA_RESPONSE, stop_token
 from llm.tokenizer import END_OF_TEXT, GPT2_PATTERN, MAX_SPACES, PATTERN, Tokenizer, gpt2_bytes
@@ -454,36 +453,19 @@ def _recognise(
     if source is None:
         return None, None
     question, here = "How are you?", "\0"
-    try:
-        found = _render(source, question, names)
-    except Exception:  # a template is a program, and can fail in any way
-        found = ""
+    found = render_untrusted(source, question, names) or ""
     chats: tuple[Template, ...] = ("chatml", "llama3", "alpaca")
     for template in chats:
-        if found == _render(_chat_template(tokenizer, template, None), question, names):
+        if found == render(_chat_template(tokenizer, template, None), question, names):
             return template, None
         if template != "alpaca":
-            head, tail = _render(_chat_template(tokenizer, template, here), question, names).split(here)
+            head, tail = render(_chat_template(tokenizer, template, here), question, names).split(here)
             system = found.removeprefix(head).removesuffix(tail)
             if found == head + system + tail and not any(name in system for name in tokenizer.special_tokens):
                 return template, system
     markers: dict[str, Template] = {"<|im_start|>": "chatml", "<|start_header_id|>": "llama3"}
     markers["### Instruction"] = "alpaca"
     return next((template for marker, template in markers.items() if marker in source), None), None
-
-
-def _render(source: str, question: str, names: Mapping[str, str]) -> str:
-    """The prompt of one question, as transformers asks a chat template for it."""
-
-    def raise_exception(message: str) -> None:
-        raise ValueError(message)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.globals["raise_exception"] = raise_exception
-    messages = [{"role": "user", "content": question}]
-    return environment.from_string(source).render(messages=messages, add_generation_prompt=True, **names)
 
 
 def _chat_template(tokenizer: Tokenizer, template: Template, system: str | None) -> str:

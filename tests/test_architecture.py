@@ -26,7 +26,7 @@ FIRST_PARTY = ("llm", "stages")
 
 # `llm` from the ground up: a module may import those of the lines above its own. A new module is placed here.
 LAYERS = [
-    {"display"},
+    {"display", "chat_template"},
     {"config"},
     {"model", "loss", "optim", "tokenizer", "fetch", "records"},
     {"sources", "data", "generate", "metrics", "corpus", "labelled", "checkpoint"},
