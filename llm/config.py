@@ -7,6 +7,7 @@ was found.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
@@ -37,6 +38,11 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 Fraction = Annotated[float, Field(gt=0, lt=0.5)]
+SECRET = re.compile(  # something before the @ of a URL, or the value of such a parameter
+    r"//[^/?#\s]*[^/?#\s:]:?@|[?&;]([^=&;\s]*(token(?!iz)|secret|passw|pwd|credential|signature)[^=&;\s]*"
+    r"|([^=&;\s]*[_-])?(sig|auth|key)|(api|access)key)=[^&;\s]",
+    re.IGNORECASE,
+)
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -47,6 +53,7 @@ class SourceFile(Strict):
     """One file of a source: a `url` (https, http, file, s3, gs, hf), or a local `path` that may be a glob.
 
     `sha256` is of the content that is used: of `member` where the file is a zip with several, else of the file itself.
+    A URL holds no secret, as DVC writes all params to `dvc.lock`: `${NAME}` in it is taken from the environment.
     """
 
     url: str | None = None
@@ -61,6 +68,12 @@ class SourceFile(Strict):
             raise ValueError("a file needs either url or path")
         if self.backup_url is not None and self.url is None:
             raise ValueError("backup_url goes with url")
+        for url in (self.url, self.backup_url):
+            if url is not None and SECRET.search(re.sub(r"\$\{\w+\}", "", url)):
+                raise ValueError(
+                    "a URL seems to hold a password or token, which dvc.lock would keep; "
+                    "write ${NAME} for an environment variable, or use ~/.netrc"
+                )
         return self
 
 
@@ -347,7 +360,8 @@ def explain(error: ValidationError, where: str) -> str:
     elif kind == "missing":
         message = "missing key; add it"
     elif kind != "value_error":
-        message = f"{message[0].lower()}{message[1:]}, found {found!r}"
+        shown = "something with a password or token" if SECRET.search(str(found)) else repr(found)
+        message = f"{message[0].lower()}{message[1:]}, found {shown}"
         if isinstance(found, str) and "number" in message:
             message += " (write 0.001, not 1e-3, which YAML reads as text)"
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""

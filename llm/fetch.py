@@ -4,16 +4,25 @@ A file is a local `path` (or glob), or a `url`, looked for in this order: a mirr
 itself, its backup. http and https go through requests, which honours proxies, certificates and .netrc of the
 environment; file, s3, gs and hf go through fsspec. What is wrong with a file is one `InputError`; the part of a
 download that did arrive stays, so that the next attempt goes on from there.
+
+What arrives is not trusted: a redirect leads to http(s) only and never from https to http, nothing is unpacked to disk,
+and an archive is refused that would unpack to much more than it is, or that lists members without end.
+A URL may name environment variables, `https://host/a.txt?token=${TOKEN}`: its secret then stands in no file.
 """
 
 from __future__ import annotations
 
+import errno
 import fnmatch
 import glob
 import gzip
 import hashlib
+import io
+import lzma
 import os
 import re
+import stat
+import struct
 import sys
 import time
 import zipfile
@@ -23,7 +32,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import IO, Any, NamedTuple
-from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.parse import quote, unquote, urljoin, urlsplit, urlunsplit
 
 import fsspec
 import requests
@@ -37,9 +46,18 @@ from llm.display import one_line
 SCHEMES = ("https", "http", "file", "s3", "gs", "hf")
 TRACKED = (Path("data/own"), Path("data/sample"))  # DVC notices changes of local files here
 BLOCK = 1 << 20  # bytes read at once
+MAX_RATIO = 200  # bytes that a packed one may become; text and tables become 3 to 30
+FREE_SIZE = 1 << 26  # unpacked bytes that need no such ratio
+MAX_DIRECTORY = 1 << 22  # bytes of a zip archive's table of members, about 50,000 of them
 TIMEOUT = (10.0, 30.0)  # seconds to connect, and without a byte from a server
 PAUSES = (1.0, 2.0, 4.0)  # seconds before each retry; they start again whenever an attempt brought something new
 NETWORK = "check the network and the proxy settings (HTTPS_PROXY), or give a folder with the file in LLM_DATA_MIRROR"
+VARIABLE = re.compile(r"\$\{(\w+)\}")  # of the environment, in a URL
+UNPACKING_ERRORS = (
+    *(OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, struct.error),
+    *(RuntimeError, NotImplementedError),  # encrypted, another method
+    *(UnicodeDecodeError, OverflowError),  # a name in no encoding, a place that no file has
+)
 HTML = re.compile(
     rb"(\xef\xbb\xbf)?\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)*<(!doctype\s+html|html|head|body)\b",
     re.DOTALL | re.IGNORECASE,
@@ -73,19 +91,23 @@ class DataFile:
 
     def blocks(self) -> Iterator[bytes]:
         """The unpacked content, a block at a time."""
+        size, packed = 0, self.path.stat().st_size if self.packing else None
         try:
             with self._open() as stream:
                 while block := stream.read(BLOCK):
+                    size += len(block)
+                    if packed is not None:
+                        _check_ratio(str(self), size, packed)
                     yield block
-        except (OSError, EOFError, zlib.error, zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
-            if isinstance(error, OSError) and error.errno is not None:
+        except UNPACKING_ERRORS as error:
+            if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
                 raise
             raise InputError(f"{self}: cannot be unpacked ({_line(error)}); fetch or pack it again") from None
 
     @contextmanager
     def _open(self) -> Iterator[IO[bytes]]:
         if self.member is not None:
-            with zipfile.ZipFile(self.path) as archive, archive.open(self.member) as stream:
+            with _zip_archive(self.path) as archive, archive.open(self.member) as stream:
                 yield stream
         elif self.packing == ".gz":
             with gzip.open(self.path) as unpacked:
@@ -209,12 +231,15 @@ def _accept(name: str, path: Path, file: SourceFile) -> list[DataFile]:
 def _members(name: str, path: Path, wanted: str | None) -> list[str]:
     """The members to read: the one named, those that a pattern names, or the only one."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            names = sorted(info.filename for info in archive.infolist() if not info.is_dir())
-    except (zipfile.BadZipFile, NotImplementedError) as error:
+        with _zip_archive(path) as archive:
+            infos = {info.filename: info for info in archive.infolist() if not info.is_dir()}
+    except UNPACKING_ERRORS as error:
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise
         raise InputError(
             f"{name}: expected a zip archive, found something else ({_line(error)}); fetch it again"
         ) from None
+    names = sorted(infos)
     for member in names:
         parts = PureWindowsPath(member)  # knows both slashes, roots and drives
         if parts.drive or parts.root or ".." in parts.parts:
@@ -226,11 +251,40 @@ def _members(name: str, path: Path, wanted: str | None) -> list[str]:
             raise InputError(
                 f"{name}: expected one member, {found}; say which with member:, a name or a pattern as *.txt"
             )
-        return names
-    chosen = [wanted] if wanted in names else fnmatch.filter(names, wanted)
+        chosen = names
+    else:
+        chosen = [wanted] if wanted in names else fnmatch.filter(names, wanted)
     if not chosen:
         raise InputError(f"{name}: expected a member {wanted!r}, {found}; correct member:")
+    for member in chosen:
+        if stat.S_ISLNK(infos[member].external_attr >> 16):
+            raise InputError(f"{name}: member {member!r} is a link, and links are not followed; pack the file itself")
+    _check_ratio(name, sum(infos[member].file_size for member in chosen), path.stat().st_size)
     return chosen
+
+
+class _ZipReader(io.BufferedReader):
+    """A file for `zipfile`, which reads a table of members at once, however long an archive says that it is."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > MAX_DIRECTORY:
+            raise zipfile.BadZipFile(f"its table of members has {size:,} bytes, {MAX_DIRECTORY:,} are read")
+        return super().read(size)
+
+
+@contextmanager
+def _zip_archive(path: Path) -> Iterator[zipfile.ZipFile]:
+    with _ZipReader(io.FileIO(path)) as file, zipfile.ZipFile(file) as archive:
+        yield archive
+
+
+def _check_ratio(name: str, size: int, packed: int) -> None:
+    """Raises `InputError` for what would fill the disk."""
+    if size > max(FREE_SIZE, MAX_RATIO * packed):
+        raise InputError(
+            f"{name}: unpacks to more than {MAX_RATIO} times its {packed:,} bytes, as if made to fill a disk; "
+            "if you trust it, unpack it yourself"
+        )
 
 
 def _digest(blocks: Iterable[bytes]) -> tuple[str, int]:
@@ -360,7 +414,9 @@ def _open_http(url: str, start: int, version: str) -> Iterator[_Body]:
         headers["Range"] = f"bytes={start}-"
         headers |= {"If-Range": version} if version else {}
     with _http_errors(url):
-        response = requests.get(url, headers=headers, stream=True, timeout=TIMEOUT)
+        response = requests.get(
+            _with_variables(url), headers=headers, stream=True, timeout=TIMEOUT, hooks={"response": _check_redirect}
+        )
     with response:
         status = f"HTTP status {response.status_code} {response.reason or ''}".strip()
         if response.status_code in (408, 425, 429) or response.status_code >= 500:
@@ -381,6 +437,27 @@ def _open_http(url: str, start: int, version: str) -> Iterator[_Body]:
         etag = response.headers.get("ETag", "")
         tag = etag if etag and not etag.startswith("W/") else response.headers.get("Last-Modified", "")
         yield _Body(_http_blocks(response, url), begin, begin + int(length) if length.isdigit() else None, tag)
+
+
+def _with_variables(url: str) -> str:
+    def value(found: re.Match[str]) -> str:
+        if found[1] not in os.environ:
+            raise InputError(f"{redact(url)}: the environment variable {found[1]} is not set; its URL needs it")
+        return quote(os.environ[found[1]], safe="")
+
+    return VARIABLE.sub(value, url)
+
+
+def _check_redirect(response: requests.Response, *args: Any, **kwargs: Any) -> None:
+    """Called by requests before it follows a redirect."""
+    if not response.is_redirect:
+        return
+    there = urljoin(response.url, response.headers["Location"])
+    schemes = ("https",) if urlsplit(response.url).scheme == "https" else ("https", "http")
+    if urlsplit(there).scheme not in schemes:
+        raise InputError(
+            f"{redact(response.url)}: redirects to {redact(there)}, expected {' or '.join(schemes)}; give the right URL"
+        )
 
 
 def _http_blocks(response: requests.Response, url: str) -> Iterator[bytes]:

@@ -53,8 +53,8 @@ def tracking_uri() -> str:
 
 
 def printable(text: str) -> str:
-    """An address, or a text with one in it, without user and password."""
-    return re.sub(r"//[^/\s]*@", "//", text)
+    """An address, or a text with one in it, without user, password and query."""
+    return re.sub(r"(//[^\s?'\"]*)\?[^\s'\"]*", r"\1", re.sub(r"//[^/\s]*@", "//", text))
 
 
 class Process(NamedTuple):

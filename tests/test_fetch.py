@@ -222,21 +222,26 @@ def test_a_proxy_of_the_environment_is_used(server: Server, cache: Path, monkeyp
     assert content(found) == DATA
 
 
-def test_secrets_stay_secret(server: Server, cache: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_secrets_stay_secret(
+    server: Server, cache: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     server.files["/a.txt"] = DATA
     place = server.url.removeprefix("http://")
-    wanted = SourceFile(url=f"http://me:word@{place}/a.txt?token=hidden")
+    monkeypatch.setenv("WHO", "me")
+    monkeypatch.setenv("PASS", "word")
+    monkeypatch.setenv("TOKEN", "hidden")
+    wanted = SourceFile(url=f"http://${{WHO}}:${{PASS}}@{place}/a.txt?token=${{TOKEN}}")
     server.failures = ["cut"]
     (found,) = fetch(wanted, cache)
     assert found.name == f"http://{place}/a.txt"
     assert server.asked[0][0] == "/a.txt?token=hidden"
     server.failures = [404]
-    message = refused(SourceFile(url=f"http://me:word@{place}/b.txt?token=hidden"), cache)
+    message = refused(SourceFile(url=f"http://${{WHO}}:${{PASS}}@{place}/b.txt?token=${{TOKEN}}"), cache)
     server.shutdown()
     server.socket.close()
-    message += refused(SourceFile(url=f"http://me:word@{place}/c.txt?token=hidden"), cache)
+    message += refused(SourceFile(url=f"http://${{WHO}}:${{PASS}}@{place}/c.txt?token=${{TOKEN}}"), cache)
     printed = capfd.readouterr()
-    for secret in ("word@", "hidden"):
+    for secret in ("word", "hidden"):
         assert secret not in message + printed.out + printed.err
 
 
