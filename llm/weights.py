@@ -109,6 +109,8 @@ def source_files(source: str, weights: bool = True) -> Path:
         return path
     if path.exists() or path.suffix == ".gguf" or not HUB_NAME.fullmatch(source):
         problem = "no folder and no .gguf file" if path.exists() else "not found"
+        if any(path.match(pattern) for pattern in PICKLED):
+            problem += "; pickled files are not read: unpickling executes code"
         raise InputError(f"{source}: {problem}; give a model folder, a .gguf file or a hub name such as org/name")
     try:
         from huggingface_hub import snapshot_download
