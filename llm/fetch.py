@@ -232,7 +232,7 @@ def _members(name: str, path: Path, wanted: str | None) -> list[str]:
     """The members to read: the one named, those that a pattern names, or the only one."""
     try:
         with _zip_archive(path) as archive:
-            infos = {info.filename: info for info in archive.infolist() if not info.is_dir()}
+            infos = {info.filename: info for info in archive.infolist() if not info.filename.endswith("/")}
     except UNPACKING_ERRORS as error:
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise
