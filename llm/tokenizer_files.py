@@ -22,6 +22,7 @@ from llm.data import ALPACA_INSTRUCTION, ALPACA_PREAMBLE, ALPACA_RESPONSE, stop_
 from llm.tokenizer import END_OF_TEXT, GPT2_PATTERN, MAX_SPACES, PATTERN, Tokenizer, gpt2_bytes
 
 MAX_VOCAB_SIZE = 10_000_000  # ids beyond this are a damaged file; known vocabularies end below 300,000
+MAX_TOKEN = 1000  # bytes; known tokens have up to 256, and how long one takes to check grows with the square or worse
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # the types of tokens in a GGUF file
 
@@ -315,6 +316,8 @@ def _build(
         if name not in special:
             if not name or not set(name) <= byte_of.keys():
                 raise InputError(f"{where}: token {number} {name!r} is not byte-level BPE; only that is known")
+            if len(name) > MAX_TOKEN:
+                raise InputError(f"{where}: token {number} has {len(name):,} bytes; damaged: fetch the file again")
             tokens[number] = bytes(byte_of[character] for character in name)
     pairs: dict[int, set[tuple[bytes, ...]]] = {}
     last = -1
