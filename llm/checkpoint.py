@@ -19,7 +19,7 @@ from safetensors.torch import load, save, save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from llm.config import GPTConfig, InputError, Strict, Template, explain
+from llm.config import GPTConfig, InputError, Positive, Strict, Template, explain, parse_json
 from llm.model import GPT, GPTClassifier
 from llm.tokenizer import Tokenizer
 
@@ -30,7 +30,7 @@ class ModelFolderConfig(Strict):
     kind: Literal["base", "classifier", "instruct"]
     gpt: GPTConfig
     labels: list[str] | None = None  # classifier: in the order of its outputs
-    max_length: int | None = None  # classifier: tokens of a text that it reads
+    max_length: Positive | None = None  # classifier: tokens of a text that it reads
     template: Template | None = None  # instruct: how a prompt is written
     system: str | None = None  # instruct: what stands before every prompt, where the template has a place for it
 
@@ -96,7 +96,7 @@ def read_model_folder(folder: Path) -> tuple[ModelFolderConfig, Tokenizer]:
     if not path.is_file():
         raise InputError(f"{folder}: not a model folder: config.json is missing; name a folder such as models/base")
     try:
-        config = ModelFolderConfig.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        config = ModelFolderConfig.model_validate(parse_json(path.read_text(encoding="utf-8")))
     except ValidationError as error:
         raise InputError(explain(error, str(path))) from None
     except ValueError as error:
@@ -200,7 +200,7 @@ def load_state(folder: Path, say: Callable[[str], None]) -> tuple[dict[str, Tens
     """The tensors and values of the newest sound state, or None; damaged ones are passed over with a message."""
     for path in reversed(saved_states(folder)):
         try:
-            state = json.loads((path / "state.json").read_text())
+            state = parse_json((path / "state.json").read_text())
             payload = (path / "state.safetensors").read_bytes()
             if checksum(payload, state["values"]) != state["sha256"]:
                 raise ValueError("the checksum differs")

@@ -7,23 +7,39 @@ was found.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from llm.display import one_line
+
+LONGEST_MESSAGE = 2000  # characters
 
 
 class InputError(ValueError):
     """Something the user gave is wrong. The message is one line: what, where, and what to do.
 
-    It may quote files, so that control characters in it are escaped here, for whoever prints it.
+    It may quote a file that anybody wrote: control characters in it are escaped here, for whoever prints it, and what
+    is too long loses its middle.
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(one_line(message))
+        line = one_line(message)
+        if len(line) > LONGEST_MESSAGE:
+            line = f"{line[: LONGEST_MESSAGE // 2]} ... {line[-LONGEST_MESSAGE // 2 :]}"
+        super().__init__(line)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """`json.loads`, but whatever is wrong with the text is a `ValueError`."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("too many brackets inside one another") from None
 
 
 class Strict(BaseModel):
@@ -45,6 +61,18 @@ SECRET = re.compile(  # something before the @ of a URL, or the value of such a 
 )
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
+MAX_SIZE = 2**24  # no width, vocabulary or context of a model comes near
+Size = Annotated[int, Field(ge=1, le=MAX_SIZE)]
+Layers = Annotated[int, Field(ge=1, le=1000)]
+
+
+def _checked_url(url: str) -> str:
+    urlsplit(url)  # a ValueError for brackets that are no IPv6 address
+    return url
+
+
+Url = Annotated[str, AfterValidator(_checked_url)]
+
 
 # ---- data ------------------------------------------------------------------------------------------------------------
 
@@ -56,8 +84,8 @@ class SourceFile(Strict):
     A URL holds no secret, as DVC writes all params to `dvc.lock`: `${NAME}` in it is taken from the environment.
     """
 
-    url: str | None = None
-    backup_url: str | None = None
+    url: Url | None = None
+    backup_url: Url | None = None
     path: str | None = None
     sha256: Sha256 | None = None
     member: str | None = None
@@ -163,13 +191,13 @@ class TokenizeParams(Strict):
 class ModelParams(Strict):
     """The shape of a GPT, all but the vocabulary, which comes with the tokenizer."""
 
-    context_length: Positive
-    emb_dim: Positive
-    n_layers: Positive
-    n_heads: Positive
-    n_kv_heads: Positive
-    head_dim: Positive
-    ffn_dim: Positive
+    context_length: Size
+    emb_dim: Size
+    n_layers: Layers
+    n_heads: Size
+    n_kv_heads: Size
+    head_dim: Size
+    ffn_dim: Size
     positions: Literal["learned", "rotary"]
     rope_theta: PositiveFloat
     norm: Literal["layernorm", "rmsnorm"]
@@ -184,6 +212,8 @@ class ModelParams(Strict):
     def _shapes(self) -> Self:
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads {self.n_heads} must be a multiple of n_kv_heads {self.n_kv_heads}")
+        if self.n_heads * self.head_dim > MAX_SIZE:
+            raise ValueError(f"n_heads {self.n_heads} times head_dim {self.head_dim} must not exceed {MAX_SIZE}")
         if self.positions == "rotary" and self.head_dim % 2:
             raise ValueError(f"rotary positions need an even head_dim, found {self.head_dim}")
         return self
@@ -224,7 +254,7 @@ class RopeScaling(Strict):
 class GPTConfig(ModelParams):
     """Everything that `GPT` is built from; what a model folder's `config.json` holds."""
 
-    vocab_size: Positive  # at least the tokenizer's; open weights often have rows to spare
+    vocab_size: Size  # at least the tokenizer's; open weights often have rows to spare
     rope_scaling: RopeScaling | None = None
     sliding_window: Positive | None = None  # tokens that a position attends to, itself included; None: all before it
 
@@ -319,7 +349,7 @@ class RuntimeParams(Strict):
 
 
 class Params(Strict):
-    seed: NonNegative
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
     data: DataParams
     sources: dict[str, Source]
     gpt2_files: GPT2TokenizerFiles

@@ -6,7 +6,6 @@ of where it was in the data. Shapes: B rows of a batch, T tokens.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llm.config import InputError, Template
+from llm.config import InputError, Template, parse_json
 from llm.tokenizer import END_OF_TEXT, Tokenizer
 
 IGNORE = -100  # a target that does not count
@@ -46,7 +45,7 @@ class TokenShards:
     def __init__(self, folder: Path, split: str) -> None:
         path = folder / "meta.json"
         try:
-            meta = json.loads(path.read_text())
+            meta = parse_json(path.read_text())
             info = meta["splits"][split]
             self.n_tokens: int = info["tokens"]
             self.n_bytes: int = info["bytes"]  # of the text, without separator tokens
@@ -133,24 +132,29 @@ class Pair(NamedTuple):
     task: str
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        raise InputError(f"{path}: missing; run the tokenize stage first")
-    with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+def read_lines(path: Path) -> list[Any]:
+    """What the tokenize stage has written, a JSON value a line."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            return [parse_json(line) for line in file]
+    except FileNotFoundError:
+        raise InputError(f"{path}: missing; run the tokenize stage first") from None
+    except ValueError as error:
+        raise InputError(f"{path}: damaged ({error}); run the tokenize stage again") from None
 
 
 def read_messages(path: Path) -> list[Message]:
-    return [Message(**row) for row in read_rows(path)]
+    return [Message(**row) for row in read_lines(path)]
 
 
 def read_pairs(path: Path) -> list[Pair]:
-    return [Pair(**row) for row in read_rows(path)]
+    return [Pair(**row) for row in read_lines(path)]
 
 
 def read_labels(folder: Path) -> list[str]:
     """All labels, in the order of the classifier's outputs."""
-    return json.loads((folder / "labels.json").read_text(encoding="utf-8"))
+    [labels] = read_lines(folder / "labels.json")
+    return labels
 
 
 class Example(NamedTuple):

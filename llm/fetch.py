@@ -53,11 +53,6 @@ TIMEOUT = (10.0, 30.0)  # seconds to connect, and without a byte from a server
 PAUSES = (1.0, 2.0, 4.0)  # seconds before each retry; they start again whenever an attempt brought something new
 NETWORK = "check the network and the proxy settings (HTTPS_PROXY), or give a folder with the file in LLM_DATA_MIRROR"
 VARIABLE = re.compile(r"\$\{(\w+)\}")  # of the environment, in a URL
-UNPACKING_ERRORS = (
-    *(OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, struct.error),
-    *(RuntimeError, NotImplementedError),  # encrypted, another method
-    *(UnicodeDecodeError, OverflowError),  # a name in no encoding, a place that no file has
-)
 HTML = re.compile(
     rb"(\xef\xbb\xbf)?\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)*<(!doctype\s+html|html|head|body)\b",
     re.DOTALL | re.IGNORECASE,
@@ -92,17 +87,12 @@ class DataFile:
     def blocks(self) -> Iterator[bytes]:
         """The unpacked content, a block at a time."""
         size, packed = 0, self.path.stat().st_size if self.packing else None
-        try:
-            with self._open() as stream:
-                while block := stream.read(BLOCK):
-                    size += len(block)
-                    if packed is not None:
-                        _check_ratio(str(self), size, packed)
-                    yield block
-        except UNPACKING_ERRORS as error:
-            if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
-                raise
-            raise InputError(f"{self}: cannot be unpacked ({_line(error)}); fetch or pack it again") from None
+        with _unpacking(str(self)), self._open() as stream:
+            while block := stream.read(BLOCK):
+                size += len(block)
+                if packed is not None:
+                    _check_ratio(str(self), size, packed)
+                yield block
 
     @contextmanager
     def _open(self) -> Iterator[IO[bytes]]:
@@ -120,6 +110,22 @@ class DataFile:
         else:
             with self.path.open("rb") as plain:
                 yield plain
+
+
+@contextmanager
+def _unpacking(name: str) -> Iterator[None]:
+    """What the packing libraries raise for a damaged file is one line; what is wrong with the disk stays."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (
+        *(OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, struct.error),
+        *(RuntimeError, ValueError, LookupError),  # a password, an unknown method, a name without characters
+    ) as error:
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # EINVAL: a place before the start
+            raise
+        raise InputError(f"{name}: cannot be unpacked ({_line(error)}); fetch or pack it again") from None
 
 
 def fetch(file: SourceFile, cache: Path, mirror: Path | None = None) -> list[DataFile]:
@@ -163,13 +169,17 @@ def note(message: str) -> None:
 
 
 def _from_paths(pattern: str, file: SourceFile) -> list[DataFile]:
-    path = Path(pattern).expanduser()
+    try:
+        path = Path(pattern).expanduser()
+        there = path.exists()
+    except (RuntimeError, OSError) as error:  # no such user's home, a name that is too long
+        raise InputError(f"{pattern}: cannot be a path ({_line(error)}); correct path:") from None
     if path.is_dir():
         raise InputError(
             f"{pattern}: expected a file, found a folder; write {pattern.rstrip('/')}/*.txt for its text files"
         )
     paths = [path]
-    if not path.exists():
+    if not there:
         matches = sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207 Path.glob refuses absolute patterns
         paths = [Path(match) for match in matches if Path(match).is_file()]
     if not paths:
@@ -230,15 +240,8 @@ def _accept(name: str, path: Path, file: SourceFile) -> list[DataFile]:
 
 def _members(name: str, path: Path, wanted: str | None) -> list[str]:
     """The members to read: the one named, those that a pattern names, or the only one."""
-    try:
-        with _zip_archive(path) as archive:
-            infos = {info.filename: info for info in archive.infolist() if not info.filename.endswith("/")}
-    except UNPACKING_ERRORS as error:
-        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
-            raise
-        raise InputError(
-            f"{name}: expected a zip archive, found something else ({_line(error)}); fetch it again"
-        ) from None
+    with _unpacking(name), _zip_archive(path) as archive:
+        infos = {info.filename: info for info in archive.infolist() if not info.filename.endswith("/")}
     names = sorted(infos)
     for member in names:
         parts = PureWindowsPath(member)  # knows both slashes, roots and drives

@@ -30,7 +30,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from llm.checkpoint import ModelFolder, assign_tensor, language_model, stored_tensors, tie_head, without_weights
-from llm.config import GPTConfig, InputError, RopeScaling, explain
+from llm.config import MAX_SIZE, GPTConfig, InputError, RopeScaling, explain
 from llm.model import GPT, rotary_frequencies
 from llm.tokenizer_files import ImportedTokenizer, gguf_tokenizer_fields, tokenizer_from_gguf
 
@@ -67,8 +67,6 @@ UNDERSTOOD = {  # the metadata of an architecture; with any other key a model mi
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
 ALIGNMENT = 32  # of the tensors, where general.alignment says nothing else
-MAX_SIZE = 2**24  # no width or context of a model comes near
-MAX_LAYERS = 1000
 MAX_HEADER = 2**27  # bytes; as Python values it takes up to eight times as much
 CHUNK = 2**18  # numbers that are dequantised at a time
 WINDOW = "attention.sliding_window"
@@ -303,13 +301,11 @@ def _config(path: Path, header: Header) -> GPTConfig:
     size, number = metadata.size, metadata.number
 
     learned = arch == "gpt2"
-    emb_dim, n_heads, n_layers = size("embedding_length"), size("attention.head_count"), size("block_count")
+    emb_dim, n_heads = size("embedding_length"), size("attention.head_count")
     head_dim = size("attention.key_length", emb_dim // n_heads)
     for key in ("attention.value_length", "rope.dimension_count"):
         if size(key, head_dim) != head_dim:
             raise InputError(f"{path}: {arch}.{key} = {size(key)} is not supported, only a whole head, {head_dim}")
-    if n_heads * head_dim > MAX_SIZE or n_layers > MAX_LAYERS:
-        raise InputError(f"{path}: damaged: {n_layers} layers of {n_heads} heads of {head_dim}; download it again")
     if "token_embd.weight" not in tensors:
         raise InputError(f"{path}: tensor token_embd.weight is missing; the file does not hold a whole {arch} model")
     try:
@@ -317,7 +313,7 @@ def _config(path: Path, header: Header) -> GPTConfig:
             vocab_size=tensors["token_embd.weight"].shape[0],
             context_length=size("context_length"),
             emb_dim=emb_dim,
-            n_layers=n_layers,
+            n_layers=size("block_count"),
             n_heads=n_heads,
             n_kv_heads=size("attention.head_count_kv", n_heads),
             head_dim=head_dim,

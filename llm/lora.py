@@ -6,7 +6,6 @@ Shapes: r rank, I in_features and O out_features of a linear layer.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from llm.checkpoint import (
     unreadable,
     write_bytes,
 )
-from llm.config import InputError, LoRAParams, Sha256, Strict, TrainParams, explain
+from llm.config import InputError, LoRAParams, Sha256, Strict, TrainParams, explain, parse_json
 from llm.model import GPT, GPTClassifier
 
 
@@ -175,7 +174,7 @@ def read_adapter(folder: Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
     if not path.is_file():
         raise InputError(f"{folder}: not an adapter: adapter.json is missing; name one such as models/base/adapter")
     try:
-        config = AdapterConfig.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        config = AdapterConfig.model_validate(parse_json(path.read_text(encoding="utf-8")))
     except ValidationError as error:
         raise InputError(explain(error, str(path))) from None
     except ValueError as error:

@@ -6,14 +6,13 @@ Two texts are equal here when their leak keys are: the same letters and digits, 
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import unicodedata
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from llm.config import InputError
+from llm.config import InputError, parse_json
 
 SPLITS = ("train", "val", "test")  # the later one is the more held out
 TRAIN, VAL, TEST = range(3)
@@ -72,9 +71,19 @@ def open_raw(path: Path) -> BinaryIO:
         raise InputError(f"{path}: file not found; run the download stage first") from None
 
 
+def read_raw_json(path: Path) -> Any:
+    """A file that is one JSON value."""
+    with open_raw(path) as file:
+        content = file.read()
+    try:
+        return parse_json(content)
+    except ValueError as error:
+        raise InputError(f"{path}: damaged ({error}); run the download stage again") from None
+
+
 def parse_record(line: bytes, where: str) -> dict[str, Any]:
     try:
-        record = json.loads(line)
+        record = parse_json(line)
     except ValueError:
         raise InputError(
             f"{where}: expected a JSON object, found {line[:40]!r}; run the download stage again"

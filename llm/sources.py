@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from llm.config import CorpusSource, InputError, InstructionsSource, MessagesSource
+from llm.config import CorpusSource, InputError, InstructionsSource, MessagesSource, parse_json
 from llm.fetch import BLOCK, DataFile
 
 TEXT = (".txt", ".md")
@@ -282,8 +282,8 @@ def _json_lines(file: DataFile) -> Iterator[Row]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+            row = parse_json(line)
+        except ValueError as error:
             raise InputError(f"{where}: expected one JSON object, found an error ({error}); correct the line") from None
         if not isinstance(row, dict):
             raise InputError(f"{where}: expected one JSON object, found {type(row).__name__}; correct the line")
@@ -304,7 +304,7 @@ def _json_rows(file: DataFile) -> Iterator[Row]:
             return
         try:
             row, end = decode(waiting, at)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             more = "".join(islice(blocks, 1 + (len(waiting) - at) // BLOCK))  # twice as much each time
             if more and len(waiting) - at <= LARGEST_ROW:
                 passed += waiting.count("\n", 0, at)
@@ -362,7 +362,9 @@ def _parquet_rows(file: DataFile, columns: set[str]) -> Iterator[Row]:
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{file}, row {number}", row
-        except (pyarrow.ArrowException, EOFError) as error:
+        except (pyarrow.ArrowException, EOFError, OSError, ValueError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
             raise InputError(
                 f"{file}: expected a parquet file, found an error ({' '.join(str(error).split())})"
             ) from None

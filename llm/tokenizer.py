@@ -9,7 +9,6 @@ the order of the ids, which is what tiktoken goes by. Special tokens never come 
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 import re
 import unicodedata
@@ -24,12 +23,13 @@ import regex
 import rustbpe
 import tiktoken
 
-from llm.config import InputError
+from llm.config import InputError, parse_json
 
 FILE_NAME = "bpe.json"
 END_OF_TEXT = "<|endoftext|>"
 SPECIAL_TOKENS = (END_OF_TEXT, "<|im_start|>", "<|im_end|>")  # of a vocabulary trained here
 MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS) + 1  # all bytes and one merge
+MAX_VOCAB_SIZE = 1_000_000  # ids beyond this are a damaged file; known vocabularies end below 300,000
 
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
@@ -158,18 +158,21 @@ class Tokenizer:
     def load(cls, folder: Path) -> Tokenizer:
         path = folder / FILE_NAME
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = parse_json(path.read_text(encoding="utf-8"))
             ranks = [token and base64.b64decode(token, validate=True) for token in content["ranks"]]
             special_tokens = {str(token): int(number) for token, number in content["special_tokens"].items()}
-            pattern, end, begin = str(content["pattern"]), str(content["end"]), content["begin"]
-            nfc, missing = content.get("nfc") is True, bytes(content.get("missing_bytes", []))
+            pattern, end = str(content["pattern"]), str(content["end"])
+            begin = None if content["begin"] is None else str(content["begin"])
+            nfc, missing = content.get("nfc") is True, bytes([*content.get("missing_bytes", [])])
             user_defined = [str(name) for name in content.get("user_defined", [])]
+            _check(path, ranks, special_tokens, end, begin, missing)
+            return cls(ranks, pattern, special_tokens, end, begin, nfc, user_defined)
+        except InputError:
+            raise
         except FileNotFoundError:
             raise InputError(f"{path}: there is no tokenizer here; it is written by the tokenize stage") from None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, binascii.Error) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
             raise InputError(f"{path}: not a tokenizer ({_one_line(error)}); write it again") from None
-        _check(path, ranks, special_tokens, end, begin, missing)
-        return cls(ranks, pattern, special_tokens, end, begin, nfc, user_defined)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -195,7 +198,7 @@ class Tokenizer:
     def gpt2(cls, encoder_json: Path, vocab_bpe: Path) -> Tokenizer:
         """GPT-2's 50,257 tokens from the two files that OpenAI published."""
         try:
-            encoder = json.loads(encoder_json.read_text(encoding="utf-8"))
+            encoder = parse_json(encoder_json.read_text(encoding="utf-8"))
             merges = [tuple(line.split(" ")) for line in vocab_bpe.read_text(encoding="utf-8").splitlines()[1:] if line]
         except FileNotFoundError as error:
             raise InputError(f"{error.filename}: file not found; the download stage fetches it") from None
@@ -226,8 +229,11 @@ def _check(
     if len(set(tokens)) != len(tokens) or alone != set(range(256)) - set(missing):
         raise InputError(f"{path}: the ranks must hold each byte, and nothing twice; write the tokenizer again")
     ids = list(special_tokens.values())
-    if len(set(ids)) != len(ids) or any(i < 0 or (i < len(ranks) and ranks[i]) for i in ids):
-        raise InputError(f"{path}: a special token has the id of another token; write the tokenizer again")
+    if len(set(ids)) != len(ids) or any(not 0 <= i < MAX_VOCAB_SIZE or (i < len(ranks) and ranks[i]) for i in ids):
+        raise InputError(
+            f"{path}: a special token has the id of another token, or none below {MAX_VOCAB_SIZE:,}; "
+            "write the tokenizer again"
+        )
     for name in (end, begin):
         if name is not None and name not in special_tokens:
             raise InputError(f"{path}: the special token {name} is missing; write the tokenizer again")

@@ -17,11 +17,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llm.chat_template import render, render_untrusted
-from llm.config import InputError, Template
+from llm.config import InputError, Template, parse_json
 from llm.data import ALPACA_INSTRUCTION, ALPACA_PREAMBLE, ALPACA_RESPONSE, stop_token
-from llm.tokenizer import END_OF_TEXT, GPT2_PATTERN, MAX_SPACES, PATTERN, Tokenizer, gpt2_bytes
+from llm.tokenizer import (
+    END_OF_TEXT,
+    GPT2_PATTERN,
+    MAX_SPACES,
+    MAX_VOCAB_SIZE,
+    PATTERN,
+    Tokenizer,
+    gpt2_bytes,
+)
 
-MAX_VOCAB_SIZE = 10_000_000  # ids beyond this are a damaged file; known vocabularies end below 300,000
 MAX_TOKEN = 1000  # bytes; known tokens have up to 256, and how long one takes to check grows with the square or worse
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # the types of tokens in a GGUF file
@@ -170,7 +177,7 @@ def read_tokenizer_json(folder: Path) -> ImportedTokenizer:
         template = _chat_template_of(folder, config)
     except InputError:
         raise
-    except (LookupError, TypeError, AttributeError, ValueError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise InputError(f"{path}: not a tokenizer ({error!r}); fetch it again") from None
     return ImportedTokenizer(tokenizer, *_recognise(template, tokenizer, names))
 
@@ -178,7 +185,7 @@ def read_tokenizer_json(folder: Path) -> ImportedTokenizer:
 def _read_json(path: Path) -> dict[str, Any]:
     """The content of a file that may be absent: then nothing."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:

@@ -36,12 +36,14 @@ from llm.checkpoint import (
 from llm.config import (
     GPTConfig,
     InputError,
+    Layers,
     NonNegative,
     NonNegativeFloat,
     Positive,
     PositiveFloat,
     RopeScaling,
     explain,
+    parse_json,
 )
 from llm.data import end_tokens
 from llm.model import GPT
@@ -258,7 +260,7 @@ class LlamaForm(Form):
     model_type: Literal["llama", "mistral", "qwen2", "qwen3"]
     max_position_embeddings: Positive
     hidden_size: Positive
-    num_hidden_layers: Positive
+    num_hidden_layers: Layers
     num_attention_heads: Positive
     num_key_value_heads: Positive | None = None
     head_dim: Positive | None = None
@@ -394,7 +396,7 @@ def form_of(gpt: GPTConfig) -> GPT2Form | LlamaForm:
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: missing; give a folder with config.json, weights and tokenizer") from None
     except ValueError as error:

@@ -11,7 +11,7 @@ from typing import Any
 from llm import datacard, labelled
 from llm.config import SCRATCH
 from llm.corpus import Workers, batches_of, encode_corpus, plan_corpus, training_texts
-from llm.records import open_raw
+from llm.records import read_raw_json
 from llm.tokenizer import Tokenizer
 from stages.run import Run, main, write_atomic
 
@@ -38,7 +38,7 @@ def tokenize(run: Run) -> None:
 def write_tokens(run: Run, folder: Path) -> dict[str, Any]:
     """Writes everything but the reports, and returns the data card."""
     params, seed = run.params.tokenize, run.params.seed
-    labels = json.loads(open_raw(RAW / "labels.json").read())
+    labels = read_raw_json(RAW / "labels.json")
     messages = labelled.read_messages(RAW / "messages.jsonl", labels)
     pairs = labelled.read_instructions(RAW / "instructions.jsonl")
     split_messages = labelled.split_messages(messages, labels, params.messages, seed)
@@ -75,7 +75,7 @@ def write_tokens(run: Run, folder: Path) -> dict[str, Any]:
 
 def sources() -> dict[str, Any]:
     """The name and the licence of each data set's source, as the download has written them."""
-    provenance = json.loads(open_raw(RAW / "sources.json").read())
+    provenance = read_raw_json(RAW / "sources.json")
     kinds = ("corpus", "messages", "instructions")
     return {kind: {key: provenance[kind][key] for key in ("source", "licence")} for kind in kinds}
 
