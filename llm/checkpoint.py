@@ -130,6 +130,8 @@ def load_weights(model: GPT | GPTClassifier, path: Path, device: torch.device, d
         for name in sorted(expected, key=lambda name: -math.prod(expected[name])):
             with safe_open(path, framework="pt") as file:
                 tensor = file.get_tensor(name)
+                if not tensor.is_floating_point():
+                    raise InputError(f"{path}: tensor {name} is of {tensor.dtype}, no weights; make the folder again")
                 assign_tensor(model, name, tensor.to(device, dtype or tensor.dtype, copy=True))
     except (SafetensorError, OSError) as error:
         raise unreadable(path, error) from None
