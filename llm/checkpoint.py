@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -70,7 +71,7 @@ def save_model_folder(folder: Path, content: ModelFolder, more: Mapping[str, byt
         content.tokenizer.save(new)
         for name, data in (more or {}).items():
             (new / name).parent.mkdir(exist_ok=True)
-            write_bytes(new / name, data)
+            (new / name).write_bytes(data)
 
 
 def load_model_folder(
@@ -190,8 +191,8 @@ def save_state(folder: Path, step: int, tensors: dict[str, Tensor], values: dict
     state = {"sha256": checksum(payload, values), "values": values}
     path = folder / f"step-{step:08d}"
     with replaced_folder(path) as new:
-        write_bytes(new / "state.safetensors", payload)
-        write_bytes(new / "state.json", json.dumps(state).encode())
+        (new / "state.safetensors").write_bytes(payload)
+        (new / "state.json").write_text(json.dumps(state), encoding="utf-8")
     states = saved_states(folder)
     i = states.index(path)
     for other in states[: max(0, i - 1)] + states[i + 1 :]:  # later ones are damaged: the training passed them over
@@ -226,29 +227,26 @@ def saved_states(folder: Path) -> list[Path]:
 # ---- files that appear whole or not at all ---------------------------------------------------------------------------
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Writes and syncs a file inside a folder that is not visible yet."""
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Writes and syncs a safetensors file from where the tensors are, without a second copy of them in memory."""
+    """Writes a safetensors file from where the tensors are, without a second copy of them in memory."""
     path.touch()
     mode = path.stat().st_mode
-    save_file(tensors, path, metadata)
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))  # a full disk: (os error 28)
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
     path.chmod(mode)  # safetensors makes files that only their owner can read
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 @contextlib.contextmanager
 def replaced_folder(folder: Path) -> Iterator[Path]:
     """A new empty folder that takes the place of `folder` when the block ends without an error.
 
-    The earlier folder is moved aside before it is deleted: a kill never leaves half a folder under the name.
+    The earlier folder is moved aside before it is deleted, and the disk has all of the new one before it gets its name:
+    neither a kill nor a power cut leaves half a folder under it.
     """
     new, old = (folder.with_name(folder.name + ending) for ending in (".partial", ".old"))
     for leftover in (new, old):
@@ -256,12 +254,28 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
     new.mkdir(parents=True)
     try:
         yield new
+        for path in (*new.rglob("*"), new):
+            sync(path)
         if folder.exists():
             folder.rename(old)
         new.rename(folder)
+        sync(folder.parent)
         shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         if old.exists() and not folder.exists():
             old.rename(folder)
         raise
+
+
+def sync(path: Path) -> None:
+    """Returns when the disk has the file's content, or the folder's entries."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        if path.is_file():
+            raise
+        # some file systems have no such thing for folders
+    finally:
+        os.close(descriptor)

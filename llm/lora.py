@@ -24,7 +24,6 @@ from llm.checkpoint import (
     save_model_folder,
     stored_tensors,
     unreadable,
-    write_bytes,
 )
 from llm.config import InputError, LoRAParams, Sha256, Strict, TrainParams, explain, parse_json
 from llm.model import GPT, GPTClassifier
@@ -134,7 +133,7 @@ def save_adapter(folder: Path, content: ModelFolder, lora: LoRAParams) -> None:
     """Writes the adapter of a model that `add_lora` extended, without its base: adapter.json, adapter.safetensors."""
     with replaced_folder(folder) as new:
         for name, data in adapter_files(content, lora).items():
-            write_bytes(new / name, data)
+            (new / name).write_bytes(data)
 
 
 def save_trained(folder: Path, content: ModelFolder, params: TrainParams) -> None:

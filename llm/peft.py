@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from llm.checkpoint import replaced_folder, write_bytes
+from llm.checkpoint import replaced_folder
 from llm.config import InputError
 from llm.lora import read_adapter
 from llm.weights import NAMES, form_of
@@ -70,4 +70,4 @@ def export_peft(adapter: Path, out: Path, base: str | None = None) -> None:
     }
     with replaced_folder(out) as new:
         (new / "adapter_config.json").write_text(json.dumps(values, indent=2) + "\n")
-        write_bytes(new / "adapter_model.safetensors", save(weights, {"format": "pt"}))
+        (new / "adapter_model.safetensors").write_bytes(save(weights, {"format": "pt"}))
