@@ -6,7 +6,7 @@ import contextlib
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -155,7 +155,7 @@ def fit(
     restored it ends with the same bits. `evaluate()` returns metrics, `val/loss` among them.
 
     Raises `InputError` when the loss is not finite or explodes. Returns early, with the state saved, when
-    `should_stop()` says so.
+    `should_stop()` says so: after a step, or in the middle of an evaluation, which is then made again.
     """
     device = next(model.parameters()).device
     optimizers = make_optimizers(model, params)
@@ -180,7 +180,12 @@ def fit(
     with bar:
         while True:
             if state.step % params.eval_interval == 0 or state.step == params.max_steps:
-                _evaluate(state, model, params, evaluate, sample, log, bar)
+                try:
+                    _evaluate(state, model, params, evaluate, sample, log, should_stop, bar)
+                except _StoppedError:
+                    if state_dir is not None:
+                        save_state(state_dir, state.step, *state.content())
+                    return FitResult(state.step, state.step, state.history)
                 if state.step == params.max_steps or (params.patience and state.evals_since_best >= params.patience):
                     break
                 last_log, tokens_since_log = time.perf_counter(), 0
@@ -250,7 +255,9 @@ def _guard(state: _State, loss: float, grad_norm: float, micro_batches: list[Bat
     rows = ", ".join(str(row) for batch in micro_batches for row in batch.rows)
     where = f"step {state.step}, batch of rows {rows}"
     if not math.isfinite(loss) or not math.isfinite(grad_norm):
-        raise InputError(f"{where}: loss {loss}, gradient norm {grad_norm}: lower lr, or look at these rows")
+        counted = any((batch.targets != IGNORE).any() for batch in micro_batches)
+        remedy = "lower lr, or look at these rows" if counted else "no target in them counts; leave these rows out"
+        raise InputError(f"{where}: loss {loss}, gradient norm {grad_norm}: {remedy}")
     state.recent = [*state.recent[-19:], loss]
     mean = sum(state.recent) / len(state.recent)
     if len(state.recent) == 20 and mean > 2 * state.history[0]["train/loss"] + 2:
@@ -264,14 +271,20 @@ def _evaluate(
     evaluate: Callable[[], Mapping[str, float]],
     sample: Callable[[], str] | None,
     log: Callable[[Mapping[str, float], int], None],
+    should_stop: Callable[[], bool],
     bar: tqdm[Any],
 ) -> None:
-    """Adds a row to the history, remembers the best weights and shows a sample."""
+    """Adds a row to the history, remembers the best weights and shows a sample.
+
+    Raises `_StoppedError` when `should_stop()` says so meanwhile, and `InputError` when val/loss is not finite.
+    """
     model.eval()
-    with torch.no_grad(), precision(next(model.parameters()).device):
+    with torch.no_grad(), precision(next(model.parameters()).device), _stopped_by(should_stop, model):
         metrics = dict(evaluate())
         with torch.compiler.set_stance("force_eager"):  # a sample's many shapes would each be compiled
             text = sample() if sample is not None else None
+    if not math.isfinite(metrics["val/loss"]):
+        raise InputError(f"step {state.step}, validation: loss {metrics['val/loss']}: lower lr, or look at that split")
     train_loss = sum(state.losses) / len(state.losses) if state.losses else metrics["val/loss"]
     state.losses = []
     row = {"step": float(state.step), "train/loss": train_loss, **metrics}
@@ -286,6 +299,26 @@ def _evaluate(
         state.remember_best(metrics["val/loss"])
     else:
         state.evals_since_best += 1
+
+
+class _StoppedError(Exception):
+    """An evaluation was left before its end; it has changed nothing."""
+
+
+@contextlib.contextmanager
+def _stopped_by(should_stop: Callable[[], bool], model: nn.Module) -> Iterator[None]:
+    """Within it each batch that the model reads asks first, so that a long evaluation does not delay a stop."""
+
+    def ask(module: nn.Module, arguments: object) -> None:
+        if should_stop():
+            raise _StoppedError
+
+    hooks = [module.register_forward_pre_hook(ask) for module in model.modules() if isinstance(module, nn.Embedding)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 class _State:
