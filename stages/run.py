@@ -18,6 +18,7 @@ import importlib.metadata
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -35,7 +36,8 @@ from llm.config import InputError, Params, parse_params
 from stages.tracking import Journal, repository
 
 EXIT_STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130}
-ACTIONABLE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}  # disk full, no permission
+REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOMEM}
+NO_MEMORY = re.compile("can't allocate memory|out of memory")  # torch on a CPU, on CUDA
 LOCK_PATIENCE = 5.0  # seconds in which a stage that is just ending may free its lock
 
 
@@ -120,10 +122,20 @@ def main(stage: str, body: Callable[[Run], None]) -> None:
         _run_stage(stage, body)
     except InputError as error:
         sys.exit(f"{stage}: {error}")
-    except OSError as error:
-        if error.errno not in ACTIONABLE:
+    except Exception as error:
+        lacking = shortage(error)
+        if lacking is None:
             raise
-        sys.exit(f"{stage}: {error.filename or 'writing'}: {error.strerror}")
+        sys.exit(f"{stage}: {lacking}")
+
+
+def shortage(error: Exception) -> str | None:
+    """What the machine refused, in a line: room on a disk, permission, memory; None for any other error."""
+    if isinstance(error, OSError) and error.errno in REFUSALS:
+        return f"{error.filename or 'writing'}: {error.strerror}"
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and NO_MEMORY.search(str(error))):
+        return "out of memory; a training with a smaller batch_size and a larger grad_accum_steps needs less"
+    return None
 
 
 def _run_stage(stage: str, body: Callable[[Run], None]) -> None:
@@ -150,7 +162,11 @@ def _run_stage(stage: str, body: Callable[[Run], None]) -> None:
             status = "KILLED" if error.code in EXIT_STATUS.values() else "FAILED"
             raise
         finally:
-            journal.end(status)
+            try:
+                journal.end(status)
+            except SystemExit:
+                if status != "FINISHED":
+                    raise  # else all is done, and asked to stop it only does not wait for the delivery
 
 
 def _leave(number: int, frame: FrameType | None) -> NoReturn:
