@@ -11,6 +11,7 @@ or be missing without the stage noticing. `LLM_TRACKING=off` leaves it out, the 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -108,6 +109,7 @@ class Journal:
         self.folder = folder
         self.patience = 0.0
         self._warned = False
+        self._torn = ""  # a line's end, after a line that a full disk cut
         self._sampler: Sampler | None = None
         self._earlier: dict[str, list[dict[str, Any]]] = {}
 
@@ -130,7 +132,10 @@ class Journal:
             params={key: str(value)[:6000] for key, value in params.items()},
             tags=tags,
         )
-        journal._sampler = Sampler(journal)
+        try:
+            journal._sampler = Sampler(journal)
+        except (psutil.Error, OSError, RuntimeError) as error:
+            journal._warn(f"no system metrics: {error}")
         if os.environ.get("LLM_TRACKING", "on") != "off":
             journal.patience = DELIVERY_PATIENCE if last or process == own else 0.0
             journal._deliver(pipeline, process)
@@ -153,9 +158,8 @@ class Journal:
                         while curve and curve[-1]["step"] >= event["step"]:
                             curve.pop()
                         curve.append(event | {"values": {key: value}})
-            journals.write_text(
-                "".join(f"{folder}\n" for folder in [*folders, self.folder.resolve()]), encoding="utf-8"
-            )
+            with journals.open("a", encoding="utf-8") as file:
+                file.write(f"{self.folder.resolve()}\n")
         except (OSError, ValueError) as error:
             self._warn(f"the record of the interrupted run is not taken over: {error}")
 
@@ -239,9 +243,13 @@ class Journal:
     def _write(self, **event: Any) -> None:
         try:
             line = json.dumps({"time": int(time.time() * 1000)} | event, default=float)
+            content = f"{self._torn}{line}\n".encode()
             self.folder.mkdir(parents=True, exist_ok=True)
             with (self.folder / "events.jsonl").open("ab", buffering=0) as file:
-                file.write(f"{line}\n".encode())  # one write: lines of two threads never mix
+                written = file.write(content)  # one write: lines of two threads never mix
+            self._torn = "" if written == len(content) else "\n"
+            if self._torn:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except (OSError, TypeError, ValueError) as error:
             self._warn(f"{event['event']} is not recorded: {error}")
 
