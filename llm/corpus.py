@@ -18,6 +18,7 @@ from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -440,12 +441,17 @@ class Workers:
             yield from (function(job, *shared) for job in jobs)
             return
         pending: deque[Future[T]] = deque()
-        for job in jobs:
-            pending.append(self._pool.submit(function, job, *shared))
-            if len(pending) >= 2 * self._count:
+        try:
+            for job in jobs:
+                pending.append(self._pool.submit(function, job, *shared))
+                if len(pending) >= 2 * self._count:
+                    yield pending.popleft().result()
+            while pending:
                 yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+        except BrokenProcessPool:
+            raise InputError(
+                "runtime.workers: one of the processes was killed, for want of memory perhaps; try a smaller number"
+            ) from None
 
 
 def _start_worker() -> None:
