@@ -207,7 +207,8 @@ def fit(
                 log({"train/loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_s": tokens_per_s}, state.step)
                 bar.set_postfix_str(f"loss {loss:.4f}, {tokens_per_s:,.0f} tokens/s", refresh=False)
             stopping = should_stop()
-            if state_dir is not None and (stopping or state.step % runtime.checkpoint_interval == 0):
+            due = stopping or state.step % runtime.checkpoint_interval == 0 or state.step == params.max_steps
+            if state_dir is not None and due:
                 save_state(state_dir, state.step, *state.content())
             if stopping:
                 return FitResult(state.step, state.step, state.history)
