@@ -15,7 +15,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from llm.config import InputError
 from llm.display import CONTROLS, one_line, visible
@@ -277,7 +277,7 @@ def named_texts(arguments: list[str]) -> Iterator[str]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m llm",
         description="Use a trained model. `dvc repro` makes models/base, models/classifier and models/instruct.",
         epilog="`python -m llm COMMAND --help` shows a command's options and examples.",
@@ -389,6 +389,13 @@ def add_command(
     return command
 
 
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong with a command line; the commands' own parsers are of this class too."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {InputError(message)}; see {self.prog} --help\n")
+
+
 class CommandHelp(argparse.HelpFormatter):
     """Wraps descriptions but leaves the lines of the examples alone."""
 
@@ -430,8 +437,8 @@ def main(argv: list[str] | None = None) -> int:
         note("")
         return 130
     except (InputError, OSError) as error:
-        message = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
-        note(f"python -m llm {args.command}: {message}")
+        message = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+        note(f"python -m llm {args.command}: {InputError(message)}")  # as one line, whatever a file is called
         return 1
     return 0
 

@@ -315,35 +315,6 @@ def test_import_of_a_base_with_an_adapter(cli: Cli, folders: Folders, tmp_path: 
     assert not (tmp_path / "other").exists()
 
 
-def test_nothing_but_a_model_is_replaced(cli: Cli, folders: Folders, tmp_path: Path) -> None:
-    ours = saved(tmp_path / "ours", Tokenizer.load(folders.base), "base")
-    other = tmp_path / "other"
-    other.mkdir()
-    (other / "letter.txt").write_text("dear")
-    cases: list[tuple[list[str | Path], str]] = [
-        (["export", ours, other, "--format", "hf"], "other: exists and is no model folder; name a new folder"),
-        (["export", ours, other / "letter.txt", "--format", "hf"], "letter.txt: exists and is no model folder"),
-        (["export", ours, ours, "--format", "hf"], "ours: the source itself; name another folder"),
-        (["export", ours, tmp_path / "x", "--format", "hf", "--dtype", "f16"], "--dtype goes with --format gguf"),
-        (["export", folders.base, tmp_path / "x", "--format", "hf"], "base: transformers' form qwen3 has no place for"),
-        (["export", folders.classifier, tmp_path / "x", "--format", "hf"], "a classifier's head has a bias"),
-        (["export", tmp_path / "nowhere", tmp_path / "x", "--format", "hf"], "nowhere"),
-        (["export", ours, tmp_path / "x", "--format", "hf", "--base", "a"], "--base goes with --format peft"),
-        (["export", ours, tmp_path / "x", "--format", "peft"], "ours: holds no adapter; train it with trainable: lora"),
-        (["export", ours, folders.base, "--format", "peft"], "base: exists and is no adapter; name a new folder"),
-        (["import", ours, other], "other: exists and is no model folder"),
-        (["import", ours, ours], "ours: the source itself"),
-        (["import", other, tmp_path / "x"], "config.json: missing; give a folder with config.json"),
-        (["import", "nowhere", tmp_path / "x"], "nowhere: not found; give a model folder, a .gguf file or a hub name"),
-    ]
-    for argv, message in cases:
-        result = cli(*argv)
-        assert (result.status, result.out, result.err.count("\n")) == (1, "", 1), argv
-        assert result.err.startswith(f"python -m llm {argv[0]}: ") and message in result.err, result.err
-    assert (other / "letter.txt").read_text() == "dear"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "ours"]
-
-
 def test_a_begin_token_stands_before_the_prompt(cli: Cli, folders: Folders, tmp_path: Path) -> None:
     plain = Tokenizer.load(folders.base)
     tokenizer = Tokenizer(plain.ranks, plain.pattern, plain.special_tokens, begin="<|im_start|>")
@@ -376,63 +347,6 @@ def test_chat_says_what_the_system_is_and_stops_at_every_end(
         (encode_prompt(tokenizer, "chatml", "Name a trade.", system="Be brief."), ends),
         (tokenizer.encode("One"), {tokenizer.eot}),
     ]
-
-
-# ---- what the user can get wrong -------------------------------------------------------------------------------------
-
-
-def test_errors_are_one_line(cli: Cli, folders: Folders, tmp_path: Path) -> None:
-    files = {"text.txt": b"some text", "empty.txt": b"", "single.txt": b"O", "latin.txt": "café".encode("latin-1")}
-    for name, content in files.items():
-        (tmp_path / name).write_bytes(content)
-    damaged = tmp_path / "damaged"
-    damaged.mkdir()
-    (damaged / "config.json").write_text("{")
-
-    prompt = ["--prompt", "One"]
-    cases: list[tuple[list[str | Path], bytes, list[str]]] = [
-        (["generate", tmp_path / "nowhere", *prompt], b"", ["nowhere", "config.json"]),
-        (["generate", tmp_path, *prompt], b"", [str(tmp_path), "not a model folder"]),
-        (["generate", damaged, *prompt], b"", ["damaged", "not valid JSON"]),
-        (["generate", folders.classifier, *prompt], b"", ["classifier", "needs base or instruct"]),
-        (["generate", folders.base, "--prompt", ""], b"", ["--prompt is empty"]),
-        (["generate", folders.base, "--prompt", "\udcff"], b"", ["--prompt is not valid UTF-8"]),
-        (["generate", folders.base, *prompt, "--temperature", "-1"], b"", ["temperature must be 0", "found -1.0"]),
-        (["generate", folders.base, *prompt, "--max-new-tokens", "-5"], b"", ["max_new_tokens", "found -5"]),
-        (["generate", folders.base, *prompt, "--top-p", "2"], b"", ["top_p", "found 2.0"]),
-        (["generate", folders.base, *prompt, "--seed", "-1"], b"", ["seed", "found -1"]),
-        (["chat", folders.base], b"", ["kind base", "needs instruct"]),
-        (["chat", folders.classifier], b"", ["kind classifier", "needs instruct"]),
-        (["chat", folders.instruct], b"\xff\n", ["stdin, line 1: not valid UTF-8 (byte 0xff"]),
-        (["chat", folders.instruct, "--top-k", "0"], b"Name a trade.\n", ["top_k", "found 0"]),
-        (["classify", folders.base, "text"], b"", ["kind base", "needs classifier"]),
-        (["classify", tmp_path / "nowhere", "text"], b"", ["nowhere", "config.json"]),
-        (["classify", folders.classifier, "-"], b"fine\n\xe9\n", ["stdin, line 2: not valid UTF-8 (byte 0xe9"]),
-        (["score", folders.base, tmp_path / "missing.txt"], b"", ["missing.txt: No such file"]),
-        (["score", folders.base, tmp_path], b"", [f"{tmp_path}: Is a directory"]),
-        (["score", folders.base, tmp_path / "empty.txt"], b"", ["empty.txt: empty"]),
-        (["score", folders.base, tmp_path / "single.txt"], b"", ["single.txt: a single token"]),
-        (["score", folders.base, tmp_path / "latin.txt"], b"", ["latin.txt: not valid UTF-8 (byte 0xe9 at"]),
-        (["score", folders.base, "-"], b"", ["stdin: empty"]),
-        (["score", folders.classifier, tmp_path / "text.txt"], b"", ["kind classifier", "needs base or instruct"]),
-    ]
-    for argv, stdin, parts in cases:
-        result = cli(*argv, stdin=stdin)
-        assert result.status == 1, argv
-        assert result.out == "", argv
-        assert result.err.startswith(f"python -m llm {argv[0]}: ") and result.err.count("\n") == 1, result.err
-        for part in parts:
-            assert part in result.err, argv
-
-
-@pytest.mark.parametrize(
-    "argv", [[], ["sing"], ["generate", "x"], ["generate", "x", "--prompt", "y", "--top-k", "many"], ["classify", "x"]]
-)
-def test_usage_errors(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main(argv)
-    assert stop.value.code == 2
-    assert capsys.readouterr().err.startswith("usage: python -m llm")
 
 
 def test_an_interrupt_ends_with_130(cli: Cli, folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -259,24 +258,6 @@ def test_other_errors_keep_their_traceback(place: Path) -> None:
     done = execute("raise KeyError('bug')")
     assert done.returncode == 1
     assert "Traceback" in done.stderr and "KeyError: 'bug'" in done.stderr
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("seed: [1", "params.yaml, line 1"),
-        ("just text", "params.yaml: expected keys with values, found str"),
-        ("", "params.yaml: expected keys with values, found NoneType"),
-        (SHIPPED + "surprise: 1\n", "params.yaml: surprise: unknown key"),
-        (re.sub(r"\n  lr: \S+", "\n  lr: 1e-3", SHIPPED, count=1), "params.yaml: pretrain.lr"),
-    ],
-)
-def test_bad_params_are_one_line(place: Path, text: str, message: str) -> None:
-    (place / "params.yaml").write_text(text)
-    with pytest.raises(InputError) as error:
-        parse_params(run.read_yaml(Path("params.yaml")))
-    assert str(error.value).startswith(message)
-    assert "\n" not in str(error.value)
 
 
 def test_a_missing_file_is_named(place: Path) -> None:

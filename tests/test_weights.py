@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -436,104 +435,9 @@ def test_what_gpt_cannot_express_is_named(
 # ---- in: what can be wrong -------------------------------------------------------------------------------------------
 
 
-def edit(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], None]:
-    def apply(folder: Path) -> None:
-        weights = load_file(folder / "model.safetensors")
-        change(weights)
-        save_file(weights, folder / "model.safetensors")
-
-    return apply
-
-
-def write(name: str, text: str) -> Callable[[Path], Any]:
-    return lambda folder: (folder / name).write_text(text)
-
-
-def cut(name: str, length: int) -> Callable[[Path], Any]:
-    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:length])
-
-
-def pickled(folder: Path) -> None:
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-
-
-def sharded(*steps: Callable[[Path], Any]) -> Callable[[Path], None]:
-    def apply(folder: Path) -> None:
-        weights = load_file(folder / "model.safetensors")
-        (folder / "model.safetensors").unlink()
-        names = sorted(weights)
-        shards = {f"model-0000{i + 1}-of-00002.safetensors": names[i::2] for i in range(2)}
-        for shard, members in shards.items():
-            save_file({name: weights[name] for name in members}, folder / shard)
-        index = {"weight_map": {name: shard for shard, members in shards.items() for name in members}}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-        for step in steps:
-            step(folder)
-
-    return apply
-
-
-Q = "model.layers.1.self_attn.q_proj.weight"
-SECOND = "model-00002-of-00002.safetensors"
-SMALLER = {"vocab_size": 270}
-BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "no config": (lambda f: (f / "config.json").unlink(), r"config\.json: missing; give a folder with config\.json"),
-    "config cut": (cut("config.json", 100), r"config\.json: not valid JSON"),
-    "config a list": (write("config.json", "[]"), r"config\.json: expected an object, found list"),
-    "weights cut": (cut("model.safetensors", 20_000), r"model\.safetensors: cannot be read as safetensors"),
-    "weights empty": (cut("model.safetensors", 0), r"model\.safetensors: cannot be read as safetensors"),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), r"model\.safetensors is missing; pickled weights are"),
-    "pickles only": (pickled, r"pytorch_model\.bin is not read: unpickling executes code; take or make .* safetensors"),
-    "tensor missing": (edit(lambda w: w.pop(Q)), f"tensor {Q} is missing from the weights"),
-    "tensor extra": (edit(lambda w: w.update(new=w[Q].clone())), r"tensor new has no place in the model \(1 left over"),
-    "another layer": (
-        edit(lambda w: w.update({Q.replace("1", "2"): w[Q].clone()})),
-        r"layers\.2\.self_attn\.q_proj\.weight has no place",
-    ),
-    "wrong shape": (edit(lambda w: w.update({Q: w[Q][:8]})), rf"tensor {Q} has shape \[8, 32\], .* for \[32, 32\]"),
-    "integers": (
-        edit(lambda w: w.update({Q: w[Q].to(torch.int8)})),
-        f"tensor {Q} is stored as I8; read are F32, F16, BF16",
-    ),
-    "shard missing": (
-        sharded(lambda f: (f / SECOND).unlink()),
-        rf"shard {SECOND} is missing \(1 of 2\); fetch it again",
-    ),
-    "shard cut": (sharded(cut(SECOND, 3000)), f"{SECOND}: cannot be read as safetensors"),
-    "shard twice": (
-        sharded(lambda f: shutil.copy(f / "model-00001-of-00002.safetensors", f / SECOND)),
-        "tensor .* is also in model-00001",
-    ),
-    "index cut": (sharded(cut("model.safetensors.index.json", 50)), r"index\.json: not valid JSON"),
-    "index without map": (sharded(write("model.safetensors.index.json", "{}")), r"index\.json: weight_map must name"),
-    "index elsewhere": (
-        sharded(write("model.safetensors.index.json", '{"weight_map": {"a": "../model.safetensors"}}')),
-        r"index\.json: weight_map must name a file of this folder",
-    ),
-}
-
-
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(tiny("llama"), tmp_path_factory.mktemp("sound"))
-
-
-@pytest.mark.parametrize("name", BROKEN)
-def test_broken_folders_are_one_line(sound: Path, tmp_path: Path, name: str) -> None:
-    damage, message = BROKEN[name]
-    folder = tmp_path / "broken"
-    shutil.copytree(sound, folder)
-    damage(folder)
-    with pytest.raises(InputError, match=message) as error:
-        import_model(str(folder))
-    assert "\n" not in str(error.value)
-    assert str(folder) in str(error.value)
-
-
-def test_a_vocabulary_larger_than_the_embedding(tmp_path: Path) -> None:
-    save(tiny("llama", vocab_size=tiny_tokenizer().vocab_size - 1), tmp_path)
-    with pytest.raises(InputError, match="the tokenizer has 280 tokens, the embedding only 279; they do not belong"):
-        import_model(str(tmp_path))
 
 
 @pytest.mark.parametrize(
