@@ -1,0 +1,307 @@
+"""Every parser of bytes that come from anywhere: what it is fed with, and how inputs are made from sound ones.
+
+A parser may take what it gets or refuse it with `InputError`, in one line; anything else is a crash. An input is one
+byte, which chooses a target of the parser (a format, or which file of a folder is replaced), and its content.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import io
+import json
+import random
+import re
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow
+import pyarrow.parquet
+import torch
+
+from llm.checkpoint import ModelFolder, ModelFolderConfig, load_model_folder, load_state, save_model_folder, save_state
+from llm.config import CorpusSource, InputError, InstructionsSource, MessagesSource, SourceFile
+from llm.fetch import fetch
+from llm.gguf_file import export_gguf, read_gguf
+from llm.model import GPT
+from llm.sources import write_records
+from llm.tokenizer import FILE_NAME, GPT2_PATTERN, Tokenizer
+from llm.tokenizer_files import read_tokenizer_json
+from llm.weights import export_hf, import_model
+from tests.helpers import GPT2_FORM, LLAMA_FORM, gpt_config, randomize
+
+CORPUS = Path(__file__).with_name("corpus")  # by parser, inputs that once reached code which no seed does
+
+
+class Target(NamedTuple):
+    """A file of this name gets the content; then the folder that it is in is parsed."""
+
+    file: str
+    seeds: list[bytes]
+    parse: Callable[[Path], object]
+
+
+class Parser(NamedTuple):
+    targets: list[Target]
+    others: dict[str, bytes]  # files that lie in the folder too
+
+
+# ---- the parsers -----------------------------------------------------------------------------------------------------
+
+
+def sources() -> Parser:
+    files = [SourceFile(path="unused")]
+    corpus = CorpusSource(files=files)
+    split = CorpusSource(files=files, strip="gutenberg", document_separator="\n\n\n")
+    messages = MessagesSource(files=files, labels=["ham", "spam"], split="split")
+    unquoted = MessagesSource(files=files, labels=["ham", "spam"], format="tsv")
+    pairs = InstructionsSource(files=files, task="kind")
+
+    def target(file: str, section: CorpusSource | MessagesSource | InstructionsSource, *seeds: bytes) -> Target:
+        def parse(folder: Path) -> None:
+            with contextlib.redirect_stderr(io.StringIO()):  # which tells that nothing is pinned
+                found = fetch(SourceFile(path=str(folder / file), member="*" if ".zip" in file else None), folder)
+            write_records(section, found, folder / "written")
+
+        return Target(file, list(seeds), parse)
+
+    text = "\ufeffGrüße,\r\n\r\rsaid 太郎.\u2028\n\n\n ok 😀".encode()
+    book = b"x\n*** START OF THIS PROJECT GUTENBERG EBOOK A ***\nOnce.\n\n\n\nTwice.\nEnd of Project Gutenberg"
+    rows = [{"text": 'Hi, "you"\n', "label": "ham", "split": "train"}, {"text": "WIN", "label": "spam", "split": "val"}]
+    listed = json.dumps(rows, indent=1).encode()
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    table = b'text,label,split\r\n"Hi, ""you""\nthere",ham,train\nWIN,spam,test\n'
+    pair = b'[{"instruction": "Add", "input": "1 2", "output": 3.5, "kind": "a"}, {"instruction": "b", "output": "c"}]'
+    parquet, archive = io.BytesIO(), io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), parquet, compression="none")
+    for packing in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2):
+        with zipfile.ZipFile(archive, "a", packing) as file:
+            file.writestr(f"{packing}.txt", text)
+    return Parser(
+        [
+            target("a.txt", corpus, text),
+            target("b.txt", split, book),
+            target("a.csv", messages, table),
+            target("a.tsv", messages, table.replace(b",", b"\t")),
+            target("SMS", unquoted, b'ham\t"Hi\nspam\tWIN, a\tb\n'),
+            target("a.jsonl", messages, lines),
+            target("a.json", messages, listed, lines),
+            target("b.json", pairs, pair),
+            target("a.parquet", messages, parquet.getvalue()),
+            target("a.txt.gz", corpus, gzip.compress(text, mtime=0)),
+            target("a.txt.zst", corpus, pyarrow.compress(text, "zstd", asbytes=True)),
+            target("a.zip", corpus, archive.getvalue()),
+        ],
+        {},
+    )
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+@cache
+def tiny_tokenizer() -> Tokenizer:
+    """As few tokens as there can be, and a pattern that other tools know too."""
+    plain = Tokenizer.train(["the cat, the hat"], 262)
+    return Tokenizer(plain.ranks, GPT2_PATTERN, plain.special_tokens)
+
+
+def tiny_model(form: dict[str, Any]) -> ModelFolder:
+    sizes = {"vocab_size": 262, "emb_dim": 4, "n_heads": 2, "n_kv_heads": 2, "head_dim": 2, "ffn_dim": 4, "n_layers": 1}
+    config = gpt_config(**form | sizes)
+    model = randomize(GPT(config))
+    assert isinstance(model, GPT)
+    return ModelFolder(model, tiny_tokenizer(), ModelFolderConfig(kind="base", gpt=config))
+
+
+def model_folder() -> Parser:
+    """Ours: config.json and model.safetensors."""
+    with tempfile.TemporaryDirectory() as name:
+        save_model_folder(Path(name, "it"), tiny_model(LLAMA_FORM))
+        files = files_of(Path(name, "it"))
+
+    def parse(folder: Path) -> None:
+        load_model_folder(folder, dtype=None)
+
+    return Parser([Target(file, [files[file]], parse) for file in ("config.json", "model.safetensors")], files)
+
+
+def transformers_folder() -> Parser:
+    """Another tool's: config.json, and weights in one file and in several."""
+    with tempfile.TemporaryDirectory() as name:
+        export_hf(tiny_model(LLAMA_FORM), Path(name, "it"))
+        files = files_of(Path(name, "it"))
+        export_hf(tiny_model(GPT2_FORM), Path(name, "it"))
+        gpt2 = (Path(name, "it") / "config.json").read_bytes()
+    scaled = json.loads(files["config.json"]) | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}
+    index = json.dumps({"weight_map": {"model.norm.weight": "model.safetensors"}}).encode()
+
+    def parse(folder: Path) -> None:
+        import_model(str(folder))
+
+    def parse_shards(folder: Path) -> None:
+        whole, shard = folder / "model.safetensors", folder / "a.safetensors"
+        whole.rename(shard)
+        try:
+            import_model(str(folder))
+        finally:
+            shard.rename(whole)
+
+    targets = [
+        Target("config.json", [files["config.json"], json.dumps(scaled).encode(), gpt2], parse),
+        Target("model.safetensors", [files["model.safetensors"]], parse),
+        Target("model.safetensors.index.json", [index.replace(b"model.safetensors", b"a.safetensors")], parse_shards),
+    ]
+    return Parser(targets, files)
+
+
+def tokenizer_json() -> Parser:
+    """Hugging Face's tokenizer.json and the files beside it; GPT-2's two files in its place."""
+    with tempfile.TemporaryDirectory() as name:
+        export_hf(tiny_model(LLAMA_FORM), Path(name, "it"))
+        files = files_of(Path(name, "it"))
+    model = json.loads(files["tokenizer.json"])["model"]
+    names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+    beside = {file: files.get(file, b'{"eos_token": "<|endoftext|>"}') for file in names}
+    template = b"{% for message in messages %}<|im_start|>{{ message['role'] }}{{ message['content'] }}{% endfor %}"
+    vocab = json.dumps(model["vocab"]).encode()
+    merges = ("#version: 0.2\n" + "".join(" ".join(pair) + "\n" for pair in model["merges"])).encode()
+
+    def parse_gpt2_form(folder: Path) -> None:
+        content = (folder / "tokenizer.json").read_bytes()
+        (folder / "tokenizer.json").unlink()
+        try:
+            read_tokenizer_json(folder)
+        finally:
+            (folder / "tokenizer.json").write_bytes(content)
+
+    targets = [Target(file, [content], read_tokenizer_json) for file, content in beside.items()]
+    targets.append(Target("chat_template.jinja", [template], read_tokenizer_json))
+    targets += [
+        Target("vocab.json", [vocab], parse_gpt2_form),
+        Target("merges.txt", [merges], parse_gpt2_form),
+    ]
+    return Parser(targets, beside | {"vocab.json": vocab, "merges.txt": merges})
+
+
+def bpe_json() -> Parser:
+    """Our own tokenizer."""
+    with tempfile.TemporaryDirectory() as name:
+        tiny_tokenizer().save(Path(name))
+        content = Path(name, FILE_NAME).read_bytes()
+    return Parser([Target(FILE_NAME, [content], Tokenizer.load)], {})
+
+
+def gguf() -> Parser:
+    seeds = []
+    for form in (LLAMA_FORM, GPT2_FORM):
+        with tempfile.TemporaryDirectory() as name:
+            export_gguf(tiny_model(form), Path(name, "it.gguf"), "f16")
+            seeds.append(Path(name, "it.gguf").read_bytes())
+    return Parser([Target("it.gguf", seeds, lambda folder: read_gguf(folder / "it.gguf", None))], {})
+
+
+def training_state() -> Parser:
+    """Its parser refuses nothing: a damaged state is passed over with a message."""
+    state = Path("step-00000007")
+    with tempfile.TemporaryDirectory() as name:
+        save_state(Path(name), 7, {"a": torch.ones(2, 3), "b": torch.tensor(1)}, {"step": 7, "losses": [0.5]})
+        files = {str(state / file): content for file, content in files_of(Path(name) / state).items()}
+
+    def parse(folder: Path) -> None:
+        said: list[str] = []
+        found = load_state(folder, said.append)
+        assert (found is None) == (len(said) == 1)
+
+    return Parser([Target(file, [content], parse) for file, content in files.items()], files)
+
+
+PARSERS: dict[str, Callable[[], Parser]] = {
+    parser.__name__.replace("_", "-"): parser
+    for parser in (
+        sources,
+        gguf,
+        model_folder,
+        transformers_folder,
+        tokenizer_json,
+        bpe_json,
+        training_state,
+    )
+}
+
+
+# ---- one execution ---------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def prepared(parser: Parser) -> Iterator[Callable[[bytes], None]]:
+    """A function that feeds the parser with an input, and raises what it must not raise."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for file, content in parser.others.items():
+            (folder / file).parent.mkdir(exist_ok=True)
+            (folder / file).write_bytes(content)
+
+        def execute(data: bytes) -> None:
+            target = parser.targets[data[0] % len(parser.targets)] if data else parser.targets[0]
+            (folder / target.file).write_bytes(data[1:])
+            try:
+                target.parse(folder)
+            except InputError as error:
+                assert str(error).isprintable(), f"not one line: {error}"
+            finally:
+                if target.file in parser.others:
+                    (folder / target.file).write_bytes(parser.others[target.file])
+                else:
+                    (folder / target.file).unlink()
+
+        yield execute
+
+
+def seeds(parser: Parser) -> list[bytes]:
+    return [bytes([i]) + seed for i, target in enumerate(parser.targets) for seed in target.seeds]
+
+
+def kept(name: str) -> list[Path]:
+    return sorted((CORPUS / name).glob("*"))
+
+
+TOKEN = re.compile(rb'-?\d+(\.\d+)?|"[^"]*"|true|false|null')
+VALUES = [
+    *(b"\0", b"\xff", b"\n", b"\r", b"\x1b", b'"', b"\\", b"\xed\xa0\x80", b"\xff" * 7 + b"\x7f", b"\xff" * 4),
+    *(b"{", b"[", b"{}", b"[]", b'""', b"null", b"true", b"-1", b"0", b"1.5", b"1e999", b"NaN", b"1000000000"),
+    *(b"9" * 20, b"9" * 5000, b"[" * 3000, b'{"a":' * 3000, b'"\\ud800"', b"../", b"#"),
+]
+
+
+def mutated(data: bytes, chooser: random.Random) -> bytes:
+    """Another input for the same target: changed in one to six places as a fuzzer without feedback does it."""
+    content = bytearray(data[1:])
+    for _ in range(chooser.choice([1, 1, 1, 2, 3, 6])):
+        start = chooser.randrange(len(content) + 1)
+        end = start + chooser.choice([0, 1, 1, 2, 4, 8, 50, 300])
+        part = bytes(content[start:end])
+        words = list(TOKEN.finditer(content))
+        kind = chooser.choice(["bit", "cut", "remove", "repeat", "insert", "move", "word", "word"])
+        if kind == "bit" and part:
+            content[start] ^= 1 << chooser.randrange(8)
+        elif kind == "cut":
+            del content[start:]
+        elif kind == "remove":
+            del content[start:end]
+        elif kind == "repeat":
+            content[start:start] = part * chooser.choice([1, 2, 20])
+        elif kind == "insert":
+            content[start:end] = chooser.choice(VALUES)
+        elif kind == "move" and content:
+            at = chooser.randrange(len(content))
+            content[at : at + len(part)] = part
+        elif kind == "word" and words:
+            old, new = chooser.choice(words), chooser.choice([*VALUES, chooser.choice(words).group()])
+            content[old.start() : old.end()] = new
+    return data[:1] + bytes(content)
