@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,6 +22,10 @@ if "LLM_DATA_MIRROR" in os.environ:  # only for tests that ask for it, in every 
     os.environ["LLM_TEST_MIRROR"] = os.environ["LLM_DATA_MIRROR"]
 for name in ("LLM_DATA_MIRROR", "DVC_ROOT", "DVC_STAGE"):
     os.environ.pop(name, None)
+
+# The same examples every time and no time limits: a test passes or fails by what it tests.
+hypothesis.settings.register_profile("tests", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("tests")
 
 
 @pytest.fixture(autouse=True)

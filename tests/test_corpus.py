@@ -21,11 +21,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from llm import corpus, datacard
 from llm.config import CorpusSplit, InputError
 from llm.corpus import EncodedCorpus, Workers, cut_sections, encode_corpus, plan_corpus, training_texts
-from llm.records import SPLITS
+from llm.records import SPLITS, leak_key
 from llm.tokenizer import Tokenizer
 from tests.datasets import disguise, document, folder_digest, read_split, words, write_corpus
 
@@ -144,6 +146,27 @@ def test_equal_documents_stand_in_one_split(tmp_path: Path, tokenizer: Tokenizer
     card = datacard.describe_corpus(plan, encoded, "leak_free")
     assert card["duplicate_documents"] == card["duplicate_units"] == 50
     assert card["leaked_units"] == {"val": 0, "test": 0}
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(chosen=st.lists(st.tuples(st.integers(0, 30), st.booleans()), min_size=1, max_size=40), seed=st.integers(0, 99))
+def test_no_document_stands_in_two_splits_and_every_one_in_one(
+    tmp_path: Path, tokenizer: Tokenizer, chosen: list[tuple[int, bool]], seed: int
+) -> None:
+    documents = [disguise(document(n, paragraphs=1)) if loud else document(n, paragraphs=1) for n, loud in chosen]
+    path = write_corpus(tmp_path / "corpus.jsonl", documents)
+    try:
+        plan = plan_corpus(path, LEAK_FREE, seed, ALONE)
+    except InputError as error:
+        assert len({n for n, _ in chosen}) < 3, error
+        return
+    shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    tokenizer.save(tmp_path / "tokenizer")
+    encode_corpus(path, tmp_path / "out", plan, tmp_path / "tokenizer", 10**6, ALONE)
+    found = {split: read_texts(tmp_path / "out", split, tokenizer) for split in SPLITS}
+    keys = {split: set(map(leak_key, texts)) for split, texts in found.items()}
+    assert not (keys["train"] & keys["val"] or keys["train"] & keys["test"] or keys["val"] & keys["test"])
+    assert sorted(text for texts in found.values() for text in texts) == sorted(documents)
 
 
 def test_equal_long_documents_stand_in_one_split_wherever_they_would_be_cut(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.nn import functional as F
 
 from llm.config import InputError
 from llm.data import (
@@ -39,8 +40,9 @@ from llm.data import (
     stop_token,
     window_batches,
 )
+from llm.model import GPT
 from llm.tokenizer import PATTERN, Tokenizer
-from tests.helpers import tiny_tokenizer
+from tests.helpers import gpt_config, randomize, tiny_tokenizer
 
 in_one_folder = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -335,6 +337,43 @@ def test_long_pairs_are_cut_and_those_without_room_for_a_response_go(mask_prompt
         assert (batch.targets[0, : short - 1] == IGNORE).all() == mask_prompt
     with pytest.raises(InputError, match=f"every one of 2 prompts is longer than the context of {short - 1} tokens"):
         pair_examples(PAIRS, tokenizer, "chatml", mask_prompt, max_length=short - 1)
+
+
+EXAMPLES = st.lists(
+    st.lists(st.integers(0, 60), min_size=2, max_size=17).flatmap(
+        lambda ids: st.builds(Example, st.just(ids), st.integers(0, len(ids) - 2), st.integers(0, 1))
+    ),
+    min_size=1,
+    max_size=6,
+)
+
+
+@settings(max_examples=40)
+@given(examples=EXAMPLES)
+def test_padding_changes_no_row_and_no_loss(examples: list[Example]) -> None:
+    """A batch of pairs is its rows one by one: the same inputs, targets and summed loss."""
+    model = randomize(GPT(gpt_config()))
+    batch = collate_pairs(examples, range(len(examples)))
+    total = torch.zeros(())
+    for row, example in enumerate(examples):
+        length = len(example.ids) - 1
+        assert batch.idx[row, :length].tolist() == example.ids[:-1]
+        expected = [IGNORE] * example.counted + example.ids[example.counted + 1 :]
+        assert batch.targets[row].tolist() == expected + [IGNORE] * (batch.idx.shape[1] - length)
+        alone = collate_pairs(examples, [row])
+        total += F.cross_entropy(model(alone.idx)[0], alone.targets[0], reduction="sum")
+    together = F.cross_entropy(model(batch.idx).flatten(0, 1), batch.targets.flatten(), reduction="sum")
+    torch.testing.assert_close(together, total, rtol=1e-4, atol=1e-4)
+
+
+@given(examples=EXAMPLES)
+def test_padded_messages_are_their_tokens_lengths_and_labels(examples: list[Example]) -> None:
+    batch = collate_labels(examples, range(len(examples)))
+    assert batch.lengths is not None
+    assert [row[:length].tolist() for row, length in zip(batch.idx, batch.lengths, strict=True)] == [
+        example.ids for example in examples
+    ]
+    assert batch.targets.tolist() == [example.label for example in examples]
 
 
 # ---- batches of examples ---------------------------------------------------------------------------------------------

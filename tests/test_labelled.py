@@ -6,6 +6,8 @@ import random
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from llm import datacard, labelled
 from llm.config import InputError, LabelledSplit
@@ -48,6 +50,39 @@ def test_equal_messages_stand_in_one_split_and_count_once_where_held_out() -> No
     assert [len(split.rows[name]) for name in SPLITS] == [280, 20, 40]
     assert split.dropped == {"val": 20, "test": 40}
     assert datacard.row_leakage(split) == {name: {"verbatim": 0, "by_key": 0} for name in ("val", "test")}
+
+
+@settings(max_examples=150)
+@given(
+    chosen=st.lists(
+        st.tuples(st.integers(0, 25), st.booleans(), st.sampled_from(["ham", "spam"]), st.sampled_from(SPLITS)),
+        min_size=1,
+        max_size=60,
+    ),
+    given_splits=st.booleans(),
+    val=st.floats(0.01, 0.49),
+    test=st.floats(0.01, 0.49),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_no_text_stands_in_two_splits_and_every_row_in_one(
+    chosen: list[tuple[int, bool, str, str]], given_splits: bool, val: float, test: float, seed: int
+) -> None:
+    texts = [(f"TEXT  {n}!" if loud else f"text {n}", label) for n, loud, label, _ in chosen]
+    rows = message_rows(texts, [split for *_, split in chosen] if given_splits else None)
+    rows = [row._replace(fields={"number": str(number)}) for number, row in enumerate(rows)]
+    result = labelled.split_rows(rows, LabelledSplit(split="leak_free", val=val, test=test), seed, "messages")
+    keys = {name: {row.key for row in result.rows[name]} for name in SPLITS}
+    assert not (keys["train"] & keys["val"] or keys["train"] & keys["test"] or keys["val"] & keys["test"])
+    numbers = [int(row.fields["number"]) for name in SPLITS for row in result.rows[name]]
+    assert len(set(numbers)) == len(numbers) == len(rows) - sum(result.dropped.values())
+    kept = {(row.key, row.answer) for name in SPLITS for row in result.rows[name]}
+    assert kept == {(row.key, row.answer) for row in rows}  # only duplicates are dropped
+    for name in ("val", "test"):
+        held_out = [(row.key, row.answer) for row in result.rows[name]]
+        assert len(set(held_out)) == len(held_out)
+    if given_splits:
+        latest = {row.key: max((r.own_split or "" for r in rows if r.key == row.key), key=SPLITS.index) for row in rows}
+        assert all(row.key in keys["test"] for row in rows if latest[row.key] == "test")
 
 
 def test_equal_texts_with_different_labels_stay_and_are_counted() -> None:

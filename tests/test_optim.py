@@ -55,6 +55,9 @@ def test_every_step_has_a_learning_rate_that_first_rises_and_then_falls(
     assert factors[:peak] == sorted(factors[:peak])
     assert factors[peak:] == sorted(factors[peak:], reverse=True)
     assert all(factor >= min_lr for factor in factors[peak:])
+    if warmup_steps < max_steps:
+        assert max(factors) == 1 and factors[peak] == 1
+        assert lr_factor(max_steps, params) == pytest.approx(1 if schedule == "constant" else min_lr, abs=1e-9)
 
 
 # ---- who optimizes what ----------------------------------------------------------------------------------------------

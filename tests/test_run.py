@@ -14,6 +14,8 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from llm.config import InputError, parse_params
 from stages import run
@@ -258,6 +260,16 @@ def test_other_errors_keep_their_traceback(place: Path) -> None:
     done = execute("raise KeyError('bug')")
     assert done.returncode == 1
     assert "Traceback" in done.stderr and "KeyError: 'bug'" in done.stderr
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(content=st.text("ab01 :-[]{}!?&*#|>%@'\"\n\t,.~<", max_size=60).map(str.encode) | st.binary(max_size=60))
+def test_any_file_is_keys_with_values_or_one_line(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "params.yaml").write_bytes(content)
+    try:
+        assert isinstance(run.read_yaml(tmp_path / "params.yaml"), dict)
+    except InputError as error:
+        assert str(error).isprintable() and str(error).startswith(f"{tmp_path}/params.yaml")
 
 
 def test_a_missing_file_is_named(place: Path) -> None:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import tiktoken
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import llm.tokenizer
 from llm.config import InputError
@@ -59,12 +61,51 @@ def test_round_trip(tokenizer: Tokenizer, text: str) -> None:
     assert all(0 <= number < tokenizer.vocab_size for number in ids)
 
 
-def test_round_trip_of_random_unicode(tokenizer: Tokenizer) -> None:
-    chooser = random.Random(0)
-    for _ in range(200):
-        points = [chooser.choice((chooser.randrange(128), chooser.randrange(0xD800), 0x1F600)) for _ in range(50)]
-        text = "".join(map(chr, points))
-        assert tokenizer.decode(tokenizer.encode(text)) == text
+# Any text, and what cuts, merges and special tokens may trip over.
+PARTS = [
+    END_OF_TEXT,
+    "<|im_start|>",
+    "<|",
+    "one morning",
+    "didn't",
+    "1234567",
+    " " * 20,
+    "\r\n",
+    "\n\n\n",
+    "e\u0301",
+    "\u2028",
+]
+ANY_TEXT = st.lists(st.text(max_size=20) | st.sampled_from(PARTS), max_size=12).map("".join)
+
+
+@settings(max_examples=300)
+@given(text=ANY_TEXT)
+def test_every_text_comes_back_as_it_was(tokenizer: Tokenizer, text: str) -> None:
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode_bytes(ids) == text.encode()
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.encode_array(text).tolist() == ids
+    assert all(0 <= number < tokenizer.vocab_size for number in ids)
+    assert not set(ids) & set(tokenizer.special_tokens.values())
+
+
+@settings(max_examples=60)
+@given(texts=st.lists(ANY_TEXT, min_size=1, max_size=4), vocab_size=st.integers(MIN_VOCAB_SIZE, 280), text=ANY_TEXT)
+def test_every_vocabulary_brings_every_text_back(texts: list[str], vocab_size: int, text: str) -> None:
+    try:
+        tokenizer = Tokenizer.train(texts, vocab_size)
+    except InputError as error:
+        assert "the training text is too small" in str(error)
+        return
+    assert tokenizer.vocab_size == vocab_size
+    assert [tokenizer.decode(tokenizer.encode(each)) for each in [*texts, text]] == [*texts, text]
+
+
+@settings(max_examples=100)
+@given(ids=st.lists(st.integers(0, 319), max_size=30), at=st.integers(0, 30))
+def test_any_ids_are_bytes_that_add_up(tokenizer: Tokenizer, ids: list[int], at: int) -> None:
+    assert tokenizer.decode_bytes(ids) == tokenizer.decode_bytes(ids[:at]) + tokenizer.decode_bytes(ids[at:])
+    assert tokenizer.decode(ids) == tokenizer.decode_bytes(ids).decode(errors="replace")
 
 
 def test_half_a_character_decodes_to_a_replacement(tokenizer: Tokenizer) -> None:

@@ -1,0 +1,93 @@
+"""Params in any shape, and messages about anything: a value or one line, never another error."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llm.config import LONGEST_MESSAGE, InputError, parse_json, parse_params
+from tests.conftest import ROOT
+
+SHIPPED: dict[str, Any] = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+
+
+def keys_of(values: Any, above: tuple[str | int, ...] = ()) -> list[tuple[str | int, ...]]:
+    """The place of every value, sections and lists included."""
+    inner = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
+    return [key for name, value in inner for key in ((*above, name), *keys_of(value, (*above, name)))]
+
+
+KEYS = keys_of(SHIPPED)
+SCALARS = (
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20) | st.dates()
+    | st.sampled_from([0, 1, -1, 2**31, 2**63, 10**30, 1e-320, 1e308, "", "auto", "all", "sample", "file:///x", "~/x"])
+)  # fmt: skip
+VALUES = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(SCALARS, inner, max_size=3), max_leaves=5
+)
+CHANGES = st.lists(st.tuples(st.sampled_from(KEYS), st.sampled_from(["set", "add", "remove"]), VALUES), max_size=3)
+
+
+@settings(max_examples=150)
+@given(changes=CHANGES)
+def test_any_change_of_the_params_is_valid_or_one_line(changes: list[tuple[tuple[str | int, ...], str, Any]]) -> None:
+    values = copy.deepcopy(SHIPPED)
+    for (*sections, last), kind, value in changes:
+        section: Any = values
+        try:
+            for name in sections:
+                section = section[name]
+            if kind == "remove":
+                del section[last]
+            else:
+                section[last if kind == "set" else value] = value
+        except (LookupError, TypeError):
+            continue  # an earlier change has taken the place away, or a list cannot be a key
+    try:
+        params = parse_params(values)
+    except InputError as error:
+        assert str(error).isprintable() and str(error).startswith("params.yaml: ")
+        assert len(str(error)) <= LONGEST_MESSAGE + 5
+        return
+    assert parse_params(params.model_dump()) == params
+
+
+@pytest.mark.parametrize("changed", [("seed", 0), ("seed", 2**32 - 1)])
+def test_the_ends_of_a_range_are_in_it(changed: tuple[str, int]) -> None:
+    assert parse_params(SHIPPED | dict([changed])).seed == changed[1]
+
+
+@given(text=st.text(alphabet=st.characters(), max_size=300))
+def test_a_message_is_one_line_whatever_it_quotes(text: str) -> None:
+    """With lone surrogates, control characters and line ends of every kind."""
+    message = str(InputError(f"file: {text}"))
+    assert message.isprintable() and message.startswith("file: ")
+    assert message == f"file: {text}" or not text.isprintable()
+
+
+def test_a_message_that_is_too_long_keeps_its_ends() -> None:
+    message = str(InputError(f"file: found {'a' * 10**6}; correct it"))
+    assert message.startswith("file: found aaa") and message.endswith("aaa; correct it")
+    assert len(message) == LONGEST_MESSAGE + 5
+
+
+@settings(max_examples=200)
+@given(text=st.text('[]{}",:0123456789.eE+-truefalsn \\u', max_size=40) | st.binary(max_size=20))
+def test_any_json_is_a_value_or_a_value_error(text: str | bytes) -> None:
+    try:
+        value = parse_json(text)
+    except ValueError:
+        return
+    json.dumps(value)
+
+
+@pytest.mark.parametrize("text", ["[" * 5000, '{"a":' * 5000, "9" * 5000, b"\xff", ""])
+def test_json_that_exhausts_the_parser_is_a_value_error(text: str | bytes) -> None:
+    with pytest.raises(ValueError):
+        parse_json(text)
