@@ -93,10 +93,12 @@ class Pipeline:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         shutil.rmtree(self.folder / ".work/downloads", ignore_errors=True)
 
-    def logged_steps(self, stage: str) -> dict[str, int]:
-        """For each training of the run before, by its name in messages, the last step in its journal."""
-        journal = max(self.folder.glob(f".work/runs/*/{stage}-*"), key=lambda folder: folder.stat().st_mtime_ns)
-        curves = [event for event in read_events(journal) if event["event"] == "metrics"]
+    def journals(self) -> set[Path]:
+        return {path.parent for path in self.folder.glob(".work/runs/*/*/events.jsonl")}
+
+    def logged_steps(self, stage: str, journals: set[Path]) -> dict[str, int]:
+        """For each training in these journals, by its name in messages, the last step."""
+        curves = [event for journal in journals for event in read_events(journal) if event["event"] == "metrics"]
         name = stage.removeprefix("finetune-").replace("classify", "classifier")
         return {
             training: max(event["step"] for event in curves if key in event["values"])
@@ -150,15 +152,18 @@ def draw(pipeline: Pipeline, chance: random.Random, stage: str, kind: str) -> di
 
 
 def strike(pipeline: Pipeline, chance: random.Random, stage: str, kind: str) -> bool:
-    """Strikes the stage and runs it again, to the same end; False if it came to that end in spite of the fault."""
+    """Strikes the stage and runs it again, to the same end; False if it came to that end in spite of the fault.
+
+    Of the steps that were made at most those since the last saved state are made again.
+    """
     pipeline.clear(stage)
-    fault = draw(pipeline, chance, stage, kind)
+    fault, journals = draw(pipeline, chance, stage, kind), pipeline.journals()
     struck = pipeline.run(stage, fault=fault)
     told = f"{stage} {fault}\n{struck['said']}"
     if struck["status"] != 0:
         assert struck["status"] == KINDS[kind], told
         assert "Traceback" not in struck["said"], told
-        steps = pipeline.logged_steps(stage)
+        steps = pipeline.logged_steps(stage, pipeline.journals() - journals)
         ended = pipeline.made(stage) == pipeline.undisturbed[stage]  # and the state is gone already
         if chance.random() < 0.5:
             pipeline.clear(stage)  # DVC does, a user need not

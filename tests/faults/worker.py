@@ -174,5 +174,7 @@ def answer(job: dict[str, Any]) -> dict[str, Any]:
 if __name__ == "__main__":
     for module in (*HEAVY, *(f"stages.{name.replace('-', '_')}" for name in STAGES)):
         importlib.import_module(module)  # what it has imported, its copies need not
+    for number in stages.run.EXIT_STATUS:  # for the moments before a stage does so
+        signal.signal(number, stages.run._leave)
     for line in sys.stdin:
         print(json.dumps(answer(json.loads(line))), flush=True)
