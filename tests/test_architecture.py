@@ -185,6 +185,34 @@ def test_no_pickled_file_is_read_or_written() -> None:
                 assert ast.unparse(node.value) == "False", path.name
 
 
+def test_no_text_becomes_code() -> None:
+    """What is read is data: no file, parameter or argument is executed, and no shell sees one."""
+    builtin = {"eval", "exec", "compile", "__import__"}
+    functions = {
+        "os.system",
+        "os.popen",
+        "subprocess.getoutput",
+        "subprocess.getstatusoutput",
+        "importlib.import_module",
+    }
+    functions |= {f"os.{how}{form}" for how in ("exec", "spawn") for form in ("l", "le", "lp", "v", "ve", "vp", "vpe")}
+    functions |= {f"yaml.{kind}" for kind in ("load", "load_all", "full_load", "unsafe_load", "Loader", "UnsafeLoader")}
+    functions |= {"pandas.read_pickle", "pd.read_pickle", "torch.hub.load", "jinja2.Template", "jinja2.Environment"}
+    for path in [*modules("llm"), *modules("stages"), *(ROOT / "data").rglob("*.py")]:
+        assert not set(imported(tree(path))) & (functions | {"runpy", "code"}), path.name
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                assert called not in builtin | functions, f"{path.name}, line {node.lineno}: {called}"
+            if isinstance(node, ast.keyword) and node.arg in ("shell", "trust_remote_code", "weights_only"):
+                raise AssertionError(f"{path.name}, line {node.value.lineno}: {node.arg}")
+
+
+@pytest.mark.parametrize("path", modules("llm"), ids=lambda path: path.name)
+def test_chat_templates_are_rendered_in_one_place(path: Path) -> None:
+    assert "jinja2" not in {name.split(".")[0] for name in imported(tree(path))} or path.name == "chat_template.py"
+
+
 # ---- the pipeline ----------------------------------------------------------------------------------------------------
 
 

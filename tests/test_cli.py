@@ -22,7 +22,7 @@ from llm.__main__ import main
 from llm.checkpoint import ModelFolder, ModelFolderConfig, load_model_folder, save_model_folder
 from llm.classify import classify_texts
 from llm.data import encode_prompt
-from llm.display import visible
+from llm.display import CONTROLS, visible
 from llm.generate import Sampling, generate
 from llm.lora import save_trained
 from llm.model import GPT, GPTClassifier
@@ -99,6 +99,18 @@ def test_generate_is_greedy_by_default_and_seeded(cli: Cli, folders: Folders) ->
     assert cli(*command).out == cli(*command, "--temperature", "0", "--seed", "9").out
     warm = [*command, "--temperature", "1.5", "--seed"]
     assert cli(*warm, "1").out == cli(*warm, "1").out != cli(*warm, "2").out
+
+
+def test_what_a_terminal_would_obey_is_shown(cli: Cli, folders: Folders, tmp_path: Path) -> None:
+    evil = "\x1b]0;title\x07\x9b2J\u202e"
+    result = cli("generate", folders.base, "--prompt", f"One{evil}", "--max-new-tokens", "0")
+    assert result.out == "One\ufffd]0;title\ufffd\ufffd2J\ufffd\n"
+    result = cli("classify", folders.classifier, evil)
+    assert json.loads(result.out)["text"] == evil
+    assert not CONTROLS.search(result.out)
+    result = cli("generate", tmp_path / evil, "--prompt", "One")
+    assert result.status == 1 and r"\x1b]0;title\x07\x9b2J\u202e: not a model folder" in result.err
+    assert not CONTROLS.search(result.err)
 
 
 def test_generate_continues_the_raw_prompt_of_an_instruct_model(cli: Cli, folders: Folders) -> None:

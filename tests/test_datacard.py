@@ -11,7 +11,7 @@ import numpy as np
 from llm import datacard
 from llm.config import CorpusSplit
 from llm.corpus import Workers, count_characters, encode_corpus, plan_corpus
-from llm.labelled import split_instructions_by_book
+from llm.labelled import SplitRows, split_instructions_by_book
 from tests.datasets import disguise, document, message_rows, read_split, write_corpus
 from tests.helpers import tiny_tokenizer
 
@@ -63,3 +63,34 @@ def test_corpus_card(tmp_path: Path) -> None:
     n_tokens = len([token for token in read_split(tmp_path / "out", "train") if token != tiny_tokenizer().eot])
     assert train["bytes_per_token"] == round(train["bytes"] / n_tokens, 4)
     assert card["splits"]["test"]["bytes_per_token"] is None
+
+
+def test_text_from_data_cannot_become_markup() -> None:
+    evil = "a|b\n\n# c <script>alert(1)</script> ![x](javascript:y) `d` \x1b[31m"
+    rows = message_rows([(evil, evil)] * 2 + [(f"text {i}", "ham") for i in range(50)])
+    split = SplitRows({"train": rows[:40], "val": rows[40:44], "test": rows[44:]}, 0, {"val": 0, "test": 0})
+    part = datacard.describe_messages(rows, split, tiny_tokenizer(), "book")
+    instructions = {**part, "tasks": part["labels"]}
+    del instructions["labels"]
+    sources = {kind: {"source": "mine", "licence": evil} for kind in ("corpus", "messages", "instructions")}
+    lengths = {"characters": datacard.spread(np.ones(1)), "tokens": datacard.spread(np.ones(1))}
+    numbers = {"documents": 1, "characters": 1, "units": 1, "duplicate_documents": 0, "duplicate_units": 0}
+    corpus = {**numbers, "split": "book", "document_lengths": lengths, "splits": {}, "leaked_units": {}}
+    tokenizer = {"kind": evil, "vocab_size": 280, "tokens_used_in_train": 1}
+    text = datacard.render(
+        {
+            "sources": sources,
+            "tokenizer": tokenizer,
+            "corpus": {**corpus, "characters_of": {}},
+            "messages": part,
+            "instructions": instructions,
+        }
+    )
+    assert text.count(r"a\|b \# c \<script\>alert\(1\)\</script\> \!\[x\]\(javascript\:y\) \`d\`") == 8
+    assert "\x1b" not in text and "<script" not in text.replace(r"\<", "")
+    assert [line for line in text.splitlines() if line.startswith("#")] == [
+        "# Data card",
+        "## Corpus",
+        "## Messages",
+        "## Instructions",
+    ]

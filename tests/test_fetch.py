@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import http.server
 import io
+import random
+import stat
+import struct
 import threading
 import zipfile
 from collections.abc import Iterator
@@ -15,6 +19,8 @@ from typing import Any
 import fsspec
 import pyarrow
 import pytest
+import requests
+import urllib3
 
 from llm import fetch as fetching
 from llm.config import InputError, SourceFile
@@ -43,8 +49,10 @@ class Server(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.files: dict[str, bytes] = {}
         self.failures: list[int | str] = []
+        self.redirects: dict[str, str] = {}
         self.ranges, self.etag = True, '"1"'
         self.asked: list[tuple[str, str | None]] = []  # path and Range of each request
+        self.authorization: list[str | None] = []
         self.url = f"http://127.0.0.1:{self.server_port}"
 
 
@@ -54,8 +62,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         server, wanted = self.server, self.headers["Range"]
         server.asked.append((self.path, wanted))
+        server.authorization.append(self.headers["Authorization"])
         failure = server.failures.pop(0) if server.failures else None
         body = server.files.get(self.path.partition("?")[0])
+        if there := server.redirects.get(self.path):
+            self.send_response(302)
+            self.send_header("Location", there)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
         if isinstance(failure, int) or body is None:
             self.send_error(failure if isinstance(failure, int) else 404)
             return
@@ -80,18 +95,26 @@ class Handler(http.server.BaseHTTPRequestHandler):
         pass
 
 
+@contextlib.contextmanager
+def serving(server: Server) -> Iterator[Server]:
+    with server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
+
+
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
     monkeypatch.setattr(fetching, "PAUSES", (0.0, 0.0))
-    with Server() as running:
-        thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
+    with serving(Server()) as running:
         yield running
-        running.shutdown()
-        thread.join()
 
 
 @pytest.fixture
@@ -250,6 +273,74 @@ def test_says_what_to_pin(server: Server, cache: Path, capfd: pytest.CaptureFixt
     out, err = capfd.readouterr()
     assert out == ""
     assert f"add sha256: {sha(DATA)}" in err
+
+
+def test_a_variable_that_is_not_set_is_named(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TOKEN", raising=False)
+    message = refused(SourceFile(url="https://host.invalid/a.txt?token=${TOKEN}"), cache)
+    assert message == "https://host.invalid/a.txt: the environment variable TOKEN is not set; its URL needs it"
+
+
+@pytest.mark.parametrize(
+    ("url", "secret"),
+    [
+        ("https://me:word@host/a.txt", True),
+        ("https://token@host/a.txt", True),
+        ("https://host/a.txt?b=c&access_token=d", True),
+        ("https://host/a.txt?X-Amz-Signature=d", True),
+        ("https://host/a.txt?key=d", True),
+        ("https://${ME}:${WORD}@host/a.txt?token=${TOKEN}", False),
+        ("https://host/a@b.txt?keyword=a&author=b&token=", False),
+        ("s3://bucket/a.txt", False),
+    ],
+)
+def test_a_url_in_params_holds_no_secret(url: str, secret: bool) -> None:
+    for values in ({"url": url}, {"url": "https://host/a.txt", "backup_url": url}):
+        if secret:
+            with pytest.raises(ValueError, match=r"seems to hold a password or token.*\$\{NAME\}"):
+                SourceFile(**values)
+        else:
+            SourceFile(**values)
+
+
+@pytest.mark.parametrize(
+    "there", ["file:///etc/hostname", "ftp://host.invalid/a.txt", "s3://bucket/a.txt", "gopher://x"]
+)
+def test_a_redirect_leads_to_no_other_scheme(server: Server, cache: Path, there: str) -> None:
+    server.redirects["/a.txt"] = there
+    message = refused(SourceFile(url=f"{server.url}/a.txt"), cache)
+    assert message.startswith(f"{server.url}/a.txt: redirects to {there}, expected https or http")
+    assert left_in(cache) == []
+
+
+def test_a_redirect_is_followed_without_the_password(
+    server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PASS", "word")
+    with serving(Server()) as other:
+        other.files["/b.txt"] = DATA
+        server.redirects["/a.txt"] = f"http://localhost:{other.server_port}/b.txt"  # another host
+        url = f"http://${{PASS}}:${{PASS}}@{server.url.removeprefix('http://')}/a.txt"
+        (found,) = fetch(SourceFile(url=url), cache)
+        assert content(found) == DATA
+        assert server.authorization[0] is not None and other.authorization == [None]
+
+
+def test_a_redirect_does_not_lead_from_https_to_http(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def send(adapter: Any, request: requests.PreparedRequest, **options: Any) -> requests.Response:
+        asked.append(request.url)
+        response = requests.Response()
+        response.status_code, response.url, response.request = 302, str(request.url), request
+        response.headers["Location"] = "/b.txt" if len(asked) == 1 else "http://host.invalid/c.txt?token=hidden"
+        response.raw = urllib3.HTTPResponse(io.BytesIO(b""), preload_content=False)
+        return response
+
+    monkeypatch.setattr(requests.adapters.HTTPAdapter, "send", send)
+    message = refused(SourceFile(url="https://host.invalid/a.txt"), cache)
+    assert message.startswith("https://host.invalid/b.txt: redirects to http://host.invalid/c.txt, expected https;")
+    assert asked == ["https://host.invalid/a.txt", "https://host.invalid/b.txt"]
 
 
 @pytest.mark.parametrize("url", ["ftp://host/a.txt", "memory://a.txt", "simplecache::http://host/a.txt", "a.txt"])
@@ -437,3 +528,123 @@ def test_members_that_lead_out(tmp_path: Path, cache: Path, name: str) -> None:
     message = refused(local(tmp_path, "a.zip", zipped({"good.txt": DATA, name: DATA}), "good.txt"), cache)
     assert "leads out of the archive" in message and "evil.txt" in message
     assert sorted(tmp_path.rglob("*")) == [*before, tmp_path / "a.zip"]
+
+
+# ---- archives made to do harm ----------------------------------------------------------------------------------------
+
+BOMB = bytes(fetching.FREE_SIZE + 2 * fetching.BLOCK)  # packed it is about a thousandth of it
+
+
+def bomb(kind: str) -> bytes:
+    if kind == ".gz":
+        return gzip.compress(BOMB, 6)
+    if kind == ".zst":
+        return pyarrow.compress(BOMB, "zstd", asbytes=True)
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("x.txt", BOMB)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("kind", [".gz", ".zst", ".zip"])
+def test_a_bomb_is_refused_before_it_is_unpacked(tmp_path: Path, cache: Path, kind: str) -> None:
+    packed = bomb(kind)
+    assert len(BOMB) > 900 * len(packed)
+    wanted = local(tmp_path, f"a.txt{kind}", packed, pinned=None if kind == ".zip" else sha(packed))
+    unpacked = 0
+    with pytest.raises(InputError, match=r"unpacks to more than 200 times its [\d,]+ bytes") as caught:
+        for block in fetch(wanted, cache)[0].blocks():
+            unpacked += len(block)
+    assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+    assert unpacked <= fetching.FREE_SIZE
+
+
+def test_a_zip_that_lies_about_its_size_ends_where_it_said(tmp_path: Path, cache: Path) -> None:
+    packed = bomb(".zip").replace(struct.pack("<L", len(BOMB)), struct.pack("<L", 1000))
+    (found,) = fetch(local(tmp_path, "a.zip", packed), cache)
+    with pytest.raises(InputError, match="cannot be unpacked"):
+        content(found)
+
+
+def test_many_members_are_a_bomb_together(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One block of data that many members share, as in the bombs that a limit for each member does not stop."""
+    monkeypatch.setattr(fetching, "FREE_SIZE", 10_000)
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("x0.txt", bytes(100_000))
+        first = archive.infolist()[0]
+        for i in range(1, 50):
+            again = zipfile.ZipInfo(f"x{i}.txt")
+            for name in ("compress_type", "compress_size", "file_size", "CRC", "header_offset"):
+                setattr(again, name, getattr(first, name))
+            archive.filelist.append(again)
+    assert 100_000 < fetching.MAX_RATIO * len(buffer.getvalue()) < 50 * 100_000
+    message = refused(local(tmp_path, "a.zip", buffer.getvalue(), "*.txt"), cache)
+    assert "unpacks to more than 200 times" in message
+    assert len(content(fetch(local(tmp_path, "a.zip", buffer.getvalue(), "x0.txt"), cache)[0])) == 100_000
+
+
+def test_little_that_is_packed_well_is_no_bomb(tmp_path: Path, cache: Path) -> None:
+    text = b"the same line\n" * 100_000
+    packed = gzip.compress(text)
+    assert len(text) > fetching.MAX_RATIO * len(packed)
+    assert content(fetch(local(tmp_path, "a.txt.gz", packed), cache)[0]) == text
+
+
+def test_a_million_members_are_not_listed(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    n = 1_000_000
+    name_length = 1
+    entry = struct.pack("<4s4B4H3L5H2L", b"PK\1\2", 20, 0, 20, *(0,) * 8, name_length, *(0,) * 6) + b"a"
+    table = entry * n
+    end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, n & 0xFFFF, n & 0xFFFF, len(table), 0, 0)
+    listed = []
+    monkeypatch.setattr(zipfile, "ZipInfo", lambda name: listed.append(name))
+    message = refused(local(tmp_path, "a.zip", table + end), cache)
+    assert f"its table of members has {len(table):,} bytes" in message
+    assert listed == []
+
+
+def test_links_are_not_followed(tmp_path: Path, cache: Path) -> None:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        link = zipfile.ZipInfo("x.txt")
+        link.external_attr = (stat.S_IFLNK | 0o777) << 16
+        archive.writestr(link, "/etc/passwd")
+        archive.writestr("y.txt", DATA)
+    wanted = local(tmp_path, "a.zip", buffer.getvalue(), "*.txt")
+    assert "member 'x.txt' is a link, and links are not followed" in refused(wanted, cache)
+    assert content(fetch(local(tmp_path, "a.zip", buffer.getvalue(), "y.txt"), cache)[0]) == DATA
+
+
+def test_an_encrypted_member_is_named(tmp_path: Path, cache: Path) -> None:
+    packed = bytearray(zipped({"x.txt": DATA}))
+    packed[6] |= 1
+    packed[packed.index(b"PK\1\2") + 8] |= 1
+    (found,) = fetch(local(tmp_path, "a.zip", bytes(packed)), cache)
+    with pytest.raises(InputError, match=r"a\.zip:x\.txt: cannot be unpacked \(.*encrypted"):
+        content(found)
+
+
+def test_an_archive_in_an_archive_stays_packed(tmp_path: Path, cache: Path) -> None:
+    inner = zipped({"x.txt": DATA})
+    (found,) = fetch(local(tmp_path, "a.zip", zipped({"b.zip": inner})), cache)
+    assert found.suffix == ".zip" and content(found) == inner  # which no reader of a source takes
+    packed = gzip.compress(gzip.compress(DATA))
+    assert fetch(local(tmp_path, "a.txt.gz.gz", packed), cache)[0].suffix == ".gz"
+
+
+def test_damage_of_an_archive_is_never_more_than_an_error(tmp_path: Path, cache: Path) -> None:
+    chooser = random.Random(0)
+    sound = [zipped({"x.txt": DATA[:500], "é.txt": DATA[:99]}), gzip.compress(DATA[:500]), bomb(".zst")]
+    for i in range(300):
+        number = i % len(sound)
+        damaged = bytearray(sound[number])
+        for _ in range(chooser.choice([1, 2, 4])):
+            damaged[chooser.randrange(len(damaged))] = chooser.choice([0, 255, chooser.randrange(256)])
+        wanted = local(
+            tmp_path, ("a.zip", "a.txt.gz", "a.txt.zst")[number], bytes(damaged), "*.txt" if not number else None
+        )
+        with contextlib.suppress(InputError):
+            for found in fetch(wanted, cache):
+                for _ in zip(found.blocks(), range(3), strict=False):
+                    pass

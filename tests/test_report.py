@@ -296,6 +296,19 @@ def test_text_from_models_and_data_cannot_become_markup(labels: list[str]) -> No
     assert set(columns) <= {5, 6, 7, 8}  # no cell was cut in two
 
 
+def test_no_text_ends_the_script_of_dvcs_page() -> None:
+    """DVC writes a plot's rows as JSON into a script, where nothing but `<` can end it."""
+    from dvc_render.vega import VegaRenderer
+
+    for name, axes in {"per_task": ("exact_match", "task"), "confusion": ("actual", "predicted")}.items():
+        text = report.plot_files(*results([f"{EVIL}{k}" for k in range(3)]))[f"{name}.csv"]
+        rows = [row | {"rev": "workspace"} for row in csv.DictReader(io.StringIO(text))]
+        x, y = axes
+        page = VegaRenderer(rows, name, template="scatter", x=x, y=y).generate_html()
+        assert "alert(1)" in page
+        assert page.count("</script>") == 1 and page.count("<script") == 1
+
+
 def test_the_report_says_what_was_found() -> None:
     text = report.markdown(
         *results(["ham", "spam"]), {"corpus": "sample", "messages": "m", "instructions": "i"}, ["training.png"]
