@@ -24,7 +24,6 @@ from llm.tokenizer import (
     GPT2_PATTERN,
     MAX_SPACES,
     MAX_VOCAB_SIZE,
-    PATTERN,
     Tokenizer,
     gpt2_bytes,
 )
@@ -65,6 +64,10 @@ LLAMA3_STEP = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+LLAMA3_PATTERN = (  # U+017F folds to s, as it does in (?i:'s)
+    r"'(?:[sSſdDmMtT]|[lL][lL]|[vV][eE]|[rR][eE])|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+"
+    r"| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s*[\r\n]|\s++$|\s+(?!\S)|\s"
+)
 TEKKEN_WORDS = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
@@ -84,18 +87,18 @@ DEEPSEEK_PATTERN = (
 )
 
 SPLITS = (
-    Split((GPT2_STEP,), GPT2_PATTERN, ("gpt-2",)),
+    Split((GPT2_STEP,), GPT2_PATTERN, ("gpt-2",)),  # a vocabulary trained here too
     Split(  # SmolLM2, StarCoder: each digit alone, and to the rest of the text it is an end
         (DIGIT, GPT2_STEP),
         r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++|\p{N}| ?[^\s\p{L}\p{N}]++|\s++(?=\p{N}|$)|\s+(?!\S)|\s",
         ("smollm", "starcoder", "refact"),
     ),
-    Split(  # Llama 3, and a vocabulary trained here
-        (LLAMA3_STEP,), PATTERN, ("llama-bpe", "llama3", "llama-v3", "falcon3"), whole_words=True, begins=True
+    Split(
+        (LLAMA3_STEP,), LLAMA3_PATTERN, ("llama-bpe", "llama3", "llama-v3", "falcon3"), whole_words=True, begins=True
     ),
     Split(  # Qwen2.5, Qwen3
         (LLAMA3_STEP.replace("{1,3}", ""),),
-        PATTERN.replace("{1,3}+", ""),
+        LLAMA3_PATTERN.replace("{1,3}+", ""),
         ("qwen2", "deepseek-r1-qwen"),
         nfc=True,
     ),

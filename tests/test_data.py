@@ -41,7 +41,7 @@ from llm.data import (
     window_batches,
 )
 from llm.model import GPT
-from llm.tokenizer import PATTERN, Tokenizer
+from llm.tokenizer import GPT2_PATTERN, Tokenizer
 from tests.helpers import gpt_config, randomize, tiny_tokenizer
 
 in_one_folder = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -279,7 +279,7 @@ def test_special_tokens_in_a_users_text_stay_text(template: str) -> None:
 
 def test_chatml_without_its_markers_in_the_vocabulary() -> None:
     """GPT-2's tokenizer has <|endoftext|> only: the markers are written out, and the response ends with that token."""
-    tokenizer = Tokenizer([bytes([i]) for i in range(256)], PATTERN, {"<|endoftext|>": 256})
+    tokenizer = Tokenizer([bytes([i]) for i in range(256)], GPT2_PATTERN, {"<|endoftext|>": 256})
     prompt = encode_prompt(tokenizer, "chatml", "Hi")
     assert bytes(prompt) == b"<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     assert stop_token(tokenizer, "chatml") == 256
@@ -289,7 +289,7 @@ def test_every_token_that_may_end_a_text() -> None:
     names = ["<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|other|>"]
     special = {name: 256 + i for i, name in enumerate(names)}
     for end in ("<|endoftext|>", "<|im_end|>"):  # SmolLM2-Instruct and Qwen name the latter
-        tokenizer = Tokenizer([bytes([i]) for i in range(256)], PATTERN, special, end)
+        tokenizer = Tokenizer([bytes([i]) for i in range(256)], GPT2_PATTERN, special, end)
         assert end_tokens(tokenizer, None) == end_tokens(tokenizer, "alpaca") == {special[end]}
         assert end_tokens(tokenizer, "chatml") == {256, 257}
         assert end_tokens(tokenizer, "llama3") == {special[end], 258, 259, 260}
