@@ -39,6 +39,7 @@ Event = dict[str, Any]
 def main(arguments: list[str]) -> int:
     os.environ |= {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}
     os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # it would print user and password too
+    os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"  # none of our models needs it
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.pop("MLFLOW_RUN_ID", None)  # a caller's run must not swallow ours

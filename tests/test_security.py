@@ -28,6 +28,7 @@ import torch
 import yaml
 
 import llm.gguf_file
+import stages.sync
 from llm import display
 from llm.chat_template import render, render_untrusted
 from llm.checkpoint import ModelFolder, ModelFolderConfig, load_model_folder, load_state, save_model_folder, save_state
@@ -299,6 +300,18 @@ def test_it_is_refused_by_name_and_not_executed(
     assert "\n" not in message
     assert message.startswith(str(path).rstrip("/")) and reason in message
     assert not marker.exists()
+
+
+def test_mlflow_unpickles_nothing_where_we_run_it(
+    tmp_path: Path, models: Models, marker: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow
+
+    CASES["an MLflow model that is a pickle"](tmp_path, models, marker)
+    monkeypatch.setattr(stages.sync, "sync", lambda: mlflow.pyfunc.load_model(str(tmp_path / "mlflow")))
+    monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "true")
+    with pytest.raises(mlflow.MlflowException, match="pickle is disallowed"):
+        stages.sync.main([])
 
 
 def test_a_training_state_that_is_a_pickle_is_passed_over(tmp_path: Path, marker: Path) -> None:
