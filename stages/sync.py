@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> int:
 
 def sync() -> int:
     """Delivers what is left of all pipelines; one line of result."""
-    delivery, delivered = Delivery(), 0
+    delivery, delivered, failed = Delivery(), 0, False
     for pipeline in undelivered():
         with locked(pipeline / "lock") as holder:
             if holder is not None:
@@ -60,11 +60,13 @@ def sync() -> int:
             try:
                 delivery.pipeline(pipeline)
             except Exception as error:
-                print(f"tracking: {note_problem(pipeline, error)}; the record is kept", file=sys.stderr)
-                return 1
+                problem, failed = note_problem(pipeline, error), True
+                print(f"tracking: {problem}; the record is kept", file=sys.stderr)
+                if problem.endswith("did not answer") or not delivery.is_connected():
+                    return 1  # the others would only wait for the same
             delivered += sum(is_delivered(journal) for journal in waiting)
     print(f"{delivered} runs delivered to {printable(tracking_uri())}")
-    return 0
+    return int(failed)
 
 
 def follow(pipeline: Path, invocation: Process) -> int:
@@ -94,11 +96,12 @@ def follow(pipeline: Path, invocation: Process) -> int:
 
 def note_problem(pipeline: Path, error: Exception) -> str:
     """The details into the process's own output, one line for the stage to show."""
-    print(printable("".join(traceback.format_exception(error))), file=sys.stderr)
     place, text = printable(tracking_uri()), printable(str(error))
     silent = re.search(r"Max retries exceeded|timed out|failed with exception|Connection", text)
-    problem = f"MLflow at {place} " + ("did not answer" if silent else f"failed: {text.splitlines()[0][:200]}")
+    reason = (text.splitlines() or [type(error).__name__])[0][:200]
+    problem = f"MLflow at {place} " + ("did not answer" if silent else f"failed: {reason}")
     write_atomic(pipeline / "problem", problem)
+    print(printable("".join(traceback.format_exception(error))), file=sys.stderr)
     return problem
 
 
@@ -106,9 +109,18 @@ def note_problem(pipeline: Path, error: Exception) -> str:
 
 
 def journals(pipeline: Path) -> list[Path]:
-    """A pipeline's journals, in the order in which its stages started."""
-    folders = [path.parent for path in pipeline.glob("*/events.jsonl")]
+    """A pipeline's journals, in the order in which its stages started; none whose start a full disk refused."""
+    folders = [path.parent for path in pipeline.glob("*/events.jsonl") if has_start(path)]
     return sorted(folders, key=lambda folder: int(first_event(folder)["time"]))
+
+
+def has_start(events: Path) -> bool:
+    with events.open("rb") as file:
+        line = file.readline()
+    try:
+        return bool(json.loads(line)["event"] == "start")
+    except ValueError:
+        return False
 
 
 def undelivered() -> list[Path]:
@@ -185,6 +197,10 @@ class Delivery:
         self._known: dict[str, str] = {}  # ids of MLflow's runs by our names
         self._states: dict[Path, tuple[str, int]] = {}  # what was last said about a pipeline's parent run
 
+    def is_connected(self) -> bool:
+        """Whether MLflow has answered yet."""
+        return self._connection is not None
+
     def pipeline(self, pipeline: Path) -> None:
         """Delivers what is new in all journals of a pipeline, and the state of its parent run."""
         waiting = [journal for journal in journals(pipeline) if not is_delivered(journal)]
@@ -205,9 +221,10 @@ class Delivery:
             import mlflow
 
             mlflow.set_tracking_uri(tracking_uri())
-            with locked(runs_folder() / "lock", patience=LONGEST_PAUSE) as holder:
+            lock = store_lock()
+            with locked(lock, patience=LONGEST_PAUSE) as holder:
                 if holder is not None:
-                    raise TimeoutError(f"process {holder} holds {runs_folder() / 'lock'}")
+                    raise TimeoutError(f"process {holder} holds {lock}")
                 client = mlflow.MlflowClient()
                 self._connection = client, experiment_id(client)
             mlflow.set_experiment(experiment_id=self._connection[1])  # where models are logged
@@ -340,6 +357,12 @@ def experiment_id(client: MlflowClient) -> str:
         if experiment is None:
             raise
         return experiment.experiment_id
+
+
+def store_lock() -> Path:
+    """Beside a database file, which all clones that deliver to it see; for a server, in the repository."""
+    database = re.match("sqlite:///([^?]+)", tracking_uri())
+    return Path(f"{database[1]}.lock") if database else runs_folder() / "lock"
 
 
 def artifact_location() -> str | None:
