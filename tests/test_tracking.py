@@ -165,7 +165,8 @@ def test_a_resumed_run_has_the_whole_curve_once(place: Path) -> None:
 
 
 def test_user_and_password_are_never_shown() -> None:
-    assert tracking.printable("https://me:secret@host:5000/path?a@b") == "https://host:5000/path?a@b"
+    assert tracking.printable("https://me:secret@host:5000/path?a@b") == "https://host:5000/path"
+    assert tracking.printable("is 'https://host/a?token=secret' up? see b") == "is 'https://host/a' up? see b"
     assert tracking.printable("sqlite:////home/me@work/mlflow.db") == "sqlite:////home/me@work/mlflow.db"
 
 
