@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from llm.checkpoint import ModelFolder, ModelFolderConfig
+from llm.checkpoint import ModelFolder, language_model
 from llm.config import SCRATCH, GPTConfig, InputError, PretrainParams
 from llm.data import TokenShards, held_out_windows, window_batches
 from llm.generate import Sampling, generate
@@ -29,9 +29,11 @@ def pretrain(run: Run) -> None:
     device = pick_device(params.runtime.device)
     if section.init == SCRATCH:
         config = GPTConfig(**params.model.model_dump(), vocab_size=tokenizer.vocab_size)
-        model = GPT(config).to(device)
+        content = language_model(GPT(config).to(device), tokenizer, template=None, system=None)
     else:
-        model = open_weights(section, tokenizer, device)
+        content = open_weights(section, tokenizer, device)
+    model = content.model
+    assert isinstance(model, GPT)
     config, window = model.config, min(params.model.context_length, model.config.context_length)
     freeze(model, section)
     trained = trained_parameters(model)
@@ -62,7 +64,6 @@ def pretrain(run: Run) -> None:
             title="pretrain",
         )
 
-    content = ModelFolder(model, tokenizer, ModelFolderConfig(kind="base", gpt=config))
     save_trained(Path("models/base"), content, section)
     tokens_per_step = section.batch_size * section.grad_accum_steps * window
     run.write_history(result.history)
@@ -78,8 +79,8 @@ def pretrain(run: Run) -> None:
     )
 
 
-def open_weights(section: PretrainParams, tokenizer: Tokenizer, device: torch.device) -> GPT:
-    """The model that `pretrain.init` names; `tokenizer` is what the corpus was encoded with."""
+def open_weights(section: PretrainParams, tokenizer: Tokenizer, device: torch.device) -> ModelFolder:
+    """What `pretrain.init` names; `tokenizer` is what the corpus was encoded with."""
     imported = import_model(section.init, base_dtype(device))
     if not isinstance(imported.model, GPT):
         raise InputError(f"pretrain.init: {section.init} is a classifier; name a language model")
@@ -88,7 +89,8 @@ def open_weights(section: PretrainParams, tokenizer: Tokenizer, device: torch.de
             f"pretrain.init: the tokenizer of {section.init} is not the one that data/tokens was encoded with; "
             "run tokenize again: `dvc repro -f tokenize`"
         )
-    return imported.model.to(device)
+    imported.model.to(device)
+    return imported
 
 
 if __name__ == "__main__":

@@ -427,12 +427,13 @@ def test_what_a_base_is_told_first_is_kept_with_its_template(place: Path, templa
 
 def test_pretraining_open_weights_by_adapters(place: Path) -> None:
     """The adapter that lies beside the merged weights goes onto the imported model."""
-    source = folder_of(new_model(context_length=64, **LLAMA_FORM))
+    source = folder_of(new_model(context_length=64, **LLAMA_FORM), "instruct")
     export_hf(source, place / "hf")
     params = shipped_params()
     section = params.pretrain.model_copy(update={"init": str(place / "hf")})
     pretrain(Run("pretrain", params.model_copy(update={"pretrain": section}), place / "state", Mock()))
     made = load_model_folder(place / "models/base")
+    assert (made.config.template, made.config.system) == ("chatml", "Be kind.")
     again = load_adapter(place / "models/base/adapter", import_model(str(place / "hf")))
     assert torch.equal(
         again.model.get_submodule("blocks.0.attn.q_proj").base.weight,
