@@ -20,10 +20,11 @@ def test_no_input_is_more_than_refused(name: str) -> None:
     parser = PARSERS[name]()
     sound = seeds(parser)
     chooser = random.Random(name)
-    inputs = [*sound, b"", *(path.read_bytes() for path in kept(name))]
+    inputs = [b"", *(path.read_bytes() for path in kept(name))]
     inputs += [mutated(chooser.choice(sound), chooser) for _ in range(MUTATED)]
     with prepared(parser) as execute, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore")  # numpy's, of numbers that overflow
+        assert all(map(execute, sound)), "what mutation begins with is no longer taken"
         for data in inputs:
             try:
                 execute(data)

@@ -15,13 +15,13 @@ import re
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow
 import pyarrow.parquet
 import torch
+from safetensors.torch import load
 
 from llm.checkpoint import ModelFolder, ModelFolderConfig, load_model_folder, load_state, save_model_folder, save_state
 from llm.config import CorpusSource, InputError, InstructionsSource, MessagesSource, SourceFile
@@ -75,7 +75,9 @@ def sources() -> Parser:
     listed = json.dumps(rows, indent=1).encode()
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
     table = b'text,label,split\r\n"Hi, ""you""\nthere",ham,train\nWIN,spam,test\n'
-    pair = b'[{"instruction": "Add", "input": "1 2", "output": 3.5, "kind": "a"}, {"instruction": "b", "output": "c"}]'
+    pair = (
+        b'[{"instruction": "a", "input": "1", "output": 3, "kind": 1}, {"instruction": "b", "output": "c", "kind": ""}]'
+    )
     parquet, archive = io.BytesIO(), io.BytesIO()
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), parquet, compression="none")
     for packing in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2):
@@ -104,19 +106,19 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
-@cache
-def tiny_tokenizer() -> Tokenizer:
-    """As few tokens as there can be, and a pattern that other tools know too."""
-    plain = Tokenizer.train(["the cat, the hat"], 262)
-    return Tokenizer(plain.ranks, GPT2_PATTERN, plain.special_tokens)
+TOKENIZER = Tokenizer(  # small inputs are fast, and most of their bytes matter
+    [*(bytes([byte]) for byte in (97, 98, 32, 195, 169)), b"ab", b" a", "é".encode()],
+    GPT2_PATTERN,
+    {"<|endoftext|>": 8, "<|im_start|>": 9, "<|im_end|>": 10},
+)
 
 
 def tiny_model(form: dict[str, Any]) -> ModelFolder:
-    sizes = {"vocab_size": 262, "emb_dim": 4, "n_heads": 2, "n_kv_heads": 2, "head_dim": 2, "ffn_dim": 4, "n_layers": 1}
+    sizes = {"vocab_size": 11, "emb_dim": 4, "n_heads": 2, "n_kv_heads": 2, "head_dim": 2, "ffn_dim": 4, "n_layers": 1}
     config = gpt_config(**form | sizes)
     model = randomize(GPT(config))
     assert isinstance(model, GPT)
-    return ModelFolder(model, tiny_tokenizer(), ModelFolderConfig(kind="base", gpt=config))
+    return ModelFolder(model, TOKENIZER, ModelFolderConfig(kind="base", gpt=config))
 
 
 def model_folder() -> Parser:
@@ -131,68 +133,68 @@ def model_folder() -> Parser:
     return Parser([Target(file, [files[file]], parse) for file in ("config.json", "model.safetensors")], files)
 
 
-def transformers_folder() -> Parser:
-    """Another tool's: config.json, and weights in one file and in several."""
+def exported(form: dict[str, Any]) -> dict[str, bytes]:
     with tempfile.TemporaryDirectory() as name:
-        export_hf(tiny_model(LLAMA_FORM), Path(name, "it"))
-        files = files_of(Path(name, "it"))
-        export_hf(tiny_model(GPT2_FORM), Path(name, "it"))
-        gpt2 = (Path(name, "it") / "config.json").read_bytes()
-    scaled = json.loads(files["config.json"]) | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}
-    index = json.dumps({"weight_map": {"model.norm.weight": "model.safetensors"}}).encode()
+        export_hf(tiny_model(form), Path(name, "it"))
+        return files_of(Path(name, "it"))
 
-    def parse(folder: Path) -> None:
-        import_model(str(folder))
 
-    def parse_shards(folder: Path) -> None:
-        whole, shard = folder / "model.safetensors", folder / "a.safetensors"
-        whole.rename(shard)
-        try:
-            import_model(str(folder))
-        finally:
-            shard.rename(whole)
+def inside(folder: str, files: dict[str, bytes]) -> dict[str, bytes]:
+    return {f"{folder}/{name}": content for name, content in files.items()}
 
-    targets = [
-        Target("config.json", [files["config.json"], json.dumps(scaled).encode(), gpt2], parse),
-        Target("model.safetensors", [files["model.safetensors"]], parse),
-        Target("model.safetensors.index.json", [index.replace(b"model.safetensors", b"a.safetensors")], parse_shards),
-    ]
-    return Parser(targets, files)
+
+def transformers_folder() -> Parser:
+    """Another tool's: config.json, and weights in one file or in several."""
+    llama, gpt2 = exported(LLAMA_FORM), exported(GPT2_FORM)
+    scaled = json.loads(llama["config.json"]) | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}
+    index = json.dumps({"weight_map": dict.fromkeys(load(llama["model.safetensors"]), "a.safetensors")}).encode()
+    shards = {name: content for name, content in llama.items() if name != "model.safetensors"}
+    shards |= {"a.safetensors": llama["model.safetensors"], "model.safetensors.index.json": index}
+
+    def target(file: str, *seeds: bytes) -> Target:
+        return Target(file, list(seeds), lambda folder: import_model(str((folder / file).parent)))
+
+    return Parser(
+        [
+            target("llama/config.json", llama["config.json"], json.dumps(scaled).encode()),
+            target("llama/model.safetensors", llama["model.safetensors"]),
+            target("gpt2/config.json", gpt2["config.json"]),
+            target("shards/model.safetensors.index.json", index),
+        ],
+        inside("llama", llama) | inside("gpt2", gpt2) | inside("shards", shards),
+    )
 
 
 def tokenizer_json() -> Parser:
-    """Hugging Face's tokenizer.json and the files beside it; GPT-2's two files in its place."""
-    with tempfile.TemporaryDirectory() as name:
-        export_hf(tiny_model(LLAMA_FORM), Path(name, "it"))
-        files = files_of(Path(name, "it"))
+    """Hugging Face's tokenizer.json and the files beside it; GPT-2's two files."""
+    files = exported(LLAMA_FORM)
     model = json.loads(files["tokenizer.json"])["model"]
-    names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
-    beside = {file: files.get(file, b'{"eos_token": "<|endoftext|>"}') for file in names}
+    plain = {name: number for name, number in model["vocab"].items() if name not in TOKENIZER.special_tokens}
+    vocab = json.dumps(plain | {TOKENIZER.end: TOKENIZER.eot}).encode()
+    merges = ("#version: 0.2\n" + "".join(merge + "\n" for merge in model["merges"])).encode()
     template = b"{% for message in messages %}<|im_start|>{{ message['role'] }}{{ message['content'] }}{% endfor %}"
-    vocab = json.dumps(model["vocab"]).encode()
-    merges = ("#version: 0.2\n" + "".join(" ".join(pair) + "\n" for pair in model["merges"])).encode()
 
-    def parse_gpt2_form(folder: Path) -> None:
-        content = (folder / "tokenizer.json").read_bytes()
-        (folder / "tokenizer.json").unlink()
-        try:
-            read_tokenizer_json(folder)
-        finally:
-            (folder / "tokenizer.json").write_bytes(content)
+    def target(file: str, seed: bytes) -> Target:
+        return Target(file, [seed], lambda folder: read_tokenizer_json((folder / file).parent))
 
-    targets = [Target(file, [content], read_tokenizer_json) for file, content in beside.items()]
-    targets.append(Target("chat_template.jinja", [template], read_tokenizer_json))
-    targets += [
-        Target("vocab.json", [vocab], parse_gpt2_form),
-        Target("merges.txt", [merges], parse_gpt2_form),
-    ]
-    return Parser(targets, beside | {"vocab.json": vocab, "merges.txt": merges})
+    return Parser(
+        [
+            target("it/tokenizer.json", files["tokenizer.json"]),
+            target("it/tokenizer_config.json", files["tokenizer_config.json"]),
+            target("it/special_tokens_map.json", b'{"eos_token": {"content": "<|im_end|>"}, "bos_token": null}'),
+            target("it/generation_config.json", files["generation_config.json"]),
+            target("it/chat_template.jinja", template),
+            target("gpt2/vocab.json", vocab),
+            target("gpt2/merges.txt", merges),
+        ],
+        inside("it", files) | inside("gpt2", {"vocab.json": vocab, "merges.txt": merges}),
+    )
 
 
 def bpe_json() -> Parser:
     """Our own tokenizer."""
     with tempfile.TemporaryDirectory() as name:
-        tiny_tokenizer().save(Path(name))
+        TOKENIZER.save(Path(name))
         content = Path(name, FILE_NAME).read_bytes()
     return Parser([Target(FILE_NAME, [content], Tokenizer.load)], {})
 
@@ -239,21 +241,23 @@ PARSERS: dict[str, Callable[[], Parser]] = {
 
 
 @contextlib.contextmanager
-def prepared(parser: Parser) -> Iterator[Callable[[bytes], None]]:
-    """A function that feeds the parser with an input, and raises what it must not raise."""
+def prepared(parser: Parser) -> Iterator[Callable[[bytes], bool]]:
+    """A function that says whether the parser takes an input, and raises what must not be raised."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for file, content in parser.others.items():
             (folder / file).parent.mkdir(exist_ok=True)
             (folder / file).write_bytes(content)
 
-        def execute(data: bytes) -> None:
+        def execute(data: bytes) -> bool:
             target = parser.targets[data[0] % len(parser.targets)] if data else parser.targets[0]
             (folder / target.file).write_bytes(data[1:])
             try:
                 target.parse(folder)
+                return True
             except InputError as error:
                 assert str(error).isprintable(), f"not one line: {error}"
+                return False
             finally:
                 if target.file in parser.others:
                     (folder / target.file).write_bytes(parser.others[target.file])
