@@ -53,7 +53,7 @@ def main() -> None:
             "max_total_time": chosen.seconds,
             "runs": chosen.runs,
             "max_len": LARGEST,
-            "timeout": 30,  # seconds that one input may take
+            "timeout": 120,  # seconds that one input may take, on a machine that is busy
             "rss_limit_mb": 4096,
             "artifact_prefix": f"{tempfile.gettempdir()}/{chosen.parser}-",  # where an input that crashes is left
             "print_final_stats": 1,
