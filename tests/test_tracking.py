@@ -414,7 +414,7 @@ def wait_for_lock(pipeline: Path) -> None:
     """Until the process that the stage started has ended."""
     from stages.run import locked
 
-    with locked(pipeline / "lock", patience=60) as holder:
+    with locked(pipeline / "lock", patience=300) as holder:
         assert holder is None
 
 
@@ -431,16 +431,76 @@ def test_an_experiment_that_another_clone_makes_first_is_taken(
     assert delivery._client()[1] == made
 
 
-def test_a_stage_is_delivered_when_it_ends(place: Path, store: str) -> None:
+def dead_journal(place: Path, name: str) -> Journal:
+    """That of a stage whose process is gone without a word."""
+    journal = Journal(place / ".work/runs" / name / "pretrain-1")
+    gone = Process(2**22, 1, socket.gethostname())
+    journal._write(event="start", stage="pretrain", title=name, process=gone._asdict(), params={}, tags={})
+    return journal
+
+
+def test_a_stage_is_delivered_when_it_ends_and_the_next_one_closes_what_died(place: Path, store: str) -> None:
+    dead = dead_journal(place, "died")
     variables = {"LLM_TRACKING": "on", "MLFLOW_TRACKING_URI": store, "MLFLOW_EXPERIMENT_NAME": place.name}
     (place / "stage.py").write_text(
-        "from stages import tracking; tracking.DELIVERY_PATIENCE = 90\n"
+        "from stages import tracking; tracking.DELIVERY_PATIENCE = 300\n"
         "j = tracking.Journal.start('pretrain', {'seed': 1}, 'sample')\n"
         "j.metrics({'train/loss': 2.0}, 5); j.end('FINISHED'); print((j.folder / 'delivered').exists())"
     )
     stage = command("stage", place, MLFLOW_RUN_ID="0" * 32, **variables)
-    assert stage.communicate(timeout=100) == ("True\n", "")
-    assert sorted(run.info.run_name for run in all_runs(store, place.name)) == ["pretrain", "run sample"]
+    assert stage.communicate(timeout=400) == ("True\n", "")
+    for _ in range(3000):  # what delivered it goes on with what was left
+        if (dead.folder / "delivered").exists():
+            break
+        time.sleep(0.1)
+    runs = sorted((run.info.run_name, run.info.status) for run in all_runs(store, place.name))
+    assert runs == [("died", "KILLED"), ("pretrain", "FINISHED"), ("pretrain", "KILLED"), ("run sample", "FINISHED")]
+
+
+def test_one_bad_journal_does_not_keep_the_others_back(
+    delivery: sync.Delivery, place: Path, store: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    empty = place / ".work/runs/1/pretrain-1/events.jsonl"
+    empty.parent.mkdir(parents=True)
+    empty.touch()  # a full disk refused the first line
+    bad = dead_journal(place, "2")
+    bad._write(event="artifact", name="lost.md")
+    good = dead_journal(place, "3")
+    assert sync.sync() == 1
+    said = capsys.readouterr()
+    assert said.out == f"1 runs delivered to {store}\n"
+    assert re.search(r"^tracking: MLflow at sqlite:.* failed: .*lost.md", said.err, re.MULTILINE)
+    assert [path.parent for path in place.glob(".work/runs/*/*/delivered")] == [good.folder]
+
+
+def test_an_error_without_words_is_called_by_its_name(place: Path) -> None:
+    assert sync.note_problem(place, TimeoutError()).endswith("failed: TimeoutError")
+
+
+def test_a_line_that_a_full_disk_cut_costs_no_other(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = record(steps=0)
+    with (journal.folder / "events.jsonl").open("rb") as file:
+        size = len(file.read())
+    code = (
+        "import resource, sys; from pathlib import Path; from stages.tracking import Journal\n"
+        "journal = Journal(Path(sys.argv[1]))\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))\n"
+        "journal.metrics({'a': 1.0}, 1)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))\n"
+        "journal.metrics({'a': 1.0}, 2)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(journal.folder), str(size + 20)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (
+        0,
+        "tracking: metrics is not recorded: [Errno 28] No space left on device\n",
+    )
+    assert [e["step"] for e in tracking.read_events(journal.folder) if e["event"] == "metrics"] == [2]
 
 
 def test_switched_off_it_only_keeps_the_journal(place: Path) -> None:
