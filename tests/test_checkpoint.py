@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,11 @@ from llm.checkpoint import (
     replaced_folder,
     save_model_folder,
     save_state,
+    sync,
 )
 from llm.model import GPT, GPTClassifier
 from llm.tokenizer import Tokenizer
+from tests.conftest import ROOT
 from tests.helpers import FORMS, gpt_config, randomize, tiny_tokenizer
 
 
@@ -150,6 +154,36 @@ def test_a_failure_in_the_middle_leaves_the_old_folder(
         (new / "config.json").write_text("half")
         raise KeyboardInterrupt
     assert file_bytes(folder) == before
+
+
+def test_a_full_disk_is_called_so_whoever_writes(tmp_path: Path) -> None:
+    """safetensors has an error of its own for it."""
+    code = (
+        "import resource, sys, torch; from pathlib import Path; from llm.checkpoint import write_tensors\n"
+        "tensors = {'a': torch.zeros(10_000)}\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "try:\n    write_tensors(Path(sys.argv[1]), tensors)\n"
+        "except OSError as error:\n    print(error.errno == 27, error.filename == sys.argv[1])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "a"], cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("True True\n", "")
+
+
+def test_the_disk_has_a_folder_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+
+    def note(path: Path) -> None:
+        synced.append(f"{path.relative_to(tmp_path)} {(tmp_path / 'it').exists()}")
+        sync(path)
+
+    monkeypatch.setattr("llm.checkpoint.sync", note)
+    with replaced_folder(tmp_path / "it") as new:
+        (new / "inner").mkdir()
+        (new / "inner/a").touch()
+        (new / "b").touch()
+    inside = {f"it.partial{name} False" for name in ("", "/b", "/inner", "/inner/a")}
+    assert set(synced[:-1]) == inside
+    assert synced[-1] == ". True"
 
 
 def test_what_a_kill_left_behind_is_cleared_away(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import os
 import random
 import resource
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -389,6 +390,17 @@ def test_an_error_in_a_worker_is_the_same_error(count: int) -> None:
         with pytest.raises(InputError, match="negative"):
             list(workers.in_order(double, [1, 2, -3, 4], 2))
         assert list(workers.in_order(double, [5], 3)) == [15]
+
+
+def end_at(number: int, last: int) -> int:
+    if number == last:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+def test_a_worker_that_is_killed_is_one_line() -> None:
+    with Workers(2) as workers, pytest.raises(InputError, match=r"^runtime.workers: one of the processes was killed"):
+        list(workers.in_order(end_at, range(20), 5))
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------

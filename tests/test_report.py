@@ -360,3 +360,14 @@ def test_an_extra_that_fails_is_one_line_and_the_rest_goes_on(capsys: pytest.Cap
 
     stage.extra("picture roc", fails)
     assert capsys.readouterr().err == "evaluate: picture roc left out: OSError: no\n"
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), MemoryError()])
+def test_what_would_succeed_with_more_room_is_no_extra_to_leave_out(error: Exception) -> None:
+    """The stage's outputs would be kept without it for good."""
+
+    def fails() -> None:
+        raise error
+
+    with pytest.raises(type(error)):
+        stage.extra("picture roc", fails)

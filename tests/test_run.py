@@ -238,6 +238,16 @@ def test_outside_of_a_training_a_signal_ends_at_once_and_cleans_up(place: Path) 
     assert (place / "cleaned").exists()
 
 
+def test_asked_to_stop_while_it_waits_for_the_delivery_it_has_done_its_work(place: Path) -> None:
+    body = (
+        "from stages.tracking import Journal\nJournal.end = lambda *_: (print('waiting', flush=True), time.sleep(60))"
+    )
+    process = begin(body)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode == 0
+
+
 # ---- errors and figures ----------------------------------------------------------------------------------------------
 
 
@@ -247,6 +257,9 @@ def test_outside_of_a_training_a_signal_ends_at_once_and_cleans_up(place: Path) 
         ("raise InputError('x.txt: wrong')", "demo: x.txt: wrong"),
         ("raise OSError(errno.ENOSPC, 'No space left on device', 'models/base')", "models/base: No space left"),
         ("raise PermissionError(errno.EACCES, 'Permission denied', 'reports/a')", "reports/a: Permission denied"),
+        ("raise MemoryError", "demo: out of memory; a training with a smaller batch_size"),
+        ("import torch; torch.zeros(10**14)", "demo: out of memory; a training with a smaller batch_size"),
+        ("raise RuntimeError('CUDA out of memory. Tried to allocate 2 GiB')", "demo: out of memory"),
     ],
 )
 def test_what_the_user_can_act_on_is_one_line(place: Path, body: str, message: str) -> None:

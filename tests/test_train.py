@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from llm.checkpoint import load_state
 from llm.config import InputError, TrainParams
 from llm.data import IGNORE, Batch, Example, batches_by_length, collate_labels, collate_pairs
 from llm.generate import generate
@@ -534,6 +535,38 @@ def test_a_finished_training_continues_to_the_same_end(tmp_path: Path) -> None:
     assert second[0] == first[0]
 
 
+@pytest.mark.parametrize("stop_at", [0, 4, 8])
+def test_stopped_in_the_middle_of_an_evaluation_it_is_made_again(tmp_path: Path, stop_at: int) -> None:
+    """Two batches are evaluated on: the stop comes after the first."""
+    params = train_params(max_steps=8, eval_interval=4, dropout=0.2)
+    arguments: dict[str, Any] = {"runtime": runtime_params(checkpoint_interval=100), "state_dir": tmp_path}
+
+    def run(stop_at: int | None, **more: Any) -> tuple[FitResult, dict[str, Tensor]]:
+        model, made, read = new_gpt(), 0, 0
+
+        def batches(step: int) -> list[Batch]:
+            nonlocal made
+            made = step + 1
+            return random_batches(step)
+
+        def held_out() -> Iterator[Batch]:
+            nonlocal read
+            for number in range(2):
+                read = number
+                yield random_batch(1000 + number)
+
+        evaluate = lambda: {"val/loss": mean_loss(model, next_token_loss, held_out())}  # noqa: E731
+        stop = lambda: (made, read) == (stop_at, 1)  # noqa: E731
+        return train(model, params, batches=batches, evaluate=evaluate, should_stop=stop, **more), weights(model)
+
+    expected, expected_weights = run(None)
+    stopped, _ = run(stop_at, **arguments)
+    assert (stopped.steps, len(stopped.history)) == (stop_at, stop_at // 4)
+    result, found = run(None, **arguments)
+    assert result == expected
+    assert_same_bits(found, expected_weights)
+
+
 def damage(state: Path) -> None:
     path = state / "state.safetensors"
     content = bytearray(path.read_bytes())
@@ -637,6 +670,48 @@ def test_an_exploding_loss_ends_the_training_at_the_same_step_after_a_stop(eval_
         train(new_gpt(), params, **arguments)
 
 
+def test_after_a_guard_the_last_good_state_is_there(tmp_path: Path) -> None:
+    def batches(step: int) -> list[Batch]:
+        batch = random_batch(step)
+        return [batch if step < 7 else batch._replace(targets=torch.full_like(batch.targets, IGNORE))]
+
+    arguments: dict[str, Any] = {"runtime": runtime_params(checkpoint_interval=2), "state_dir": tmp_path}
+    with pytest.raises(InputError, match=r"^step 7, batch of rows 28, .*: no target in them counts; leave these rows"):
+        train(new_gpt(), train_params(), batches=batches, **arguments)
+    saved = load_state(tmp_path, pytest.fail)
+    assert saved is not None and saved[1]["step"] == 6
+    assert all(tensor.isfinite().all() for tensor in saved[0].values())
+    assert train(new_gpt(), train_params(), **arguments).steps == 10  # with other batches it goes on from there
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_validation_loss_that_is_not_finite_ends_the_training(loss: float) -> None:
+    """The last step may be the one that breaks the weights: no training loss is computed with them."""
+    losses = iter([4.0, 3.0, loss])
+    with pytest.raises(InputError, match=rf"^step 10, validation: loss {loss}: lower lr"):
+        train(new_gpt(), train_params(), evaluate=lambda: {"val/loss": next(losses)})
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_vocabulary_of_one_is_certain_and_breaks_nothing(optimizer: str) -> None:
+    model = new_gpt(vocab_size=1)
+    batches = lambda step: [random_batch(step, vocab_size=1)]  # noqa: E731
+    evaluate = lambda: {"val/loss": mean_loss(model, next_token_loss, batches(0))}  # noqa: E731
+    result = train(model, train_params(optimizer=optimizer), batches=batches, evaluate=evaluate)
+    assert [row["val/loss"] for row in result.history] == [0, 0, 0]
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_messages_of_one_class_are_learned() -> None:
+    """Where only one label occurs, all are weighted alike."""
+    classifier = new_classifier()
+    batch = collate_labels([Example([1, 2, 3], 0, 1), Example([4, 5], 0, 1)], range(2))
+    evaluate = lambda: {"val/loss": mean_loss(classifier, label_loss, [batch])}  # noqa: E731
+    params = train_params(max_steps=20)
+    result = fit(classifier, label_loss, lambda step: [batch], params, runtime_params(), evaluate=evaluate)
+    assert result.kept["val/loss"] < 0.2
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_learning_rate_of_ten_is_noticed(optimizer: str) -> None:
     params = train_params(max_steps=200, lr=10.0, muon_lr=10.0, optimizer=optimizer, eval_interval=10)
@@ -650,6 +725,35 @@ def test_noisy_but_sound_losses_are_left_alone() -> None:
         return value * (5.0 if batch.rows[0] % 5 == 0 else 1.0), weight  # every fifth batch is five times as hard
 
     assert train(new_gpt(), train_params(max_steps=40, eval_interval=7), loss=loss).steps == 40
+
+
+# ---- threads ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_number_of_threads_changes_losses_by_rounding_alone() -> None:
+    """Sums are cut into as many parts as there are threads; the pipeline's bits are those of one number of threads."""
+
+    def losses() -> list[float]:
+        model = new_gpt(**SHIPPED_FORM | {"emb_dim": 64, "ffn_dim": 128, "vocab_size": 500})
+        logged: list[float] = []
+        train(
+            model,
+            train_params(max_steps=3, optimizer="muon", lr=0.002),
+            batches=lambda step: [random_batch(step, rows=32, vocab_size=500)],
+            log=lambda metrics, step: logged.extend(v for k, v in metrics.items() if k.endswith("/loss")),
+        )
+        return logged
+
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one, again = losses(), losses()
+        torch.set_num_threads(2)
+        two = losses()
+    finally:
+        torch.set_num_threads(threads)
+    assert one == again
+    assert two == pytest.approx(one, rel=1e-5)
 
 
 # ---- devices ---------------------------------------------------------------------------------------------------------

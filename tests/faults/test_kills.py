@@ -186,3 +186,29 @@ def test_a_stage_that_was_struck_ends_with_the_same_bits(pipeline: Pipeline, sta
             pass
         struck[kind] += 1
     print(f"{stage}: {dict(struck)}")
+
+
+@pytest.mark.parametrize(("lacking", "mended"), [("size=64k", "size=64m"), ("ro", "rw")], ids=["full", "read-only"])
+def test_a_disk_that_refuses_the_model_costs_no_training(pipeline: Pipeline, lacking: str, mended: str) -> None:
+    models = pipeline.folder / "models"
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", lacking, "none", models], capture_output=True, text=True)
+    if mount.returncode:
+        pytest.skip(f"a small disk cannot be mounted here: {mount.stderr.strip()}")
+    try:
+        refused = pipeline.run("pretrain")
+        assert refused["status"] == 1
+        [line] = [
+            line for line in refused["said"].splitlines() if line.startswith("pretrain: ") and "step " not in line
+        ][-1:]
+        assert re.fullmatch(
+            r"pretrain: (models/base\S*|writing): (No space left on device|Read-only file system)", line
+        )
+        assert "Traceback" not in refused["said"]
+        assert list(models.iterdir()) == []
+        subprocess.run(["mount", "-o", f"remount,{mended}", models], check=True)
+        again = pipeline.run("pretrain")
+        assert again["status"] == 0, again["said"]
+        assert f"pretrain: continues at step {STEPS['max_steps']} of" in again["said"]
+        assert pipeline.made("pretrain") == pipeline.undisturbed["pretrain"]
+    finally:
+        subprocess.run(["umount", models], check=True)
