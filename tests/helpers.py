@@ -10,6 +10,7 @@ from torch import nn
 
 from llm.config import GPTConfig, RuntimeParams, TrainParams
 from llm.tokenizer import Tokenizer
+from llm.tokenizer_files import SPLITS
 
 GPT2_FORM: dict[str, Any] = {
     "vocab_size": 61,
@@ -102,3 +103,10 @@ def randomize(model: nn.Module, seed: int = 0, std: float = 0.3) -> nn.Module:
 def tiny_tokenizer() -> Tokenizer:
     text = "the cat sat on the mat. the dog sat on the cat. ham and spam, spam and ham. " * 20
     return Tokenizer.train([text], vocab_size=280)
+
+
+def qwen_tokenizer() -> Tokenizer:
+    """One that cuts a text as Qwen's does."""
+    [pattern] = [split.pattern for split in SPLITS if "qwen2" in split.pre]
+    trained = tiny_tokenizer()
+    return Tokenizer(trained.ranks, pattern, trained.special_tokens, nfc=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import unicodedata
 from typing import Any
 
 import pytest
@@ -67,7 +68,8 @@ def test_the_ends_of_a_range_are_in_it(changed: tuple[str, int]) -> None:
 def test_a_message_is_one_line_whatever_it_quotes(text: str) -> None:
     """With lone surrogates, control characters and line ends of every kind."""
     message = str(InputError(f"file: {text}"))
-    assert message.isprintable() and message.startswith("file: ")
+    assert message.splitlines() == [message] and message.startswith("file: ")
+    assert not any(unicodedata.category(character) in ("Cc", "Cs") for character in message)
     assert message == f"file: {text}" or not text.isprintable()
 
 

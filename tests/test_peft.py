@@ -19,7 +19,7 @@ from llm.model import GPT, GPTClassifier
 from llm.peft import export_peft
 from llm.train import freeze
 from llm.weights import export_hf
-from tests.helpers import LLAMA_FORM, SHIPPED_FORM, gpt_config, randomize, tiny_tokenizer, train_params
+from tests.helpers import LLAMA_FORM, SHIPPED_FORM, gpt_config, qwen_tokenizer, randomize, tiny_tokenizer, train_params
 
 QWEN = LLAMA_FORM | {"qkv_bias": True, "n_kv_heads": 2, "tie_embeddings": False}
 QWEN3 = LLAMA_FORM | {"qk_norm": True, "n_kv_heads": 2, "head_dim": 6}
@@ -27,7 +27,7 @@ EVERY = ["q_proj", "k_proj", "v_proj", "out_proj", "up_proj", "gate_proj", "down
 
 
 def base_folder(form: dict[str, Any], labels: int = 0) -> ModelFolder:
-    tokenizer = tiny_tokenizer()
+    tokenizer = qwen_tokenizer() if form == QWEN else tiny_tokenizer()
     gpt = GPT(gpt_config(vocab_size=tokenizer.vocab_size, **form))
     model = GPTClassifier(gpt, labels) if labels else gpt
     randomize(model)

@@ -22,10 +22,9 @@ from llm.checkpoint import ModelFolder, ModelFolderConfig, save_model_folder
 from llm.config import GPTConfig, InputError, RopeScaling
 from llm.generate import generate
 from llm.model import GPT, GPTClassifier
-from llm.tokenizer import Tokenizer
-from llm.tokenizer_files import SPLITS, write_tokenizer_json
+from llm.tokenizer_files import write_tokenizer_json
 from llm.weights import describe, export_hf, import_model, import_tokenizer, source_files
-from tests.helpers import FORMS, LLAMA_FORM, SHIPPED_FORM, gpt_config, randomize, tiny_tokenizer
+from tests.helpers import FORMS, LLAMA_FORM, SHIPPED_FORM, gpt_config, qwen_tokenizer, randomize, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCAB = 290  # ten rows more than the tokenizer has tokens
@@ -570,13 +569,6 @@ FITTING: dict[str, dict[str, Any]] = {
     "qwen3": LLAMA_FORM | {"qk_norm": True, "head_dim": 10},
     "qwen3, window": LLAMA_FORM | {"qk_norm": True, "sliding_window": 3},
 }
-
-
-def qwen_tokenizer() -> Tokenizer:
-    """One that cuts a text as Qwen's does."""
-    [pattern] = [split.pattern for split in SPLITS if "qwen2" in split.pre]
-    trained = tiny_tokenizer()
-    return Tokenizer(trained.ranks, pattern, trained.special_tokens, nfc=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
