@@ -437,8 +437,8 @@ def main(argv: list[str] | None = None) -> int:
         note("")
         return 130
     except (InputError, OSError) as error:
-        message = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
-        note(f"python -m llm {args.command}: {InputError(message)}")  # as one line, whatever a file is called
+        message = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
+        note(f"python -m llm {args.command}: {message}")
         return 1
     return 0
 
