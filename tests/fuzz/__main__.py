@@ -27,6 +27,7 @@ def main() -> None:
     arguments.add_argument("parser", choices=PARSERS)
     arguments.add_argument("--seconds", type=int, default=60, help="how long (default: %(default)s)")
     arguments.add_argument("--runs", type=int, default=-1, help="how many inputs at most")
+    arguments.add_argument("--seed", type=int, default=0, help="the same search each time; 0: another one")
     arguments.add_argument("--keep", type=Path, help="a folder for the inputs that reach new code")
     chosen = arguments.parse_args()
     warnings.simplefilter("ignore")  # numpy's, of numbers that overflow
@@ -52,6 +53,7 @@ def main() -> None:
         options = {
             "max_total_time": chosen.seconds,
             "runs": chosen.runs,
+            "seed": chosen.seed,
             "max_len": LARGEST,
             "timeout": 120,  # seconds that one input may take, on a machine that is busy
             "rss_limit_mb": 4096,
