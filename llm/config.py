@@ -23,7 +23,7 @@ LONGEST_MESSAGE = 2000  # characters
 class InputError(ValueError):
     """Something the user gave is wrong. The message is one line: what, where, and what to do.
 
-    It may quote a file that anybody wrote: control characters in it are escaped here, for whoever prints it, and what
+    It may quote a file that anybody wrote: what is not printable in it is escaped here, for whoever prints it, and what
     is too long loses its middle.
     """
 

@@ -24,12 +24,12 @@ def visible(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """A message, with control characters and line ends as Python writes them.
+    """A message, with what cannot be seen in it (control characters, line ends, odd spaces) as Python writes it.
 
     >>> print(one_line("no column 'a\\x1b[2J\\nb'"))
     no column 'a\\x1b[2J\\nb'
     """
-    return NOT_IN_A_LINE.sub(lambda found: ascii(found[0])[1:-1], text)
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def escape(text: str) -> str:

@@ -550,7 +550,8 @@ def weight_files(folder: Path) -> list[Path]:
     if not isinstance(shards, dict) or not all(Path(str(name)).name == name for name in shards.values()):
         raise InputError(f"{index}: weight_map must name a file of this folder for each tensor; fetch it again")
     names = sorted(set(shards.values()))
-    if missing := [name for name in names if not (folder / name).is_file()]:
+    present = {path.name for path in folder.iterdir() if path.is_file()}  # a name may be too long to be asked for
+    if missing := [name for name in names if name not in present]:
         raise InputError(f"{folder}: shard {missing[0]} is missing ({len(missing)} of {len(names)}); fetch it again")
     return [folder / name for name in names]
 
