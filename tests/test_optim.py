@@ -196,6 +196,17 @@ def test_orthogonalize_brings_singular_values_near_one(rows: int, columns: int, 
     assert ((ours.diagonal()[clear] > 0.65) & (ours.diagonal()[clear] < 1.25)).all()
 
 
+@pytest.mark.parametrize("shape", [(3, 40, 40), (2, 40, 160), (2, 160, 40), (1, 30, 50)])
+def test_orthogonalize_is_the_plain_iteration(shape: tuple[int, int, int]) -> None:
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    x = matrices.double()
+    x = x / torch.linalg.matrix_norm(x, keepdim=True)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    torch.testing.assert_close(orthogonalize(matrices).double(), x, atol=2e-5, rtol=0)
+
+
 def test_orthogonalize_treats_each_matrix_of_a_stack_alone() -> None:
     matrices = torch.stack([random_matrix(4, 7, seed) * 10**seed for seed in range(3)])
     together = orthogonalize(matrices)
