@@ -130,15 +130,20 @@ def complete(model: GPT, tokenizer: Tokenizer, params: EvaluateParams, seed: int
 
 
 class ClassifierResult(NamedTuple):
-    """`reports` and `roc` by classifier: gpt, scratch (the same from random weights), then the classical ones."""
+    """`reports`, `roc` and `probabilities` by classifier: gpt, scratch (random weights), then the classical ones."""
 
     split: str
     train_rows: int
     labels: list[str]
     reports: dict[str, ClassificationReport]
     roc: dict[str, tuple[Floats, Floats]]
+    texts: list[str]
     actual: list[str]
-    predicted: list[str]  # by gpt
+    probabilities: dict[str, Floats]  # [messages, labels]
+
+    def predicted(self, name: str = "gpt") -> list[str]:
+        """The label that a classifier gives to each message."""
+        return [self.labels[k] for k in self.probabilities[name].argmax(axis=1)]
 
 
 def evaluate_classifiers(folders: Mapping[str, ModelFolder], messages: Path, batch_size: int) -> ClassifierResult:
@@ -162,8 +167,9 @@ def evaluate_classifiers(folders: Mapping[str, ModelFolder], messages: Path, bat
         labels=labels,
         reports=reports,
         roc={name: roc_points(actual, p) for name, p in probabilities.items() if reports[name].roc_auc is not None},
+        texts=texts,
         actual=[message.label for message in test],
-        predicted=[labels[k] for k in probabilities["gpt"].argmax(axis=1)],
+        probabilities=probabilities,
     )
 
 
@@ -178,7 +184,8 @@ class InstructResult(NamedTuple):
     reports: dict[str, AnswerReport]
     losses: dict[str, ResponseLoss]
     tasks: dict[str, dict[str, AnswerReport]]
-    examples: list[Example]
+    examples: list[Example]  # all pairs, in the order of the data
+    shown: list[int]  # those of them to read in the report
 
 
 class ResponseLoss(NamedTuple):
@@ -224,9 +231,8 @@ def evaluate_instruct(
         reports={name: answer_report(texts, expected) for name, texts in answers.items()},
         losses={name: response_loss(folder, template, pairs, params) for name, folder in folders.items()},
         tasks={name: by_task(texts, expected, tasks) for name, texts in answers.items()},
-        examples=[
-            Example(pairs[i], {name: texts[i] for name, texts in answers.items()}) for i in (by_tasks[k] for k in shown)
-        ],
+        examples=[Example(pair, {name: texts[i] for name, texts in answers.items()}) for i, pair in enumerate(pairs)],
+        shown=[by_tasks[k] for k in shown],
     )
 
 

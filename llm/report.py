@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -90,7 +91,7 @@ def plot_files(base: BaseResult, classifiers: ClassifierResult, instruct: Instru
     ]
     confusion = [
         {"actual": actual, "predicted": predicted}
-        for actual, predicted in zip(classifiers.actual, classifiers.predicted, strict=True)
+        for actual, predicted in zip(classifiers.actual, classifiers.predicted(), strict=True)
     ]
     roc = [
         {"false_positive_rate": float(x), "true_positive_rate": float(y)}
@@ -105,6 +106,28 @@ def plot_files(base: BaseResult, classifiers: ClassifierResult, instruct: Instru
         "per_task": tasks,
     }
     return {f"{name}.csv": to_csv(rows) for name, rows in files.items()}
+
+
+def predictions(classifiers: ClassifierResult, instruct: InstructResult) -> dict[str, str]:
+    """The content of the JSON lines files that hold what was predicted for each held-out message and pair, by name."""
+    predicted = {name: classifiers.predicted(name) for name in classifiers.probabilities}
+    messages = [
+        {
+            "text": text,
+            "label": label,
+            "predicted": {name: labels[i] for name, labels in predicted.items()},
+            "probabilities": {
+                label: round(float(p), 6)
+                for label, p in zip(classifiers.labels, classifiers.probabilities["gpt"][i], strict=True)
+            },
+        }
+        for i, (text, label) in enumerate(zip(classifiers.texts, classifiers.actual, strict=True))
+    ]
+    pairs = [{**example.pair._asdict(), "answers": example.answers} for example in instruct.examples]
+    return {
+        f"{name}.jsonl": "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
+        for name, rows in (("messages", messages), ("instructions", pairs))
+    }
 
 
 def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -300,14 +323,14 @@ def _instruct_section(result: InstructResult, picture: list[str]) -> list[str]:
                 for task, r in tasks.items()
             ],
         )
-    if result.examples:
+    if result.shown:
         lines += [
-            f"### {len(result.examples)} answers to read",
+            f"### {len(result.shown)} answers to read",
             "",
             "Taken at even distances from all pairs sorted by task, not by quality. A `=` marks an exact match.",
             "",
         ]
-    for example in result.examples:
+    for example in (result.examples[i] for i in result.shown):
         parts = {"instruction": example.pair.instruction, "input": example.pair.input, "expected": example.pair.output}
         for name, text in example.answers.items():
             same = fold(text) == fold(example.pair.output)

@@ -45,6 +45,8 @@ def evaluate(run: Run) -> None:
     run.write_metrics(report.metrics(base, classifiers, instruct))
     for name, content in report.plot_files(base, classifiers, instruct).items():
         write_atomic(REPORTS / "plots" / name, content)
+    for name, content in report.predictions(classifiers, instruct).items():
+        write_atomic(REPORTS / "predictions" / name, content)
 
     figures = REPORTS / "figures"
     figures.mkdir(parents=True, exist_ok=True)

@@ -139,7 +139,7 @@ def test_classifiers_share_one_test_part(tmp_path: Path, tokenizer: Tokenizer) -
     assert list(result.reports) == ["gpt", "majority", "filter", "naive_bayes", "tfidf"]
     assert {r.rows for r in result.reports.values()} == {10}
     assert result.reports["tfidf"].accuracy.value == 1.0
-    right = sum(a == p for a, p in zip(result.actual, result.predicted, strict=True))
+    right = sum(a == p for a, p in zip(result.actual, result.predicted(), strict=True))
     assert result.reports["gpt"].accuracy.value == right / 10
 
     (folder / "labels.json").write_text('["dog", "cat"]')
@@ -162,7 +162,8 @@ def test_answers_stay_with_their_pairs(tmp_path: Path, tokenizer: Tokenizer, mon
     result = evaluate_instruct({"gpt": make_folder(tokenizer)}, "alpaca", tmp_path / "instructions", params())
     assert result.reports["gpt"].exact_match.value == 1.0
     assert {task: r.rows for task, r in result.tasks["gpt"].items()} == {"t0": 2, "t1": 3}
-    assert [e.pair.task for e in result.examples] == ["t0", "t1"]  # spread over the tasks
+    assert [(e.pair.input, e.answers["gpt"]) for e in result.examples] == [(w, w) for w in words]
+    assert [result.examples[i].pair.task for i in result.shown] == ["t0", "t1"]  # spread over the tasks
 
 
 def test_a_base_that_knows_a_template_is_asked_in_it(
@@ -224,8 +225,9 @@ def results(labels: list[str]) -> tuple[BaseResult, ClassifierResult, InstructRe
         labels=labels,
         reports={name: classification_report(actual, p, labels) for name, p in probabilities.items()},
         roc={name: roc_points(actual, p) for name, p in probabilities.items()},
+        texts=[f"{EVIL} {i}" for i in range(60)],
         actual=[labels[k] for k in actual],
-        predicted=[labels[k] for k in actual],
+        probabilities=probabilities,
     )
     pairs = [Pair(EVIL, EVIL, "yes", task) for task in ("sum", EVIL)]
     answers = {"gpt": ["yes", "yes"], "base": [EVIL, EVIL], "scratch": ["no", "yes"]}
@@ -236,6 +238,7 @@ def results(labels: list[str]) -> tuple[BaseResult, ClassifierResult, InstructRe
         losses={name: ResponseLoss(6.0 + i, 4, 12) for i, name in enumerate(answers)},
         tasks={name: by_task(texts, ["yes", "yes"], [p.task for p in pairs]) for name, texts in answers.items()},
         examples=[Example(p, {name: texts[i] for name, texts in answers.items()}) for i, p in enumerate(pairs)],
+        shown=[0, 1],
     )
     base = BaseResult(
         split="val",
@@ -270,6 +273,24 @@ def test_plot_files_hold_what_dvc_plots() -> None:
     assert {row["classifier"] for row in files["classifiers.csv"]} >= {"GPT", "majority class"}
     assert set(files["roc.csv"][0]) == {"false_positive_rate", "true_positive_rate"}
     assert len(files["per_task.csv"]) == 6 and len(files["instructions.csv"]) == 3
+
+
+def test_predictions_are_complete_and_a_line_each() -> None:
+    _, classifiers, instruct = results(["ham", "spam"])
+    files = {
+        name: [json.loads(line) for line in text.rstrip("\n").split("\n")]
+        for name, text in report.predictions(classifiers, instruct).items()
+    }
+    first = files["messages.jsonl"][0]
+    assert len(files["messages.jsonl"]) == 60 and first["text"] == f"{EVIL} 0"
+    assert all(row["predicted"]["gpt"] == row["label"] for row in files["messages.jsonl"])
+    assert set(first["predicted"]) == {"gpt", "scratch", "majority"}
+    assert first["probabilities"][first["label"]] == 0.75 and set(first["probabilities"]) == {"ham", "spam"}
+    assert [row["answers"] for row in files["instructions.jsonl"]] == [
+        {"gpt": "yes", "base": EVIL, "scratch": "no"},
+        {"gpt": "yes", "base": EVIL, "scratch": "yes"},
+    ]
+    assert files["instructions.jsonl"][1]["task"] == EVIL
 
 
 @pytest.mark.parametrize("labels", [["ham", "spam"], [f"{EVIL}{k}" for k in range(3)]])
@@ -329,6 +350,7 @@ def test_the_report_stands_without_controls_and_tasks() -> None:
         reports={k: v for k, v in instruct.reports.items() if k != "scratch"},
         tasks={"gpt": {}, "base": {}},
         examples=[],
+        shown=[],
     )
     text = report.markdown(base, classifiers, instruct, {"corpus": "c", "messages": "m", "instructions": "i"}, [])
     assert "without pretraining |\n" in text and "answers to read" not in text
