@@ -27,6 +27,15 @@ class Batch(NamedTuple):
     rows: list[int]  # which windows or examples these are, for messages
     lengths: Tensor | None = None  # [B] real tokens of each row, for labels
 
+    def part(self, index: int, of: int) -> Batch:
+        """Every `of`th row from `index` on: what one of several processes reads."""
+        if of == 1:
+            return self
+        if len(self.idx) < of:
+            raise InputError(f"a batch of {len(self.idx)} rows is too few for {of} processes; raise batch_size")
+        lengths = None if self.lengths is None else self.lengths[index::of]
+        return Batch(self.idx[index::of], self.targets[index::of], self.rows[index::of], lengths)
+
     def to(self, device: torch.device) -> Batch:
         if device.type == "cpu":
             return self

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from llm import parallel
 from llm.checkpoint import gpt_of, load_state, save_state
 from llm.config import InputError, RuntimeParams, TrainParams
 from llm.data import IGNORE, Batch
@@ -52,35 +56,53 @@ def next_token_loss(model: GPT, batch: Batch) -> tuple[Tensor, Tensor]:
 def label_loss(model: GPTClassifier, batch: Batch, class_weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Cross entropy of the labels, each weighted by its class."""
     assert batch.lengths is not None
-    logits = model(batch.idx, batch.lengths).float()  # [B, labels]
-    loss = F.cross_entropy(logits, batch.targets, weight=class_weights, reduction="sum")
-    weight = class_weights[batch.targets].sum() if class_weights is not None else torch.tensor(float(len(logits)))
+    return weighted_cross_entropy(model(batch.idx, batch.lengths), batch.targets, class_weights)
+
+
+def weighted_cross_entropy(logits: Tensor, labels: Tensor, class_weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    loss = F.cross_entropy(logits.float(), labels, weight=class_weights, reduction="sum")
+    weight = class_weights[labels].sum() if class_weights is not None else torch.tensor(float(len(logits)))
     return loss, weight
 
 
 def mean_loss(model: nn.Module, loss_function: LossFunction, batches: Iterable[Batch]) -> float:
     """The exact mean in nats over all counted targets of all batches."""
     device = next(model.parameters()).device
-    total, weight = 0.0, 0.0
-    for batch in batches:
-        loss, batch_weight = loss_function(model, batch.to(device))
-        total += loss.item()
-        weight += batch_weight.item()
-    if not weight:
-        raise InputError("there is nothing to evaluate on: the validation split is empty; give more data to tokenize")
-    return total / weight
+    loss, weight = _totals(2, (loss_function(model, batch.to(device)) for batch in _own(batches)))
+    return loss / weight
 
 
-def accuracy(model: GPTClassifier, batches: Iterable[Batch]) -> float:
-    """The fraction of messages whose likeliest label is theirs."""
+def label_metrics(
+    model: GPTClassifier, batches: Iterable[Batch], class_weights: Tensor | None = None
+) -> dict[str, float]:
+    """The exact mean loss, and the fraction of messages whose likeliest label is theirs."""
     device = next(model.parameters()).device
-    right, n = 0, 0
-    for batch in batches:
-        batch = batch.to(device)
+
+    def sums(batch: Batch) -> tuple[Tensor, ...]:
         assert batch.lengths is not None
-        right += int((model(batch.idx, batch.lengths).argmax(dim=-1) == batch.targets).sum())
-        n += len(batch.targets)
-    return right / n
+        logits = model(batch.idx, batch.lengths)  # [B, labels]
+        right = (logits.argmax(dim=-1) == batch.targets).sum()
+        return *weighted_cross_entropy(logits, batch.targets, class_weights), right, torch.tensor(len(logits))
+
+    loss, weight, right, rows = _totals(4, (sums(batch.to(device)) for batch in _own(batches)))
+    return {"val/loss": loss / weight, "val/accuracy": right / rows}
+
+
+def _own(batches: Iterable[Batch]) -> Iterable[Batch]:
+    """Those of the batches that this process evaluates."""
+    return islice(batches, parallel.rank(), None, parallel.world_size())
+
+
+def _totals(n: int, sums: Iterable[tuple[Tensor, ...]]) -> list[float]:
+    """The `n` sums over all batches of all processes; the second one is the weight, which cannot be zero."""
+    totals = torch.zeros(n, dtype=torch.float64)
+    for values in sums:
+        totals += torch.tensor([value.item() for value in values], dtype=torch.float64)
+    totals = parallel.total(totals)
+    if not totals[1]:
+        raise InputError("there is nothing to evaluate on: the validation split is empty; give more data to tokenize")
+    found: list[float] = totals.tolist()
+    return found
 
 
 def freeze(model: GPT | GPTClassifier, params: TrainParams) -> None:
@@ -134,6 +156,14 @@ def base_dtype(device: torch.device) -> torch.dtype | None:
     return None if device.type == "cuda" else torch.float32
 
 
+def keep_freed_memory() -> None:
+    """Has glibc keep what a step frees for the next one, which would have to be given it again page by page."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, at its largest: blocks below it come from the heap
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: as much free heap stays
+
+
 def fit(
     model: nn.Module,
     loss_function: LossFunction,
@@ -156,8 +186,13 @@ def fit(
 
     Raises `InputError` when the loss is not finite or explodes. Returns early, with the state saved, when
     `should_stop()` says so: after a step, or in the middle of an evaluation, which is then made again.
+
+    Of several processes (`llm.parallel`) each reads a part of the rows of every batch; the losses are those of one
+    process up to rounding. Rank 0 alone prints, saves and samples; they stop together, after a step.
     """
-    device = next(model.parameters()).device
+    device, rank, n_processes = next(model.parameters()).device, parallel.rank(), parallel.world_size()
+    seed = torch.initial_seed()
+    keep_freed_memory()
     optimizers = make_optimizers(model, params)
     for module in model.modules():
         if isinstance(module, GPT):
@@ -168,20 +203,26 @@ def fit(
             if isinstance(module, nn.ModuleList):  # the blocks: one compilation serves them all
                 for block in module:
                     block.compile()
+    objective = parallel.replicated(_Objective(model, loss_function))
 
     state = _State(model, optimizers)
-    if state_dir is not None and (saved := load_state(state_dir, _say)) is not None:
+    if rank > 0:
+        state_dir, sample = None, None
+    if (saved := parallel.share(load_state(state_dir, _say) if state_dir is not None else None)) is not None:
         state.restore(*saved)
         _say(f"{title}: continues at step {state.step} of {params.max_steps}")
 
     interval = 0.5 if sys.stderr.isatty() else 20.0  # seconds between two pictures of the bar
-    bar = tqdm(total=params.max_steps, initial=state.step, desc=title, unit="step", mininterval=interval)
+    bar = tqdm(
+        total=params.max_steps, initial=state.step, desc=title, unit="step", mininterval=interval, disable=rank > 0
+    )
     last_log, tokens_since_log = time.perf_counter(), 0
     with bar:
         while True:
             if state.step % params.eval_interval == 0 or state.step == params.max_steps:
                 try:
-                    _evaluate(state, model, params, evaluate, sample, log, should_stop, bar)
+                    stop = should_stop if n_processes == 1 else lambda: False  # the others would wait for this one
+                    _evaluate(state, model, params, evaluate, sample, log, stop, title)
                 except _StoppedError:
                     if state_dir is not None:
                         save_state(state_dir, state.step, *state.content())
@@ -189,9 +230,12 @@ def fit(
                 if state.step == params.max_steps or (params.patience and state.evals_since_best >= params.patience):
                     break
                 last_log, tokens_since_log = time.perf_counter(), 0
-            micro_batches = [batch.to(device) for batch in batches(state.step)]
+            if n_processes > 1:
+                torch.manual_seed(seed + state.step * n_processes + rank)  # dropout: not the same in each
+            micro_batches = batches(state.step)
+            parts = [batch.part(rank, n_processes).to(device) for batch in micro_batches]
             set_lr(optimizers, lr_factor(state.step, params))
-            loss, grad_norm = _step(model, loss_function, micro_batches, optimizers, params.grad_clip, device)
+            loss, grad_norm = _step(objective, parts, optimizers, params.grad_clip, device)
             _guard(state, loss, grad_norm, micro_batches)
             for optimizer in optimizers:
                 optimizer.step()
@@ -206,7 +250,7 @@ def fit(
                 lr = params.lr * lr_factor(state.step - 1, params)
                 log({"train/loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_s": tokens_per_s}, state.step)
                 bar.set_postfix_str(f"loss {loss:.4f}, {tokens_per_s:,.0f} tokens/s", refresh=False)
-            stopping = should_stop()
+            stopping = parallel.anywhere(should_stop())
             due = stopping or state.step % runtime.checkpoint_interval == 0 or state.step == params.max_steps
             if state_dir is not None and due:
                 save_state(state_dir, state.step, *state.content())
@@ -218,12 +262,25 @@ def fit(
 
 
 def _say(message: str) -> None:
-    tqdm.write(message, file=sys.stderr)
+    if parallel.rank() == 0:
+        tqdm.write(message, file=sys.stderr)
+
+
+class _Objective(nn.Module):
+    """A model and its loss as one module: what several processes replicate is what they call."""
+
+    def __init__(self, model: nn.Module, loss_function: LossFunction) -> None:
+        super().__init__()
+        self.model = model
+        self.loss_function: Any = loss_function
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        sums: tuple[Tensor, Tensor] = self.loss_function(self.model, batch)
+        return sums
 
 
 def _step(
-    model: nn.Module,
-    loss_function: LossFunction,
+    objective: nn.Module,
     micro_batches: list[Batch],
     optimizers: list[torch.optim.Optimizer],
     grad_clip: float,
@@ -231,22 +288,26 @@ def _step(
 ) -> tuple[float, float]:
     """Gradients of the mean loss over all micro-batches, clipped; returns that loss and the norm before clipping.
 
-    Micro-batches hold different numbers of targets: the sums are added and divided once, which is exact.
+    Micro-batches hold different numbers of targets, in each process its own: the sums are added and divided once,
+    which is exact.
     """
-    model.train()
+    objective.train()
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
     total, weight = torch.zeros((), device=device), torch.zeros((), device=device)
-    for batch in micro_batches:
-        with precision(device):
-            loss, batch_weight = loss_function(model, batch)
-        loss.backward()
+    for number, batch in enumerate(micro_batches, 1):
+        unsent = isinstance(objective, DistributedDataParallel) and number < len(micro_batches)
+        with cast(DistributedDataParallel, objective).no_sync() if unsent else contextlib.nullcontext():
+            with precision(device):
+                loss, batch_weight = objective(batch)
+            loss.backward()
         total += loss.detach()
         weight += batch_weight.to(device)
-    parameters = [p for p in model.parameters() if p.grad is not None]
+    total, weight = parallel.total(torch.stack((total, weight)))
+    parameters = [p for p in objective.parameters() if p.grad is not None]
     for p in parameters:
         assert p.grad is not None
-        p.grad /= weight
+        p.grad /= weight / parallel.world_size()  # gradients are means over the processes
     norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip if grad_clip > 0 else math.inf)
     return (total / weight).item(), norm.item()
 
@@ -273,7 +334,7 @@ def _evaluate(
     sample: Callable[[], str] | None,
     log: Callable[[Mapping[str, float], int], None],
     should_stop: Callable[[], bool],
-    bar: tqdm[Any],
+    title: str,
 ) -> None:
     """Adds a row to the history, remembers the best weights and shows a sample.
 
@@ -293,7 +354,7 @@ def _evaluate(
     state.history.append(row)
     log(metrics, state.step)
     figures = ", ".join(f"{name} {value:.4f}" for name, value in row.items() if name != "step")
-    _say(f"{bar.desc}: step {state.step}, {figures}")
+    _say(f"{title}: step {state.step}, {figures}")
     if text is not None:
         _say(f"  sample: {text!r}")
     if metrics["val/loss"] < state.best_loss:

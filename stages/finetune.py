@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from llm import parallel
 from llm.checkpoint import ModelFolder, ModelFolderConfig, load_model_folder
 from llm.config import ClassifyParams, InstructParams
 from llm.data import Batch
 from llm.lora import save_trained
 from llm.model import GPT, GPTClassifier
 from llm.train import FitResult, LossFunction, base_dtype, fit, freeze, pick_device, trained_parameters
+from stages.processes import control_beside, has_room_beside, is_control, leave_result
 from stages.run import Run
 
 
@@ -32,21 +35,32 @@ def finetune(
     run: Run, name: str, section: ClassifyParams | InstructParams, make_task: Callable[[Run, ModelFolder], Task]
 ) -> None:
     """Trains `models/NAME`, with `scratch_control` also `models/NAME_scratch`, and writes the stage's metrics."""
-    result, trained = train(run, name, section, make_task, from_base=True)
-    run.write_history(result.history)
-    metrics: dict[str, Any] = {
-        "trained_parameters": trained,
-        "steps": result.steps,
-        "best_step": result.best_step,
-        **result.kept,
-    }
     control = f"{name}_scratch"
-    if section.scratch_control:
-        section = section.model_copy(update={"trainable": "all"})  # there is nothing in random weights to keep
-        metrics["scratch"] = train(run, control, section, make_task, from_base=False)[0].kept
-    else:
-        Path("models", control).mkdir(parents=True, exist_ok=True)  # an output that DVC expects, empty
-    run.write_metrics(metrics)
+    scratch = section.model_copy(update={"trainable": "all"})  # there is nothing in random weights to keep
+
+    def train_control() -> dict[str, float]:
+        return train(run, control, scratch, make_task, from_base=False)[0].kept
+
+    if is_control():
+        leave_result(run, train_control())
+        return
+    with contextlib.ExitStack() as stack:
+        if section.scratch_control and has_room_beside(run.params.runtime.device):
+            train_control = stack.enter_context(control_beside(run))
+        result, trained = train(run, name, section, make_task, from_base=True)
+        metrics: dict[str, Any] = {
+            "trained_parameters": trained,
+            "steps": result.steps,
+            "best_step": result.best_step,
+            **result.kept,
+        }
+        if section.scratch_control:
+            metrics["scratch"] = train_control()
+        else:
+            Path("models", control).mkdir(parents=True, exist_ok=True)  # an output that DVC expects, empty
+    if parallel.rank() == 0:
+        run.write_history(result.history)
+        run.write_metrics(metrics)
 
 
 def train(
@@ -80,5 +94,6 @@ def train(
             should_stop=lambda: run.stop_requested,
             title=name,
         )
-    save_trained(Path("models", name), ModelFolder(task.model, base.tokenizer, task.config), section)
+    if parallel.rank() == 0:
+        save_trained(Path("models", name), ModelFolder(task.model, base.tokenizer, task.config), section)
     return result, trained

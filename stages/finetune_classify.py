@@ -19,9 +19,10 @@ from llm.data import (
     read_messages,
 )
 from llm.model import GPT, GPTClassifier
-from llm.train import accuracy, label_loss, mean_loss
+from llm.train import label_loss, label_metrics
 from stages.finetune import Task, finetune
-from stages.run import Run, main
+from stages.processes import main_training
+from stages.run import Run
 
 
 def finetune_classify(run: Run) -> None:
@@ -42,20 +43,18 @@ def make_task(run: Run, base: ModelFolder) -> Task:
     device = base.model.tok_emb.weight.device
     model = GPTClassifier(base.model, len(labels)).to(device)
     weights = class_weights(train_set, len(labels)).to(device) if section.class_weights == "balanced" else None
-    loss_function = partial(label_loss, class_weights=weights)
 
     def evaluate() -> dict[str, float]:
-        batches = list(batches_by_length(val_set, collate_labels, section.batch_size))
-        return {"val/loss": mean_loss(model, loss_function, batches), "val/accuracy": accuracy(model, batches)}
+        return label_metrics(model, batches_by_length(val_set, collate_labels, section.batch_size), weights)
 
     return Task(
         model,
         ModelFolderConfig(kind="classifier", gpt=base.config.gpt, labels=labels, max_length=length),
-        loss_function,
+        partial(label_loss, class_weights=weights),
         example_batches(train_set, collate_labels, section.batch_size, section.grad_accum_steps, run.params.seed),
         evaluate,
     )
 
 
 if __name__ == "__main__":
-    main("finetune-classify", finetune_classify)
+    main_training("finetune-classify", finetune_classify)

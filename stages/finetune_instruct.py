@@ -21,7 +21,8 @@ from llm.generate import generate
 from llm.model import GPT
 from llm.train import mean_loss, next_token_loss
 from stages.finetune import Task, finetune
-from stages.run import Run, main
+from stages.processes import main_training
+from stages.run import Run
 
 
 def finetune_instruct(run: Run) -> None:
@@ -62,4 +63,4 @@ def make_task(run: Run, base: ModelFolder) -> Task:
 
 
 if __name__ == "__main__":
-    main("finetune-instruct", finetune_instruct)
+    main_training("finetune-instruct", finetune_instruct)

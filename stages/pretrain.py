@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from llm import parallel
 from llm.checkpoint import ModelFolder, language_model
 from llm.config import SCRATCH, GPTConfig, InputError, PretrainParams
 from llm.data import TokenShards, held_out_windows, window_batches
@@ -16,7 +17,8 @@ from llm.model import GPT
 from llm.tokenizer import Tokenizer
 from llm.train import base_dtype, fit, freeze, mean_loss, next_token_loss, pick_device, trained_parameters
 from llm.weights import import_model
-from stages.run import Run, main
+from stages.processes import main_training
+from stages.run import Run
 
 
 def pretrain(run: Run) -> None:
@@ -64,6 +66,8 @@ def pretrain(run: Run) -> None:
             title="pretrain",
         )
 
+    if parallel.rank() > 0:
+        return
     save_trained(Path("models/base"), content, section)
     tokens_per_step = section.batch_size * section.grad_accum_steps * window
     run.write_history(result.history)
@@ -94,4 +98,4 @@ def open_weights(section: PretrainParams, tokenizer: Tokenizer, device: torch.de
 
 
 if __name__ == "__main__":
-    main("pretrain", pretrain)
+    main_training("pretrain", pretrain)

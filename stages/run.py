@@ -111,34 +111,11 @@ class Run:
             raise SystemExit(EXIT_STATUS[received[0]])
 
 
-def main(stage: str, body: Callable[[Run], None]) -> None:
-    """Runs `body` and ends the process: 0 done, 1 error, 143 SIGTERM, 130 SIGINT.
-
-    Errors that the user can act on are one line on stderr, all others keep their traceback.
-    """
-    for number in EXIT_STATUS:
-        signal.signal(number, _leave)
-    try:
-        _run_stage(stage, body)
-    except InputError as error:
-        sys.exit(f"{stage}: {error}")
-    except Exception as error:
-        lacking = shortage(error)
-        if lacking is None:
-            raise
-        sys.exit(f"{stage}: {lacking}")
+Body = Callable[[Run], None]
 
 
-def shortage(error: Exception) -> str | None:
-    """What the machine refused, in a line: room on a disk, permission, memory; None for any other error."""
-    if isinstance(error, OSError) and error.errno in REFUSALS:
-        return f"{error.filename or 'writing'}: {error.strerror}"
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and NO_MEMORY.search(str(error))):
-        return "out of memory; a training with a smaller batch_size and a larger grad_accum_steps needs less"
-    return None
-
-
-def _run_stage(stage: str, body: Callable[[Run], None]) -> None:
+def run_stage(stage: str, body: Body) -> None:
+    """Runs `body` with its lock, its state and its journal, and sees to it that what it read has not changed since."""
     values = read_yaml(Path("params.yaml"))
     params = parse_params(values)
     work = Path(".work", stage)
@@ -167,6 +144,33 @@ def _run_stage(stage: str, body: Callable[[Run], None]) -> None:
             except SystemExit:
                 if status != "FINISHED":
                     raise  # else all is done, and asked to stop it only does not wait for the delivery
+
+
+def main(stage: str, body: Body, execute: Callable[[str, Body], None] = run_stage) -> None:
+    """Runs `body` and ends the process: 0 done, 1 error, 143 SIGTERM, 130 SIGINT.
+
+    Errors that the user can act on are one line on stderr, all others keep their traceback.
+    """
+    for number in EXIT_STATUS:
+        signal.signal(number, _leave)
+    try:
+        execute(stage, body)
+    except InputError as error:
+        sys.exit(f"{stage}: {error}")
+    except Exception as error:
+        lacking = shortage(error)
+        if lacking is None:
+            raise
+        sys.exit(f"{stage}: {lacking}")
+
+
+def shortage(error: Exception) -> str | None:
+    """What the machine refused, in a line: room on a disk, permission, memory; None for any other error."""
+    if isinstance(error, OSError) and error.errno in REFUSALS:
+        return f"{error.filename or 'writing'}: {error.strerror}"
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and NO_MEMORY.search(str(error))):
+        return "out of memory; a training with a smaller batch_size and a larger grad_accum_steps needs less"
+    return None
 
 
 def _leave(number: int, frame: FrameType | None) -> NoReturn:
@@ -365,9 +369,9 @@ def flatten(values: Mapping[str, Any], separator: str = ".") -> dict[str, Any]:
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """The whole file or none of it, whenever the process ends."""
+    """The whole file or none of it, whenever the process ends; one writer at a time."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft = path.with_name(f".{path.name}.partial")  # that of a killed process is taken by the next
     try:
         draft.write_text(text, encoding="utf-8", newline="\n")
         draft.replace(path)

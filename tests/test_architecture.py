@@ -28,7 +28,7 @@ FIRST_PARTY = ("llm", "stages")
 LAYERS = [
     {"display", "chat_template"},
     {"config"},
-    {"model", "loss", "optim", "tokenizer", "fetch", "records"},
+    {"model", "loss", "optim", "parallel", "tokenizer", "fetch", "records"},
     {"sources", "data", "generate", "metrics", "corpus", "labelled", "checkpoint"},
     {"baselines", "lora", "classify", "datacard", "tokenizer_files"},
     {"train", "gguf_file"},

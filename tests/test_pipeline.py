@@ -5,6 +5,9 @@ Each training is killed at one random step. To try more: `LLM_TEST_KILLS=5 pytes
 
 from __future__ import annotations
 
+import contextlib
+import csv
+import io
 import json
 import os
 import random
@@ -14,10 +17,12 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
+import torch
 
 from llm.checkpoint import load_model_folder
 from tests.pipelines import (
@@ -173,6 +178,146 @@ def test_asked_to_stop_it_saves_its_state_first(pipeline: Path, stage: str) -> N
     finally:
         change_params(pipeline, CHANGES)
     assert f"{stage}: continues at step {step} of {STEPS}" in said
+    assert contents(outputs(pipeline, stage)) == undisturbed
+
+
+# ---- several processes -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Within it a training stage runs as two processes; what it makes is put away afterwards."""
+    before = contents(outputs(pipeline))
+    monkeypatch.setenv("LLM_NPROC", "2")
+    yield
+    for path, content in before.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+
+
+def curve(folder: Path, stage: str) -> list[dict[str, float]]:
+    text = (folder / "reports/plots" / f"{stage.replace('-', '_')}.csv").read_text(encoding="utf-8")
+    return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(io.StringIO(text))]
+
+
+def journals(folder: Path) -> set[Path]:
+    return set((folder / ".work/runs").glob("*/*/events.jsonl"))
+
+
+@pytest.mark.usefixtures("two")
+@pytest.mark.parametrize("stage", TRAININGS)
+def test_two_processes_train_what_one_does(pipeline: Path, stage: str) -> None:
+    alone, before = curve(pipeline, stage), journals(pipeline)
+    models = [path for path in outputs(pipeline, stage) if path.parent.name == "models"]
+    weights = {path: load_model_folder(path).model.state_dict() for path in models}
+    for path in outputs(pipeline, stage):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    said = execute(pipeline, "python", "-m", f"stages.{stage.replace('-', '_')}")
+    assert len(re.findall(rf"step {STEPS},", said)) == len(TRAININGS[stage]), "rank 0 alone prints"
+    assert len(journals(pipeline) - before) == 1, "rank 0 alone logs"
+    together = curve(pipeline, stage)
+    assert [row["step"] for row in together] == [row["step"] for row in alone]
+    for row, expected in zip(together, alone, strict=True):
+        assert row == pytest.approx(expected, rel=1e-4), "they differ by rounding alone"
+    for path, expected_weights in weights.items():
+        for name, tensor in load_model_folder(path).model.state_dict().items():
+            torch.testing.assert_close(tensor, expected_weights[name], atol=2e-3, rtol=1e-2, msg=name)
+
+
+@pytest.mark.usefixtures("two")
+def test_torchrun_may_start_the_processes(pipeline: Path) -> None:
+    execute(pipeline, "python", "-m", "stages.pretrain")
+    started_by_us, before = contents(outputs(pipeline, "pretrain")), journals(pipeline)
+    launcher = ("python", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    execute(pipeline, *launcher, "-m", "stages.pretrain")
+    assert contents(outputs(pipeline, "pretrain")) == started_by_us
+    assert len(journals(pipeline) - before) == 1
+
+
+@pytest.mark.usefixtures("two")
+def test_two_processes_stop_together_and_go_on(pipeline: Path) -> None:
+    stage = "pretrain"
+    command = ["python", "-m", "stages.pretrain"]
+    execute(pipeline, *command)
+    undisturbed = contents(outputs(pipeline, stage))
+    for number, status in ((signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)):
+        ended = interrupt(pipeline, stage, number, lambda: saved_step(pipeline, stage, ".") >= STEPS // 3)
+        assert ended == status
+        deadline = time.monotonic() + 30
+        while running(pipeline) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not running(pipeline), "the second process ends with the first"
+        said = execute(pipeline, *command)
+        assert re.search(rf"continues at step \d+ of {STEPS}", said)
+        assert contents(outputs(pipeline, stage)) == undisturbed
+
+
+def running(folder: Path) -> list[psutil.Process]:
+    """The processes of stages in this folder."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if Path(process.cwd()) == folder and "stages." in " ".join(process.cmdline()):
+                found.append(process)
+    return found
+
+
+@pytest.mark.usefixtures("two")
+def test_a_process_that_fails_ends_all_with_its_message(pipeline: Path) -> None:
+    """Its copy of the base model is damaged, as on a second machine it might be."""
+    broken = pipeline / "broken"
+    broken.mkdir()
+    (broken / "sitecustomize.py").write_text(
+        "import os\nif os.environ.get('RANK') == '1':\n"
+        "    import llm.data\n    llm.data.TokenShards = lambda *_: llm.data.read_lines(llm.data.Path('/no/shards'))\n"
+    )
+    done = subprocess.run(
+        ["python", "-m", "stages.pretrain"],
+        cwd=pipeline,
+        env=environment() | {"PYTHONPATH": f"{broken}{os.pathsep}{pipeline}"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    shutil.rmtree(broken)
+    assert done.returncode == 1
+    assert "pretrain: /no/shards: missing" in done.stderr
+    assert "process 1 of 2 ended with status 1; what it said stands above" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("number", ["0", "two", "-1", ""])
+def test_a_wrong_number_of_processes_is_one_line(pipeline: Path, number: str) -> None:
+    environment_now = environment() | {"LLM_NPROC": number}
+    done = subprocess.run(
+        ["python", "-m", "stages.pretrain"], cwd=pipeline, env=environment_now, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert done.stderr.strip() == (
+        f"pretrain: LLM_NPROC in the environment: expected a whole number, at least 1, found {number!r}"
+    )
+
+
+def test_a_control_that_dies_ends_its_stage_and_both_go_on(pipeline: Path) -> None:
+    stage, training = "finetune-classify", "classifier_scratch"
+    undisturbed = contents(outputs(pipeline, stage))
+
+    def kill_control() -> bool:
+        """Once it has saved a step; the stage gets a signal that it does not notice."""
+        if saved_step(pipeline, stage, training) < 1:
+            return False
+        for process in running(pipeline):
+            if "LLM_CONTROL" in process.environ():
+                process.kill()
+        return True
+
+    ended = interrupt(pipeline, stage, signal.SIGCONT, kill_control)
+    assert ended == 1
+    said = (pipeline / ".work" / "stage.log").read_text(encoding="utf-8")
+    assert f"{stage}: the training of the control ended with status -9; what it said stands above" in said
+    said = execute(pipeline, "python", "-m", "stages.finetune_classify")
+    assert re.search(rf"^classifier: continues at step {STEPS} of {STEPS}", said, re.MULTILINE)
+    assert re.search(rf"^{training}: continues at step \d+ of {STEPS}", said, re.MULTILINE)
     assert contents(outputs(pipeline, stage)) == undisturbed
 
 

@@ -21,11 +21,12 @@ from llm.generate import generate
 from llm.model import GPT, GPTClassifier
 from llm.train import (
     FitResult,
+    _Objective,
     _step,
-    accuracy,
     fit,
     freeze,
     label_loss,
+    label_metrics,
     mean_loss,
     next_token_loss,
     pick_device,
@@ -152,7 +153,10 @@ def test_accuracy_counts_the_likeliest_labels() -> None:
             classifier(torch.tensor([example.ids]), torch.tensor([len(example.ids)])).argmax().item() == example.label
             for example in examples
         ]
-        assert accuracy(classifier, batches_by_length(examples, collate_labels, 3)) == sum(right) / 8
+        found = label_metrics(classifier, batches_by_length(examples, collate_labels, 3))
+        assert found["val/accuracy"] == sum(right) / 8
+        loss = mean_loss(classifier, label_loss, batches_by_length(examples, collate_labels, 8))
+        assert found["val/loss"] == pytest.approx(loss, rel=1e-6)
 
 
 # ---- exact gradients -------------------------------------------------------------------------------------------------
@@ -162,7 +166,7 @@ def gradients_of_step(model: nn.Module, loss: Any, batches: list[Batch], grad_cl
     """The gradients that a step uses; also that the loss and norm which it reports are theirs."""
     model = copy.deepcopy(model)
     optimizer = torch.optim.SGD(model.parameters())
-    _, norm = _step(model, loss, batches, [optimizer], grad_clip, CPU)
+    _, norm = _step(_Objective(model, loss), batches, [optimizer], grad_clip, CPU)
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     total = math.sqrt(sum(gradient.double().square().sum().item() for gradient in gradients.values()))
     assert total == pytest.approx(min(norm, grad_clip) if grad_clip else norm, rel=1e-5)

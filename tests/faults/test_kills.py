@@ -109,7 +109,7 @@ class Pipeline:
     def leftovers(self) -> list[Path]:
         """What only an unfinished run has."""
         inside = [self.folder / name for name in ("data", "models", "reports")]
-        found = [path for place in inside for path in place.rglob("*") if re.search(r"\.(partial|old|tmp)$", path.name)]
+        found = [path for place in inside for path in place.rglob("*") if path.suffix in (".partial", ".old", ".tmp")]
         return found + [path for stage in STAGES for path in (self.folder / ".work" / stage).glob("*/")]
 
 

@@ -1,0 +1,72 @@
+"""Several processes that train one model together: each reads a part of every batch, and all make the same steps.
+
+Before `start` there is one process, for which the other functions do nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load, save
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+def rank() -> int:
+    """The number of this process; 0 leads: it alone prints, logs and writes."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def start() -> None:
+    """Meets the other processes and shares the machine with those on it: its GPUs, or else its cores.
+
+    The environment says who they are, in torchrun's words: RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR
+    and MASTER_PORT.
+    """
+    local, here = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local % torch.cuda.device_count())
+    elif "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // here))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+
+
+def replicated(module: nn.Module) -> nn.Module:
+    """The module, with the weights of rank 0; its gradients will be the means over all processes."""
+    return module if world_size() == 1 else DistributedDataParallel(module)
+
+
+def total(values: Tensor) -> Tensor:
+    """The sums over all processes."""
+    if world_size() > 1:
+        values = values.clone()
+        dist.all_reduce(values)
+    return values
+
+
+def anywhere(flag: bool) -> bool:
+    """Whether the flag is set in any process."""
+    return flag if world_size() == 1 else bool(total(torch.tensor(float(flag))))
+
+
+def share(state: tuple[dict[str, Tensor], dict[str, Any]] | None) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """What rank 0 has, tensors and values that JSON can say; the others need not read its disk."""
+    if world_size() == 1:
+        return state
+    parts = (b"", b"") if state is None else (save(state[0]), json.dumps(state[1]).encode())
+    sizes = torch.tensor([len(part) for part in parts])
+    dist.broadcast(sizes, 0)
+    if not sizes.any():
+        return None
+    content = torch.frombuffer(bytearray(b"".join(parts).ljust(int(sizes.sum()))), dtype=torch.uint8)
+    dist.broadcast(content, 0)
+    tensors, values = (bytes(part.numpy()) for part in content.split(sizes.tolist()))
+    return load(tensors), json.loads(values)
