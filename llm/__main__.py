@@ -273,6 +273,20 @@ def named_texts(arguments: list[str]) -> Iterator[str]:
             yield checked_text(argument, "TEXT")
 
 
+def bench(args: argparse.Namespace) -> None:
+    """Prints a table of how fast this project and its peers do the same."""
+    from llm.bench import CONTESTS, Shape, compare, draw, markdown
+
+    sizes = {field: getattr(args, field) for field in Shape._fields if getattr(args, field) is not None}
+    if args.out is not None:
+        args.out.mkdir(parents=True, exist_ok=True)
+    found = compare(args.kind, CONTESTS[args.kind].shape._replace(**sizes), args.rounds, args.seconds, note)
+    if args.out is not None:
+        (args.out / f"{args.kind}.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        draw(found, args.out / f"{args.kind}.png")
+    print(markdown(found), end="")
+
+
 # ---- command line ----------------------------------------------------------------------------------------------------
 
 
@@ -369,11 +383,53 @@ def build_parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--dtype", choices=["f16", "q8_0", "f32"], help="of the weights in a GGUF file (default: f16)")
     command.add_argument("--base", metavar="NAME", help="the model that an adapter for PEFT says it belongs to")
+
+    command = add_command(
+        commands,
+        bench,
+        "measure speed beside other projects",
+        "Lets this project and those of its peers that are installed (transformers, litgpt, llms-from-scratch) do the "
+        "same in turns, on random weights and data, and prints a table: the median of the rounds, its ratio to the "
+        "best peer, and its share of the machine's own limit, measured in the same rounds.",
+        "python -m llm bench train",
+        "python -m llm bench train --vocab 50257 --rounds 7 --out bench",
+        "python -m llm bench generate --batch 16 --new 64",
+        model_dir=False,
+    )
+    command.add_argument("kind", choices=["train", "finetune", "generate"], help="what they do")
+    sizes = command.add_argument_group("the shape, where it shall be another than that of the project's own figures")
+    for field, meaning in (
+        ("layers", "blocks"),
+        ("width", "emb_dim"),
+        ("heads", "of the attention"),
+        ("vocab", "tokens of the vocabulary"),
+        ("context", "tokens of a row"),
+        ("batch", "rows"),
+        ("prompt", "tokens that are continued (generate)"),
+        ("new", "tokens of the continuation (generate)"),
+    ):
+        sizes.add_argument(f"--{field}", type=positive, metavar="N", help=meaning)
+    command.add_argument("--rounds", type=positive, default=5, metavar="N", help="turns of each (default: %(default)s)")
+    command.add_argument("--seconds", type=float, default=5.0, metavar="X", help="of a turn (default: %(default)s)")
+    command.add_argument("--out", type=Path, metavar="DIR", help="where to leave the figures as JSON and a picture")
     return parser
 
 
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
 def add_command(
-    commands: Any, run: Any, summary: str, description: str, *examples: str, source: bool = False
+    commands: Any,
+    run: Any,
+    summary: str,
+    description: str,
+    *examples: str,
+    source: bool = False,
+    model_dir: bool = True,
 ) -> argparse.ArgumentParser:
     command: argparse.ArgumentParser = commands.add_parser(
         run.__name__.rstrip("_"),
@@ -384,7 +440,8 @@ def add_command(
     )
     if source:
         command.add_argument("source", metavar="SOURCE", help="a folder, a .gguf file or a hub name such as org/name")
-    command.add_argument("model_dir", type=Path, metavar="MODEL_DIR", help="a model folder")
+    if model_dir:
+        command.add_argument("model_dir", type=Path, metavar="MODEL_DIR", help="a model folder")
     command.set_defaults(run=run)
     return command
 

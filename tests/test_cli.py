@@ -384,7 +384,7 @@ def test_an_interrupt_ends_with_130(cli: Cli, folders: Folders, monkeypatch: pyt
 
 def test_help_shows_examples_without_loading_torch() -> None:
     code = "import sys, llm.__main__ as cli\ntry: cli.main(sys.argv[1:])\nfinally: print('torch' in sys.modules)"
-    for command in ("generate", "chat", "classify", "score", "import", "export"):
+    for command in ("generate", "chat", "classify", "score", "import", "export", "bench"):
         done = subprocess.run(
             [sys.executable, "-c", code, command, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
         )
