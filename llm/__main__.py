@@ -161,6 +161,20 @@ def export(args: argparse.Namespace) -> None:
     note(f"{args.out}: written")
 
 
+def bench(args: argparse.Namespace) -> None:
+    """Prints a table of how fast this project and its peers do the same."""
+    from llm.bench import CONTESTS, Shape, compare, draw, markdown
+
+    sizes = {field: getattr(args, field) for field in Shape._fields if getattr(args, field) is not None}
+    if args.out is not None:
+        args.out.mkdir(parents=True, exist_ok=True)
+    found = compare(args.kind, CONTESTS[args.kind].shape._replace(**sizes), args.rounds, args.seconds, note)
+    if args.out is not None:
+        (args.out / f"{args.kind}.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        draw(found, args.out / f"{args.kind}.png")
+    print(markdown(found), end="")
+
+
 def check_place(out: Path, source: str | Path, kind: str = "model folder", holds: str = "config.json") -> None:
     """A folder that is written replaces what is in its place: refused where that is of another kind, or the source."""
     if out.resolve() == Path(source).resolve():
@@ -271,20 +285,6 @@ def named_texts(arguments: list[str]) -> Iterator[str]:
             yield from stdin_lines()
         else:
             yield checked_text(argument, "TEXT")
-
-
-def bench(args: argparse.Namespace) -> None:
-    """Prints a table of how fast this project and its peers do the same."""
-    from llm.bench import CONTESTS, Shape, compare, draw, markdown
-
-    sizes = {field: getattr(args, field) for field in Shape._fields if getattr(args, field) is not None}
-    if args.out is not None:
-        args.out.mkdir(parents=True, exist_ok=True)
-    found = compare(args.kind, CONTESTS[args.kind].shape._replace(**sizes), args.rounds, args.seconds, note)
-    if args.out is not None:
-        (args.out / f"{args.kind}.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-        draw(found, args.out / f"{args.kind}.png")
-    print(markdown(found), end="")
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------

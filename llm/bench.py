@@ -30,6 +30,7 @@ from llm.data import Batch, Example, collate_labels, example_batches
 from llm.generate import generate
 from llm.model import GPT, GPTClassifier
 from llm.train import keep_freed_memory, label_loss, next_token_loss
+from llm.weights import GPT2Form
 
 
 class Shape(NamedTuple):
@@ -77,25 +78,14 @@ def seconds(work: Callable[[], object]) -> float:
 
 def gpt2_config(shape: Shape) -> GPTConfig:
     """GPT-2's form, which all of them can take."""
-    return GPTConfig(
-        context_length=shape.context,
-        emb_dim=shape.width,
-        n_layers=shape.layers,
-        n_heads=shape.heads,
-        n_kv_heads=shape.heads,
-        head_dim=shape.width // shape.heads,
-        ffn_dim=4 * shape.width,
-        positions="learned",
-        rope_theta=10000.0,
-        norm="layernorm",
-        norm_eps=1e-5,
-        activation="gelu",
-        qk_norm=False,
-        qkv_bias=True,
-        bias=True,
-        tie_embeddings=True,
+    form = GPT2Form(
         vocab_size=shape.vocab,
+        n_positions=shape.context,
+        n_embd=shape.width,
+        n_layer=shape.layers,
+        n_head=shape.heads,
     )
+    return form.gpt_config()
 
 
 def training_turn(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], shape: Shape) -> Turn:
@@ -125,10 +115,10 @@ def train_ours(shape: Shape) -> Turn:
     return training_turn(model, loss, shape)
 
 
-def transformers_gpt2(shape: Shape) -> Any:
+def transformers_config(shape: Shape) -> Any:
     import transformers
 
-    config = transformers.GPT2Config(
+    return transformers.GPT2Config(
         vocab_size=shape.vocab,
         n_positions=shape.context,
         n_embd=shape.width,
@@ -138,6 +128,12 @@ def transformers_gpt2(shape: Shape) -> Any:
         embd_pdrop=0.0,
         attn_pdrop=0.0,
     )
+
+
+def transformers_gpt2(shape: Shape) -> Any:
+    import transformers
+
+    config = transformers_config(shape)
     return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
 
 
@@ -270,9 +266,9 @@ def finetune_transformers(shape: Shape) -> Turn:
     import transformers
 
     examples = messages(shape)
-    base = transformers_gpt2(shape).transformer
-    model = transformers.GPT2ForSequenceClassification(base.config)
-    model.config.pad_token_id = 0
+    config = transformers_config(shape)
+    config.pad_token_id = 0
+    model = transformers.AutoModelForSequenceClassification.from_config(config, attn_implementation="sdpa")
     model.requires_grad_(False)
     last_block_trains(model.transformer.h, model.transformer.ln_f, model.score)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
@@ -325,17 +321,6 @@ CONTESTS = {
 }
 
 
-class Result(NamedTuple):
-    """Of one contestant: its rate in each round, and the most memory that its process has held, in bytes."""
-
-    rates: list[float]
-    memory: int
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.rates)
-
-
 def compare(kind: str, shape: Shape, rounds: int, least: float, say: Callable[[str], None]) -> dict[str, Any]:
     """Runs a contest: `rounds` turns of each contestant, each of at least `least` seconds.
 
@@ -351,16 +336,16 @@ def compare(kind: str, shape: Shape, rounds: int, least: float, say: Callable[[s
     limits: list[tuple[float, float]] = []
     try:
         for name in contest.contestants:
-            worker = Worker(kind, name, shape)
-            if worker.missing:
+            workers[name] = Worker(kind, name, shape)
+            if workers[name].missing:
+                worker = workers.pop(name)
+                worker.kill()
                 say(f"{name}: left out, no package {worker.missing}")
-            else:
-                workers[name] = worker
         for number in range(rounds):
             limits.append((matrix_limit(), memory_limit()))
             for name, worker in workers.items():
                 say(f"round {number + 1} of {rounds}, {name}: {worker.turn(least):,.1f} {contest.unit}")
-        results = {name: worker.end() for name, worker in workers.items()}
+        memory = {name: worker.memory() for name, worker in workers.items()}
     finally:
         for worker in workers.values():
             worker.kill()
@@ -374,12 +359,12 @@ def compare(kind: str, shape: Shape, rounds: int, least: float, say: Callable[[s
         "limits": {"flop_per_s": flops, "bytes_per_s": bandwidth},
         "results": {
             name: {
-                "rates": result.rates,
-                "median": result.median,
-                "of_limit": of_limit(kind, shape, result.median, flops, bandwidth),
-                "memory": result.memory,
+                "rates": worker.rates,
+                "median": (median := statistics.median(worker.rates)),
+                "of_limit": of_limit(kind, shape, median, flops, bandwidth),
+                "memory": memory[name],
             }
-            for name, result in results.items()
+            for name, worker in workers.items()
         },
     }
 
@@ -388,9 +373,9 @@ def of_limit(kind: str, shape: Shape, rate: float, flops: float, bandwidth: floa
     """The share of the machine's limit that a rate needs: of its matrix products in a training, of its memory reads for
     one row that is continued; None where neither is the measure.
 
-    A token costs 6 products for each weight of a matrix, forward and backward, and 6 `context` for each number of the
-    attention's width and layer (half of a square of positions, twice forward and twice as much backward). A new token
-    reads every weight once.
+    A token costs 6 operations for each weight of a matrix, forward and backward, and in each layer's attention as many
+    for each number of its width and each position of the context, half of which it sees. A new token reads every weight
+    once.
     """
     weights = shape.layers * 12 * shape.width**2 + shape.vocab * shape.width
     if kind == "train":
@@ -406,17 +391,18 @@ class Worker:
     def __init__(self, kind: str, name: str, shape: Shape) -> None:
         command = [sys.executable, "-m", "llm.bench", json.dumps([kind, name, shape, torch.get_num_threads()])]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self._rates: list[float] = []
+        self.rates: list[float] = []  # of each turn
         self.missing: str | None = self._ask(None)
 
     def turn(self, least: float) -> float:
         """Rates by the clock of the worker, which knows when its own work began."""
         amount, took = self._ask(least)
-        self._rates.append(amount / took)
-        return self._rates[-1]
+        self.rates.append(amount / took)
+        return self.rates[-1]
 
-    def end(self) -> Result:
-        return Result(self._rates, self._ask("memory"))
+    def memory(self) -> int:
+        """The most that the process has held, in bytes."""
+        return int(self._ask("memory"))
 
     def kill(self) -> None:
         self._process.kill()
@@ -450,7 +436,8 @@ def work() -> None:
             largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             print(largest if sys.platform == "darwin" else largest * 1024, file=answers, flush=True)
             continue
-        amount, start = 0, time.perf_counter()
+        start = time.perf_counter()
+        amount = turn()
         while (took := time.perf_counter() - start) < question:
             amount += turn()
         print(json.dumps([amount, took]), file=answers, flush=True)

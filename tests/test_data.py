@@ -451,3 +451,19 @@ def test_batches_by_length_hold_every_example_once(lengths: list[int], batch_siz
 def test_a_batch_on_the_cpu_stays_as_it_is() -> None:
     batch: Any = collate_labels(examples_of([2, 3]), [0, 1])
     assert batch.to(torch.device("cpu")) is batch
+
+
+# ---- several processes -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("of", [1, 2, 3, 5])
+def test_the_parts_of_a_batch_hold_each_row_once(of: int) -> None:
+    whole = Batch(torch.arange(10).view(5, 2), torch.arange(5), list(range(5)), torch.arange(5))
+    parts = [whole.part(index, of) for index in range(of)]
+    assert sorted(row for part in parts for row in part.rows) == whole.rows
+    for part in parts:
+        assert part.lengths is not None and part.rows
+        assert part.idx[:, 0].tolist() == [2 * row for row in part.rows]
+        assert part.targets.tolist() == part.lengths.tolist() == part.rows
+    with pytest.raises(InputError, match="a batch of 5 rows is too few for 6 processes; raise batch_size"):
+        whole.part(0, 6)
