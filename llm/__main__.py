@@ -13,7 +13,7 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -32,9 +32,10 @@ def generate(args: argparse.Namespace) -> None:
     prompt = checked_text(args.prompt, "--prompt")
     if not prompt:
         raise InputError("--prompt is empty; give some text to continue")
-    folder, model = load_gpt(args.model_dir, "base", "instruct")
+    folder, model = load_gpt(args.model_dir, "base", "instruct", int8=args.int8)
     begin = [] if folder.tokenizer.bos is None else [folder.tokenizer.bos]
-    continuation = answer(folder, model, [*begin, *folder.tokenizer.encode(prompt)], args, seed=args.seed)
+    answer = answering(folder, model, args)
+    continuation = answer([*begin, *folder.tokenizer.encode(prompt)], args.seed)
     write(itertools.chain([prompt], continuation))
 
 
@@ -43,10 +44,11 @@ def chat(args: argparse.Namespace) -> None:
     from llm.data import encode_prompt
 
     context = checked_text(args.input, "--input")
-    folder, model = load_gpt(args.model_dir, "instruct")
+    folder, model = load_gpt(args.model_dir, "instruct", int8=args.int8)
     template = folder.config.template
     if template is None:
         raise InputError(f"{args.model_dir}: config.json names no template; make the model folder again")
+    answer = answering(folder, model, args)
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     if interactive:
         with contextlib.suppress(ImportError):  # Windows has none
@@ -59,7 +61,7 @@ def chat(args: argparse.Namespace) -> None:
             continue
         ids = encode_prompt(folder.tokenizer, template, instruction, context, folder.config.system)
         try:
-            write(answer(folder, model, ids, args, seed=args.seed + answered))  # asked again, it may answer otherwise
+            write(answer(ids, args.seed + answered))  # asked again, it may answer otherwise
         except KeyboardInterrupt:
             if not interactive:
                 raise
@@ -95,7 +97,7 @@ def score(args: argparse.Namespace) -> None:
     text = decoded(content, name)
     if not text:
         raise InputError(f"{name}: empty; give a text to score")
-    folder, model = load_gpt(args.model_dir, "base", "instruct")
+    folder, model = load_gpt(args.model_dir, "base", "instruct", int8=args.int8)
     ids = folder.tokenizer.encode(text)
     if len(ids) < 2:
         raise InputError(f"{name}: a single token; the first is never scored, so a text needs at least two")
@@ -186,25 +188,41 @@ def check_place(out: Path, source: str | Path, kind: str = "model folder", holds
 # ---- model folders and answers ---------------------------------------------------------------------------------------
 
 
-def load_gpt(path: Path, *kinds: str) -> tuple[ModelFolder, GPT]:
+def load_gpt(path: Path, *kinds: str, int8: bool = False) -> tuple[ModelFolder, GPT]:
     """A model folder of one of these kinds, and its GPT."""
     from llm.checkpoint import load_model_folder
+    from llm.linear import to_int8
     from llm.model import GPT
 
     folder = load_model_folder(path)
     if folder.config.kind not in kinds or not isinstance(folder.model, GPT):
         raise InputError(wrong_kind(path, folder.config.kind, *kinds))
+    if int8:
+        to_int8(folder.model)
     return folder, folder.model
+
+
+def load_draft(path: Path | None, folder: ModelFolder) -> GPT | None:
+    """A smaller model with the same tokenizer as the one in the folder."""
+    if path is None:
+        return None
+    draft, model = load_gpt(path, "base", "instruct")
+    if draft.tokenizer != folder.tokenizer:
+        raise InputError(f"--draft {path}: has another tokenizer than the model; it must guess the same tokens")
+    return model
 
 
 def wrong_kind(path: Path, kind: str, *wanted: str) -> str:
     return f"{path}: a model of kind {kind}; this command needs {' or '.join(wanted)}, such as models/{wanted[0]}"
 
 
-def answer(folder: ModelFolder, model: GPT, prompt: list[int], args: argparse.Namespace, seed: int) -> Iterator[str]:
-    """What the model adds to the prompt, piece by piece."""
+def answering(folder: ModelFolder, model: GPT, args: argparse.Namespace) -> Callable[[list[int], int], Iterator[str]]:
+    """A function that says, piece by piece, what the model adds to a prompt with a seed.
+
+    What a prompt begins with as the one before it did is not read again.
+    """
     from llm.data import end_tokens
-    from llm.generate import Sampling, stream, stream_text
+    from llm.generate import Prefix, Sampling, stream, stream_text
 
     sampling = Sampling(
         repetition_penalty=args.repetition_penalty,
@@ -213,18 +231,26 @@ def answer(folder: ModelFolder, model: GPT, prompt: list[int], args: argparse.Na
         top_p=args.top_p,
         min_p=args.min_p,
     )
-    tokens = stream(
-        model,
-        prompt,
-        max_new_tokens=args.max_new_tokens,
-        sampling=sampling,
-        seed=seed,
-        stop=end_tokens(folder.tokenizer, folder.config.template),
-    )
-    context_length = model.config.context_length
-    if len(prompt) > context_length:
-        note(f"the prompt has {len(prompt)} tokens, the model reads the last {context_length}")
-    return stream_text(folder.tokenizer, tokens)
+    stop = end_tokens(folder.tokenizer, folder.config.template)
+    prefix, draft = Prefix(), load_draft(args.draft, folder)
+
+    def answer(prompt: list[int], seed: int) -> Iterator[str]:
+        tokens = stream(
+            model,
+            prompt,
+            max_new_tokens=args.max_new_tokens,
+            sampling=sampling,
+            seed=seed,
+            stop=stop,
+            prefix=prefix,
+            draft=draft,
+        )
+        context_length = model.config.context_length
+        if len(prompt) > context_length:
+            note(f"the prompt has {len(prompt)} tokens, the model reads the last {context_length}")
+        return stream_text(folder.tokenizer, tokens)
+
+    return answer
 
 
 # ---- reading and writing ---------------------------------------------------------------------------------------------
@@ -305,6 +331,7 @@ def build_parser() -> argparse.ArgumentParser:
         "Prints the prompt and its continuation. An instruct model continues the text as it is, without its template.",
         'python -m llm generate models/base --prompt "One morning"',
         'python -m llm generate models/base --prompt "One morning" --temperature 0.8 --top-p 0.95 --seed 7',
+        'python -m llm generate models/smollm2 --prompt "One morning" --int8',
     )
     command.add_argument("--prompt", required=True, metavar="TEXT", help="the text to continue")
     add_sampling(command)
@@ -348,6 +375,7 @@ def build_parser() -> argparse.ArgumentParser:
         "git show HEAD:README.md | python -m llm score models/base -",
     )
     command.add_argument("file", metavar="FILE", help="a UTF-8 text file, read as it is, or - for stdin")
+    add_int8(command.add_argument)
 
     command = add_command(
         commands,
@@ -481,6 +509,18 @@ def add_sampling(command: argparse.ArgumentParser) -> None:
         help="above 1: tokens that occurred become less likely (default: %(default)s)",
     )
     add("--seed", type=int, default=0, metavar="N", help="same seed, same text (default: %(default)s)")
+    add = command.add_argument_group("how fast it comes").add_argument
+    add_int8(add)
+    add(
+        "--draft",
+        type=Path,
+        metavar="MODEL_DIR",
+        help="a smaller model with the same tokenizer, which guesses tokens ahead",
+    )
+
+
+def add_int8(add: Callable[..., argparse.Action]) -> None:
+    add("--int8", action="store_true", help="round the weights to 8 bits: faster on a CPU, a little less exact")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -237,24 +237,19 @@ def evaluate_instruct(
 
 
 def answer(folder: ModelFolder, template: Template, pairs: Sequence[Pair], params: EvaluateParams) -> list[str]:
-    """A model's greedy answers, generated in batches of prompts of similar length."""
+    """A model's greedy answers."""
     model, tokenizer, config = folder
     assert isinstance(model, GPT)
     template = config.template or template
     prompts = [encode_prompt(tokenizer, template, pair.instruction, pair.input, config.system) for pair in pairs]
-    order = sorted(range(len(pairs)), key=lambda i: len(prompts[i]))
-    texts = [""] * len(pairs)
-    for start in range(0, len(order), params.batch_size):
-        rows = order[start : start + params.batch_size]
-        batch = generate(
-            model,
-            [prompts[i] for i in rows],
-            max_new_tokens=params.max_new_tokens,
-            stop=end_tokens(tokenizer, template),
-        )
-        for i, ids in zip(rows, batch, strict=True):
-            texts[i] = tokenizer.decode(ids).strip()
-    return texts
+    answers = generate(
+        model,
+        prompts,
+        max_new_tokens=params.max_new_tokens,
+        stop=end_tokens(tokenizer, template),
+        batch_size=params.batch_size,
+    )
+    return [tokenizer.decode(ids).strip() for ids in answers]
 
 
 @torch.no_grad()

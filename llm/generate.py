@@ -1,6 +1,7 @@
-"""Text from a model: how the next token is chosen, and batches of rows continued with a key-value cache.
+"""Text from a model: how the next token is chosen, and rows continued with a key-value cache, many at a time or ahead
+of a draft.
 
-Shapes: B rows still being continued, T tokens of this call, C emb_dim, V vocab_size.
+Shapes: B rows being continued, T tokens of this call, C emb_dim, K n_kv_heads, D head_dim, V vocab_size.
 
 A row may grow longer than the context. When it does, the model reads on from the last half of the context: one prefill
 of half a context every half context, where dropping one token at a time would cost a prefill for each new token. A
@@ -10,11 +11,14 @@ prompt that is longer than the context is read from its last `context_length` to
 from __future__ import annotations
 
 import codecs
+import contextlib
 import math
+from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from llm.config import InputError
@@ -75,38 +79,64 @@ def filter_logits(logits: Tensor, sampling: Sampling) -> Tensor:
     return logits
 
 
+def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
+    """The distribution [B, V] that tokens are drawn from; a greedy choice is one that is certain."""
+    if sampling.temperature == 0:
+        return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
+    scaled = (logits - logits.amax(-1, keepdim=True)) / sampling.temperature  # largest 0: no overflow when it is tiny
+    return filter_logits(scaled, sampling).softmax(-1)
+
+
 def sample(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> Tensor:
     """One token id for each row of logits [B, V], drawn with the row's own generator: [B]."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    scaled = (logits - logits.amax(-1, keepdim=True)) / sampling.temperature  # largest 0: no overflow when it is tiny
-    probabilities = filter_logits(scaled, sampling).softmax(-1)
-    rows = zip(probabilities, generators, strict=True)
+    rows = zip(probabilities(logits, sampling), generators, strict=True)
     return torch.cat([torch.multinomial(row, 1, generator=generator) for row, generator in rows])
+
+
+@dataclass
+class Prefix:
+    """What a model has computed for the prompt that it read last; the next is read from where it differs.
+
+    For calls one after another whose prompts begin alike, as in a chat with a system prompt.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    keys: Tensor | None = None  # [layers, K, tokens, D]
+    values: Tensor | None = None
 
 
 def generate(
     model: GPT,
     prompts: Sequence[Sequence[int]],
     *,
-    max_new_tokens: int,
+    max_new_tokens: int | Sequence[int],
     sampling: Sampling = GREEDY,
     seed: int = 0,
     stop: Collection[int] = (),
+    batch_size: int | None = None,
+    prefix: Prefix | None = None,
 ) -> list[list[int]]:
     """The new tokens of each prompt, up to `max_new_tokens` and ending before the first token of `stop`.
 
-    Row i samples with seed + i and from its own logits only, so its text does not depend on the rows beside it.
-    Raises `InputError` for an empty prompt, and for a `max_new_tokens` or a seed out of range.
+    `max_new_tokens` is one number or one for each prompt. `batch_size` rows are continued at a time, all if it is None;
+    where one ends the next prompt takes its place. What the prompts begin with in common is read once. Row i samples
+    with seed + i and from its own logits only, so its text does not depend on the rows beside it. Raises `InputError`
+    for an empty prompt and for numbers out of range.
 
     >>> prompts = [tokenizer.encode("Once"), tokenizer.encode("It was late")]  # doctest: +SKIP
     >>> generate(model, prompts, max_new_tokens=3, stop={tokenizer.eot})  # doctest: +SKIP
     [[310, 257, 640], [287, 262]]
     """
-    _check(prompts, max_new_tokens, seed)
+    rows = _rows(model, prompts, max_new_tokens, sampling, seed)
+    if batch_size is not None and batch_size < 1:
+        raise InputError(f"batch_size must be 1 or more, found {batch_size}")
+    if prefix is None and len(rows) > 1:
+        prefix = Prefix()
     answers: list[list[int]] = [[] for _ in prompts]
-    for row, token in _new_tokens(model, prompts, max_new_tokens, sampling, seed, frozenset(stop)):
-        answers[row].append(token)
+    for number, token in _batched(model, rows, sampling, frozenset(stop), batch_size or len(rows), prefix):
+        answers[number].append(token)
     return answers
 
 
@@ -118,10 +148,23 @@ def stream(
     sampling: Sampling = GREEDY,
     seed: int = 0,
     stop: Collection[int] = (),
+    prefix: Prefix | None = None,
+    draft: GPT | None = None,
 ) -> Iterator[int]:
-    """The same tokens as `generate(model, [prompt], ...)[0]`, each as soon as it is known; errors come at the call."""
-    _check([prompt], max_new_tokens, seed)
-    return (token for _, token in _new_tokens(model, [prompt], max_new_tokens, sampling, seed, frozenset(stop)))
+    """The same tokens as `generate(model, [prompt], ...)[0]`, each as soon as it is known; errors come at the call.
+
+    A `draft`, a smaller model of the same vocabulary, guesses tokens ahead, which the model then reads at once
+    (Leviathan et al. 2023): greedy text stays the same up to rounding, sampled text is another from the same
+    distribution.
+    """
+    rows = _rows(model, [prompt], max_new_tokens, sampling, seed)
+    if draft is None:
+        return (token for _, token in _batched(model, rows, sampling, frozenset(stop), 1, prefix))
+    if draft.config.vocab_size != model.config.vocab_size:
+        raise InputError(f"the draft has {draft.config.vocab_size} tokens, the model {model.config.vocab_size}")
+    if draft.config.context_length < (needed := min(model.config.context_length, len(prompt) + max_new_tokens)):
+        raise InputError(f"the draft reads {draft.config.context_length} tokens, and {needed} are needed")
+    return _drafted(model, draft, rows[0], sampling, frozenset(stop), prefix)
 
 
 def stream_text(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
@@ -134,89 +177,250 @@ def stream_text(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
         yield rest
 
 
-@dataclass
+# ---- rows ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
 class _Row:
     """A prompt that is being continued."""
 
     number: int  # of the prompt in the call
     context: list[int]  # what the model reads: the prompt and what was added, or the last part of it
+    left: int  # how many tokens may still be added
     generator: torch.Generator
+    seen: Tensor | None  # [V] bool, the tokens that occurred, where a repetition penalty asks for them
+
+    def add(self, token: int) -> None:
+        self.context.append(token)
+        self.left -= 1
+        if self.seen is not None:
+            self.seen[token] = True
+
+    def cut(self, context_length: int) -> bool:
+        """Keeps the last half of a context that has grown too long; returns whether it had."""
+        if len(self.context) <= context_length:
+            return False
+        self.context = self.context[-((context_length + 1) // 2) :]
+        return True
 
 
-@torch.inference_mode()
-def _new_tokens(
-    model: GPT,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    sampling: Sampling,
-    seed: int,
-    stop: frozenset[int],
-) -> Iterator[tuple[int, int]]:
-    """Each new token with the number of its prompt, step by step; rows that are finished leave the batch."""
-    weight = model.tok_emb.weight
-    context_length = model.config.context_length
-    rows = [
-        _Row(number, list(prompt[-context_length:]), torch.Generator(weight.device).manual_seed(seed + number))
-        for number, prompt in enumerate(prompts)
-    ]
-    longest = max((len(row.context) for row in rows), default=0)
-    capacity = min(context_length, longest + max_new_tokens)
-    seen = torch.zeros(len(rows), model.config.vocab_size, dtype=torch.bool, device=weight.device)  # [B, V]
-    for position, row in enumerate(rows):
-        seen[position, row.context] = True
-    cache: KVCache | None = None
-
-    was_training = model.training
-    model.eval()
-    try:
-        for _ in range(max_new_tokens if rows else 0):
-            if cache is None or cache.length == capacity:
-                for row in rows:
-                    if len(row.context) > context_length:
-                        row.context = row.context[-((context_length + 1) // 2) :]
-                idx, pad = _right_align([row.context for row in rows], weight.device)  # [B, T], [B] or None
-                cache = KVCache(model.config, len(rows), capacity, weight.device, weight.dtype)
-            else:
-                idx = torch.tensor([row.context[-1:] for row in rows], device=weight.device)  # [B, 1]
-            hidden = model.hidden(idx, cache, pad)[:, -1]  # [B, C]: only the last position needs the large output layer
-            logits = model.lm_head(hidden).float()  # [B, V]
-            if sampling.repetition_penalty != 1:
-                logits = penalise(logits, seen, sampling.repetition_penalty)
-            tokens = sample(logits, sampling, [row.generator for row in rows])  # [B]
-            seen.scatter_(1, tokens[:, None], True)
-
-            ids = tokens.tolist()
-            going = [position for position, token in enumerate(ids) if token not in stop]
-            for position in going:
-                rows[position].context.append(ids[position])
-                yield rows[position].number, ids[position]
-            if not going:
-                return
-            if len(going) < len(rows):
-                rows = [rows[position] for position in going]
-                kept = torch.tensor(going, device=weight.device)
-                cache.keep(kept)
-                seen = seen[kept]
-                pad = pad[kept] if pad is not None else None
-    finally:
-        model.train(was_training)
-
-
-def _check(prompts: Sequence[Sequence[int]], max_new_tokens: int, seed: int) -> None:
+def _rows(
+    model: GPT, prompts: Sequence[Sequence[int]], max_new_tokens: int | Sequence[int], sampling: Sampling, seed: int
+) -> list[_Row]:
     """Raises `InputError` for what no row can be made of."""
-    if max_new_tokens < 0:
-        raise InputError(f"max_new_tokens must be 0 or more, found {max_new_tokens}")
+    wanted = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
+    if len(wanted) != len(prompts):
+        raise InputError(f"max_new_tokens: expected a number for each of {len(prompts)} prompts, found {len(wanted)}")
+    if (least := min(wanted, default=0)) < 0:
+        raise InputError(f"max_new_tokens must be 0 or more, found {least}")
     if not 0 <= seed < 2**63 - len(prompts):
         raise InputError(f"seed must be between 0 and 2^63, found {seed}")
-    for number, prompt in enumerate(prompts):
+    device = model.tok_emb.weight.device
+    rows = []
+    for number, (prompt, left) in enumerate(zip(prompts, wanted, strict=True)):
         if not prompt:
             which = f"prompt {number + 1} of {len(prompts)}" if len(prompts) > 1 else "the prompt"
             raise InputError(f"{which} is empty; give at least one token to continue")
+        context = list(prompt[-model.config.context_length :])
+        seen = None
+        if sampling.repetition_penalty != 1:
+            seen = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=device)
+            seen[context] = True
+        rows.append(_Row(number, context, left, torch.Generator(device).manual_seed(seed + number), seen))
+    return rows
 
 
-def _right_align(contexts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Rows of different lengths as [B, T] padded at the left, and the padding of each: [B], None if there is none."""
+@contextlib.contextmanager
+def _evaluating(*models: GPT) -> Iterator[None]:
+    modes = [model.training for model in models]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for model, mode in zip(models, modes, strict=True):
+            model.train(mode)
+
+
+def _cache(model: GPT, rows: int, capacity: int) -> KVCache:
+    return KVCache(model.config, rows, capacity, model.tok_emb.weight.device, model.tok_emb.weight.dtype)
+
+
+def _read(
+    model: GPT, contexts: Sequence[Sequence[int]], prefix: Prefix | None, capacity: int = 0
+) -> tuple[Tensor, KVCache, list[int]]:
+    """Reads prompts [B], aligned at their ends; the last hidden states [B, C], the cache, and each row's padding [B].
+
+    What all of them have in common with the prefix is taken from there; then the first of them is the prefix.
+    """
     width = max(map(len, contexts))
-    idx = torch.tensor([[0] * (width - len(context)) + context for context in contexts], device=device)  # [B, T]
-    pad = torch.tensor([width - len(context) for context in contexts], device=device)  # [B]
-    return idx, pad if min(map(len, contexts)) < width else None
+    pads = [width - len(context) for context in contexts]
+    cache = _cache(model, len(contexts), max(width, capacity))
+    if prefix is not None and prefix.keys is not None and prefix.values is not None:
+        cache.length = min(_common(prefix.tokens, context[:-1]) for context in contexts)
+        for row, pad in enumerate(pads):
+            part = slice(0, max(0, cache.length - pad))
+            cache.put(row, pad, prefix.keys[:, :, part], prefix.values[:, :, part])
+    padded = [[0] * pad + list(context) for pad, context in zip(pads, contexts, strict=True)]
+    idx = torch.tensor(padded, device=model.tok_emb.weight.device)[:, cache.length :]  # [B, T]
+    hidden = model.hidden(idx, cache, _tensor(pads, idx))[:, -1]  # [B, C]
+    if prefix is not None:
+        prefix.tokens = list(contexts[0])
+        prefix.keys, prefix.values = (part.clone() for part in cache.part(0, pads[0], width))
+    return hidden, cache, pads
+
+
+def _common(tokens: Sequence[int], others: Sequence[int]) -> int:
+    """How many tokens two texts begin with in common."""
+    different = (i for i, (token, other) in enumerate(zip(tokens, others, strict=False)) if token != other)
+    return next(different, min(len(tokens), len(others)))
+
+
+def _tensor(pads: Sequence[int], like: Tensor) -> Tensor | None:
+    """As a model takes the padding of rows; without any it needs no mask."""
+    return torch.tensor(pads, device=like.device) if any(pads) else None
+
+
+# ---- many rows at a time ---------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def _batched(
+    model: GPT, rows: list[_Row], sampling: Sampling, stop: frozenset[int], batch_size: int, prefix: Prefix | None
+) -> Iterator[tuple[int, int]]:
+    """Each new token with the number of its prompt, step by step.
+
+    All rows of the cache end at the same column, and row i begins at column `pads[i]`.
+    """
+    waiting = deque(row for row in rows if row.left > 0)
+    if not waiting:
+        return
+    context_length = model.config.context_length
+    longest = max(len(row.context) for row in waiting) + max(row.left for row in waiting)
+    cache = _cache(model, min(batch_size, len(waiting)), min(context_length, longest))
+    active: list[_Row] = []
+    pads: list[int] = []
+    with _evaluating(model):
+        if prefix is not None and len(waiting) > 1:
+            first = waiting[0].context
+            if common := min(_common(first, row.context) for row in waiting):
+                _read(model, [first[:common]], prefix)
+        while waiting or any(row.left > 0 for row in active):
+            # A row that outgrew its context enters again with the last half of it, at other positions.
+            entering = [row for row in active if row.left > 0 and row.cut(context_length)]
+            known = None if entering else prefix
+            staying = [i for i, row in enumerate(active) if row.left > 0 and row not in entering]
+            while waiting and len(staying) + len(entering) < batch_size:
+                entering.append(waiting.popleft())
+            if len(staying) < len(active):
+                staying = _close_ranks(staying)
+                cache.keep(staying)
+                active, pads = [active[i] for i in staying], [pads[i] for i in staying]
+
+            hidden: list[Tensor] = []
+            if not active:
+                cache.length = 0
+            else:
+                if cache.length == cache.max_length:  # then no row begins at column 0: it would have been cut, or ended
+                    pads = _shifted(cache, pads, -min(pads))
+                idx = torch.tensor([row.context[-1:] for row in active], device=model.tok_emb.weight.device)  # [B, 1]
+                hidden.append(model.hidden(idx, cache, _tensor(pads, idx))[:, -1])  # [B, C]
+            if entering:
+                last, read, new_pads = _read(model, [row.context for row in entering], known)
+                hidden.append(last)
+                pads = _shifted(cache, pads, max(0, read.length - cache.length))
+                for i, pad in enumerate(new_pads):
+                    begin = cache.length - read.length + pad
+                    cache.put(len(active), begin, *read.part(i, pad, read.length))
+                    active.append(entering[i])
+                    pads.append(begin)
+
+            logits = model.lm_head(torch.cat(hidden)).float()  # [B, V]: only last positions need the large output layer
+            if sampling.repetition_penalty != 1:
+                seen = torch.stack([row.seen for row in active if row.seen is not None])  # [B, V]
+                logits = penalise(logits, seen, sampling.repetition_penalty)
+            tokens = sample(logits, sampling, [row.generator for row in active]).tolist()
+            for row, token in zip(active, tokens, strict=True):
+                if token in stop:
+                    row.left = 0
+                else:
+                    row.add(token)
+                    yield row.number, token
+
+
+def _close_ranks(kept: list[int]) -> list[int]:
+    """The kept rows with as few as possible of them at another place than before: the last ones fill the gaps."""
+    movers = [row for row in kept if row >= len(kept)]
+    stayers = set(kept)
+    return [row if row in stayers else movers.pop() for row in range(len(kept))]
+
+
+def _shifted(cache: KVCache, pads: list[int], columns: int) -> list[int]:
+    """Moves what the cache holds to the right, to the left where `columns` is negative; returns the new padding."""
+    if columns:
+        cache.shift(columns)
+    return [pad + columns for pad in pads]
+
+
+# ---- one row and a draft ---------------------------------------------------------------------------------------------
+
+GUESSES = 4  # tokens that a draft proposes before the model reads them
+
+
+@torch.inference_mode()
+def _drafted(
+    model: GPT, draft: GPT, row: _Row, sampling: Sampling, stop: frozenset[int], prefix: Prefix | None
+) -> Iterator[int]:
+    """The draft guesses from its distribution q; the model accepts a guess with probability p / q of its own p.
+
+    In place of the first guess that it does not accept it draws from what p has more than q, so that each token has
+    distribution p.
+    """
+    capacity = min(model.config.context_length, len(row.context) + row.left)
+
+    def distributions(of: GPT, cache: KVCache, tokens: list[int], n: int) -> Tensor:
+        """Logits [n, V] at the last n of the tokens; the cache holds some of the others."""
+        idx = torch.tensor([tokens[cache.length :]], device=of.tok_emb.weight.device)  # [1, T]
+        return of.lm_head(of.hidden(idx, cache)[0, -n:]).float()
+
+    def chances(logits: Tensor, seen: Tensor | None) -> Tensor:
+        """The distribution [V] that logits [V] give."""
+        if seen is not None:
+            logits = penalise(logits, seen, sampling.repetition_penalty)
+        return probabilities(logits[None], sampling)[0]
+
+    def draw(weights: Tensor) -> int:
+        return int(torch.multinomial(weights, 1, generator=row.generator))
+
+    with _evaluating(model, draft):
+        caches = [_read(each, [row.context], kept, capacity)[1] for each, kept in ((model, prefix), (draft, None))]
+        while row.left > 0:
+            read = 0 if row.cut(model.config.context_length) else len(row.context) - 1
+            for cache in caches:
+                cache.length = min(cache.length, read)
+            guesses: list[int] = []
+            q: list[Tensor] = []
+            seen = None if row.seen is None else row.seen.clone()
+            for _ in range(min(GUESSES, row.left - 1, capacity - len(row.context))):
+                logits = distributions(draft, caches[1], row.context + guesses, 1)
+                q.append(chances(logits[0], seen))  # [V]
+                guesses.append(draw(q[-1]))
+                if seen is not None:
+                    seen[guesses[-1]] = True
+            all_logits = distributions(model, caches[0], row.context + guesses, len(guesses) + 1)  # [guesses + 1, V]
+            for i, logits in enumerate(all_logits):
+                p = chances(logits, row.seen)  # [V]
+                accepted = False
+                if i < len(guesses):
+                    guess = guesses[i]
+                    chance = torch.rand((), device=p.device, generator=row.generator)
+                    accepted = bool(chance * q[i][guess] < p[guess])
+                    if not accepted and (rest := (p - q[i]).clamp(min=0)).any():  # none is left where they are equal
+                        p = rest
+                token = guesses[i] if accepted else draw(p)
+                if token in stop:
+                    return
+                row.add(token)
+                yield token
+                if not accepted:
+                    break

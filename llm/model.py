@@ -12,6 +12,7 @@ D head_dim, F ffn_dim, V vocab_size.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -20,10 +21,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from llm.config import GPTConfig
+from llm.linear import Linear
 
 
 class KVCache:
-    """Keys and values of all layers, allocated once for `max_length` tokens a row; `length` tokens are filled."""
+    """Keys and values of all layers, allocated once for `max_length` tokens a row; `length` tokens are filled.
+
+    A call may have fewer rows than the cache: they are its first ones.
+    """
 
     def __init__(
         self,
@@ -36,21 +41,42 @@ class KVCache:
         shape = (config.n_layers, batch_size, config.n_kv_heads, max_length, config.head_dim)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)  # [layers, B, K, max_length, D]
         self.values = torch.zeros_like(self.keys)
+        self.max_length = max_length
         self.length = 0
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Stores one layer's [B, K, T, D] behind what it holds; returns all of it, [B, K, S, D], without a copy."""
-        end = self.length + keys.shape[2]
-        if end > self.keys.shape[3]:
-            raise ValueError(f"the cache holds {self.keys.shape[3]} tokens, {end} were asked for")
-        self.keys[layer, :, :, self.length : end] = keys
-        self.values[layer, :, :, self.length : end] = values
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+        rows, end = keys.shape[0], self.length + keys.shape[2]
+        if end > self.max_length:
+            raise ValueError(f"the cache holds {self.max_length} tokens, {end} were asked for")
+        self.keys[layer, :rows, :, self.length : end] = keys
+        self.values[layer, :rows, :, self.length : end] = values
+        return self.keys[layer, :rows, :, :end], self.values[layer, :rows, :, :end]
 
-    def keep(self, rows: Tensor) -> None:
-        """Keeps the given rows of the batch, in that order."""
-        self.keys = self.keys[:, rows]
-        self.values = self.values[:, rows]
+    def part(self, row: int, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """What a row holds from one position to another: 2 x [layers, K, end - start, D], without a copy."""
+        return self.keys[:, row, :, start:end], self.values[:, row, :, start:end]
+
+    def put(self, row: int, start: int, keys: Tensor, values: Tensor) -> None:
+        """Copies a part [layers, K, n, D] into a row."""
+        end = start + keys.shape[2]
+        self.keys[:, row, :, start:end] = keys
+        self.values[:, row, :, start:end] = values
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Makes the given rows the first ones, in that order."""
+        moved = [(to, row) for to, row in enumerate(rows) if to != row]
+        if moved:
+            to, of = map(list, zip(*moved, strict=True))
+            self.keys[:, to, :, : self.length] = self.keys[:, of, :, : self.length]
+            self.values[:, to, :, : self.length] = self.values[:, of, :, : self.length]
+
+    def shift(self, n: int) -> None:
+        """Moves all that it holds by n positions, to the left where n is negative: what leaves is forgotten."""
+        kept = slice(max(0, -n), self.length)
+        self.length += n
+        self.keys[..., max(0, n) : self.length, :] = self.keys[..., kept, :].clone()
+        self.values[..., max(0, n) : self.length, :] = self.values[..., kept, :].clone()
 
 
 def make_norm(config: GPTConfig, size: int) -> nn.Module:
@@ -109,10 +135,10 @@ class CausalSelfAttention(nn.Module):
         self.layer = layer
         self.dropout = 0.0
         kv_dim = config.n_kv_heads * config.head_dim
-        self.q_proj = nn.Linear(config.emb_dim, config.n_heads * config.head_dim, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(config.emb_dim, kv_dim, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(config.emb_dim, kv_dim, bias=config.qkv_bias)
-        self.out_proj = nn.Linear(config.n_heads * config.head_dim, config.emb_dim, bias=config.bias)
+        self.q_proj = Linear(config.emb_dim, config.n_heads * config.head_dim, bias=config.qkv_bias)
+        self.k_proj = Linear(config.emb_dim, kv_dim, bias=config.qkv_bias)
+        self.v_proj = Linear(config.emb_dim, kv_dim, bias=config.qkv_bias)
+        self.out_proj = Linear(config.n_heads * config.head_dim, config.emb_dim, bias=config.bias)
         if config.qk_norm:
             self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
             self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
@@ -147,10 +173,10 @@ class FeedForward(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.activation = config.activation
-        self.up_proj = nn.Linear(config.emb_dim, config.ffn_dim, bias=config.bias)
+        self.up_proj = Linear(config.emb_dim, config.ffn_dim, bias=config.bias)
         if config.activation == "swiglu":
-            self.gate_proj = nn.Linear(config.emb_dim, config.ffn_dim, bias=config.bias)
-        self.down_proj = nn.Linear(config.ffn_dim, config.emb_dim, bias=config.bias)
+            self.gate_proj = Linear(config.emb_dim, config.ffn_dim, bias=config.bias)
+        self.down_proj = Linear(config.ffn_dim, config.emb_dim, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.activation == "swiglu":
@@ -189,7 +215,7 @@ class GPT(nn.Module):
         self.drop = nn.Dropout(0.0)
         self.blocks = nn.ModuleList(TransformerBlock(config, layer) for layer in range(config.n_layers))
         self.final_norm = make_norm(config, config.emb_dim)
-        self.lm_head = nn.Linear(config.emb_dim, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.emb_dim, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.tok_emb.weight
         self.apply(self._init_weights)
@@ -266,7 +292,7 @@ class GPTClassifier(nn.Module):
     def __init__(self, gpt: GPT, n_labels: int) -> None:
         super().__init__()
         self.gpt = gpt
-        self.head = nn.Linear(gpt.config.emb_dim, n_labels)
+        self.head = Linear(gpt.config.emb_dim, n_labels)
         nn.init.normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
 

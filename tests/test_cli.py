@@ -371,6 +371,23 @@ def test_chat_says_what_the_system_is_and_stops_at_every_end(
     ]
 
 
+def test_weights_of_8_bits_and_a_draft(cli: Cli, folders: Folders, tmp_path: Path) -> None:
+    """The same greedy text with a draft; with 8 bits nearly the same bits per byte, and text all the same."""
+    plain = cli("generate", folders.base, "--prompt", "One")
+    assert cli("generate", folders.base, "--prompt", "One", "--draft", folders.base).out == plain.out
+    assert cli("generate", folders.base, "--prompt", "One", "--int8").out.startswith("One")
+    text = tmp_path / "text.txt"
+    text.write_text("One morning the baker sold bread.")
+    exact, rounded = (json.loads(cli("score", folders.base, text, *option).out) for option in ((), ("--int8",)))
+    assert exact["tokens"] == rounded["tokens"]
+    assert 0 < abs(exact["bits_per_byte"] - rounded["bits_per_byte"]) < 0.01 * exact["bits_per_byte"]
+    other = saved(tmp_path / "other", Tokenizer.train(["other words"], vocab_size=264), "base")
+    refused = cli("generate", folders.base, "--prompt", "One", "--draft", other)
+    assert refused.status == 1 and refused.out == ""
+    said = f"--draft {other}: has another tokenizer than the model; it must guess the same tokens"
+    assert refused.err == f"python -m llm generate: {said}\n"
+
+
 def test_an_interrupt_ends_with_130(cli: Cli, folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt

@@ -14,9 +14,21 @@ import transformers
 from torch import Tensor
 from transformers.generation import logits_process as warpers
 
+import llm.generate
 from llm.config import GPTConfig, InputError
-from llm.generate import GREEDY, Sampling, filter_logits, generate, penalise, sample, stream, stream_text
-from llm.model import GPT
+from llm.generate import (
+    GREEDY,
+    Prefix,
+    Sampling,
+    filter_logits,
+    generate,
+    penalise,
+    probabilities,
+    sample,
+    stream,
+    stream_text,
+)
+from llm.model import GPT, KVCache
 from llm.tokenizer import Tokenizer
 from tests.helpers import LLAMA_FORM, gpt_config
 from tests.test_model import gpt2_weights
@@ -115,6 +127,123 @@ def test_one_prefill_then_one_token_a_call(model: GPT, monkeypatch: pytest.Monke
     generate(model, [[1]], max_new_tokens=50)
     assert [i for i, shape in enumerate(calls.shapes) if shape == (1, 12)] == [24, 37]  # the last half, when it is full
     assert sum(shape == (1, 1) for shape in calls.shapes) == 48
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 4, 5, 99])
+def test_the_next_prompt_begins_where_a_row_has_ended(
+    model: GPT, batch_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Short and long prompts and answers, also past the context, come and go in one batch."""
+    prompts = [*PROMPTS, list(range(24)), [7], list(range(40)), *PROMPTS]
+    wanted = [(5 * i + 1) % 23 + 40 * (i == 2) for i in range(len(prompts))]
+    expected = [without_cache(model, prompt, n) for prompt, n in zip(prompts, wanted, strict=True)]
+    calls = Calls(model, monkeypatch)
+    assert generate(model, prompts, max_new_tokens=wanted, batch_size=batch_size) == expected
+    assert max(rows for rows, _ in calls.shapes) == min(batch_size, sum(n > 0 for n in wanted))
+    steps = sum(width == 1 for _, width in calls.shapes)
+    assert steps <= sum(wanted) / batch_size + max(wanted), "no place stays empty while a prompt waits"
+
+
+def test_a_cache_is_allocated_once_and_rows_stay_where_they_are(model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = []
+    keep = KVCache.keep
+    monkeypatch.setattr(KVCache, "keep", lambda cache, rows: (kept.append(rows), keep(cache, rows))[1])
+    caches = []
+    monkeypatch.setattr(llm.generate, "KVCache", lambda *args: caches.append(args[1]) or KVCache(*args))
+    wanted = [2, 9, 9, 4]
+    expected = [without_cache(model, prompt, n) for prompt, n in zip(PROMPTS, wanted, strict=False)]
+    assert generate(model, PROMPTS[:4], max_new_tokens=wanted) == expected
+    assert caches == [4, 4]  # the one that grows, and that of the prompts
+    assert kept == [[3, 1, 2], [2, 1]]  # the last row takes the place of one that ended
+
+
+@pytest.mark.parametrize(
+    ("prompts", "common"),
+    [([[1, 2, 3, 4, 5], [1, 2, 3], [1, 2, 9, 4]], 2), ([[4, 4, 4]] * 3, 3), ([[7], [7, 1]], 1)],
+)
+def test_what_prompts_begin_with_is_read_once(
+    model: GPT, prompts: list[list[int]], common: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = [without_cache(model, prompt, 9) for prompt in prompts]
+    calls = Calls(model, monkeypatch)
+    assert generate(model, prompts, max_new_tokens=9) == expected
+    shared = min(common, min(map(len, prompts)) - 1)  # of each something is left to be read
+    assert calls.shapes[:2] == [(1, common), (len(prompts), max(map(len, prompts)) - shared)]
+
+
+def test_a_prefix_is_read_once_for_all_calls(model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
+    system = [3, 1, 4, 1, 5, 9, 2, 6]
+    prefix = Prefix()
+    calls = Calls(model, monkeypatch)
+    read = []
+    for prompt in ([*system, 7], [*system, 8, 9], [*system, 8, 9], [2, 7], [2, 7, 1]):
+        calls.shapes.clear()
+        expected = list(stream(model, prompt, max_new_tokens=30))
+        calls.shapes.clear()
+        assert list(stream(model, prompt, max_new_tokens=30, prefix=prefix)) == expected
+        read.append(calls.shapes[0][1])
+    assert read == [9, 2, 1, 2, 1]
+    assert generate(model, [[2, 7, 5], [2, 7, 6, 6]], max_new_tokens=5, prefix=prefix) == [
+        without_cache(model, [2, 7, 5], 5),
+        without_cache(model, [2, 7, 6, 6], 5),
+    ]
+
+
+# ---- drafts ----------------------------------------------------------------------------------------------------------
+
+
+def make_draft(model: GPT, noise: float) -> GPT:
+    """A model that often, and not always, guesses what the other will say."""
+    draft = GPT(model.config).double()
+    draft.load_state_dict(model.state_dict())
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in draft.parameters():
+            parameter += noise * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+    return draft
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.02, 1.0])
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_greedy_text_is_the_same_with_a_draft(
+    model: GPT, prompt: list[int], noise: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Past the context too, and with a stop token and a penalty."""
+    draft = make_draft(model, noise)
+    for options in ({}, {"stop": {11, 12}}, {"sampling": Sampling(repetition_penalty=1.3)}):
+        [expected] = generate(model, [prompt], max_new_tokens=50, **options)  # type: ignore[arg-type]
+        calls = Calls(model, monkeypatch)
+        found = list(stream(model, prompt, max_new_tokens=50, draft=draft, **options))  # type: ignore[arg-type]
+        assert found == expected
+        if not noise and len(expected) == 50:
+            assert len(calls.shapes) < 25, "the draft is the model itself: every guess is right"
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.1, 1.0])
+def test_samples_with_a_draft_follow_the_models_distribution(noise: float) -> None:
+    """Pairs of tokens from a model of five: the second token stands behind a first that was a guess or its repair."""
+    model = make_model(GPT2.model_copy(update={"vocab_size": 5, "n_layers": 1}))
+    draft = make_draft(model, noise)
+    warm = Sampling(temperature=3.0, top_k=4)
+    draws = 4000
+    counts = torch.zeros(5, 5)
+    for seed in range(draws):
+        first, second = stream(model, [1, 2], max_new_tokens=2, sampling=warm, seed=seed, draft=draft)
+        counts[first, second] += 1
+    with torch.no_grad():
+        first = probabilities(model(torch.tensor([[1, 2]]))[:, -1], warm)[0]  # [V]
+        second = probabilities(model(torch.tensor([[1, 2, token] for token in range(5)]))[:, -1], warm)  # [V, V]
+    torch.testing.assert_close(counts.double() / draws, first[:, None] * second, atol=0.03, rtol=0)
+
+
+def test_a_draft_that_cannot_guess_is_refused(model: GPT) -> None:
+    other = make_model(GPT2.model_copy(update={"vocab_size": 60}))
+    with pytest.raises(InputError, match="the draft has 60 tokens, the model 61"):
+        stream(model, [1], max_new_tokens=3, draft=other)
+    short = make_model(GPT2.model_copy(update={"context_length": 8}))
+    assert list(stream(model, [1], max_new_tokens=7, draft=short)) == without_cache(model, [1], 7)
+    with pytest.raises(InputError, match="the draft reads 8 tokens, and 9 are needed"):
+        stream(model, [1], max_new_tokens=8, draft=short)
 
 
 def test_no_dropout_and_the_mode_is_kept() -> None:
@@ -294,6 +423,16 @@ def test_length_and_seed_out_of_range(model: GPT, max_new_tokens: int, seed: int
         generate(model, [[1]], max_new_tokens=max_new_tokens, seed=seed)
     with pytest.raises(InputError, match=message):
         stream(model, [1], max_new_tokens=max_new_tokens, seed=seed)
+
+
+def test_numbers_for_each_prompt_and_places(model: GPT) -> None:
+    with pytest.raises(InputError, match="max_new_tokens: expected a number for each of 2 prompts, found 1"):
+        generate(model, [[1], [2]], max_new_tokens=[3])
+    with pytest.raises(InputError, match="max_new_tokens must be 0 or more, found -2"):
+        generate(model, [[1], [2]], max_new_tokens=[3, -2])
+    with pytest.raises(InputError, match="batch_size must be 1 or more, found 0"):
+        generate(model, [[1], [2]], max_new_tokens=3, batch_size=0)
+    assert generate(model, [[1], [2]], max_new_tokens=[0, 2])[0] == []
 
 
 def test_empty_prompts(model: GPT) -> None:

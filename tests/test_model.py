@@ -241,7 +241,7 @@ def test_cache_equals_no_cache(form: dict[str, Any]) -> None:
             cache = KVCache(model.config, 3, 16)
             logits = torch.cat([model(piece, cache) for piece in idx.split(pieces, dim=1)], dim=1)
             assert cache.length == 16
-            torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(logits, expected, atol=3e-5, rtol=1e-5)
 
 
 @settings(max_examples=40, deadline=None)
@@ -274,13 +274,27 @@ def test_left_padding_changes_nothing(data: st.DataObject) -> None:
 
 def test_the_cache_keeps_chosen_rows_in_the_chosen_order() -> None:
     model, idx = model_of(SHIPPED_FORM), ids(4, 16)
-    kept = torch.tensor([3, 1])
+    kept = [3, 1]
     with torch.no_grad():
         cache = KVCache(model.config, 4, 16)
         model(idx[:, :10], cache)
         cache.keep(kept)
         logits = model(idx[kept, 10:], cache)
         torch.testing.assert_close(logits, model(idx[kept])[:, 10:], atol=1e-5, rtol=1e-5)
+
+
+def test_what_the_cache_holds_can_be_shifted() -> None:
+    """To the right and back by more: what left at the left is padding, so that positions stay what they were."""
+    model, idx = model_of(SHIPPED_FORM), ids(2, 16)
+    with torch.no_grad():
+        expected = model(idx[:, :6], pad=torch.tensor([2, 3]))
+        cache = KVCache(model.config, 2, 9)
+        model(idx[:, :5], cache, torch.tensor([2, 3]))
+        cache.shift(3)
+        cache.shift(-5)
+        assert cache.length == 3
+        logits = model(idx[:, 5:6], cache, torch.tensor([0, 1]))
+        torch.testing.assert_close(logits, expected[:, 5:], atol=1e-5, rtol=1e-5)
 
 
 def test_what_does_not_fit_is_an_error() -> None:

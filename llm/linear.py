@@ -1,0 +1,104 @@
+"""Linear layers, `x @ weight.T + bias`: on a CPU by oneDNN, and with weights of 8 bits for decoding.
+
+PyTorch hands such products in fp32 to the BLAS that it was built with, most often MKL. For the few rows of decoding
+that uses a single core, so that half of the memory's bandwidth lies idle, and on other makers' processors it trails in
+training too (docs/experiments.md has figures). oneDNN is inside of PyTorch as well, which uses it for bf16 and in what
+it compiles.
+
+Shapes: I in_features, O out_features; a dot stands for any leading ones.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+class Linear(nn.Linear):
+    """As `nn.Linear`, up to rounding."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """[., I] times weight [O, I], plus bias [O]: [., O]; differentiable in all three. Up to rounding `F.linear`."""
+    usual = not ONEDNN or x.device.type != "cpu" or not (x.dtype == weight.dtype == torch.float32) or not x.numel()
+    if usual or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+        return F.linear(x, weight, bias)
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        product: Tensor = _Linear.apply(x, weight, bias)
+        return product
+    return _product(x, weight, bias)
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return product
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        wants_x, wants_weight, wants_bias = ctx.needs_input_grad
+        rows = grad.reshape(-1, grad.shape[-1])  # [N, O]
+        return (
+            _product(grad, weight.T) if wants_x else None,
+            rows.T @ x.reshape(-1, x.shape[-1]) if wants_weight else None,  # oneDNN is no faster on turned matrices
+            rows.sum(0) if wants_bias else None,
+        )
+
+
+# ---- weights of 8 bits -----------------------------------------------------------------------------------------------
+
+FEW_ROWS = 16  # up to which reading the weights takes the time, and the kernel for weights of 8 bits is the faster
+
+
+class Int8Linear(nn.Module):
+    """A layer for inference whose weights are whole numbers from -127 to 127, with a scale for each row [I] of them.
+
+    A new token costs the reading of all weights once: a quarter of the bytes, about half of the time. For a few rows
+    inputs and outputs are rounded to bf16, which that kernel of PyTorch asks for.
+    """
+
+    weight: Tensor  # [O, I] int8
+    scale: Tensor  # [O] bf16
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        weight = layer.weight.detach().float()  # [O, I]
+        scale = (weight.abs().amax(1) / 127).clamp(min=1e-30).bfloat16()  # [O]
+        self.register_buffer("weight", (weight / scale[:, None].float()).round().clamp(-127, 127).to(torch.int8))
+        self.register_buffer("scale", scale)
+        self.bias = layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])  # [N, I]
+        whole = rows.shape[1] % 32 == 0  # on others that kernel reads beyond the end, and crashes
+        if whole and x.device.type == "cpu" and 0 < len(rows) <= FEW_ROWS:
+            y = torch._weight_int8pack_mm(rows.bfloat16(), self.weight, self.scale).to(x.dtype)  # [N, O]
+        else:
+            y = linear(rows, self.weight.to(x.dtype) * self.scale.to(x.dtype)[:, None])
+        y = y.view(*x.shape[:-1], len(self.weight))
+        return y if self.bias is None else y + self.bias
+
+
+def to_int8(model: nn.Module) -> None:
+    """Replaces all linear layers, in place; embeddings stay, as a token reads a single row of them."""
+    for part in list(model.modules()):
+        for name, child in list(part.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(part, name, Int8Linear(child))
