@@ -13,8 +13,9 @@ import json
 import random
 import re
 import tempfile
+import unittest.mock
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ import pyarrow.parquet
 import torch
 from safetensors.torch import load
 
+from llm.chat_template import render_untrusted
 from llm.checkpoint import ModelFolder, ModelFolderConfig, load_model_folder, load_state, save_model_folder, save_state
 from llm.config import CorpusSource, InputError, InstructionsSource, MessagesSource, SourceFile
 from llm.fetch import fetch
@@ -166,7 +168,18 @@ def transformers_folder() -> Parser:
 
 
 def tokenizer_json() -> Parser:
-    """Hugging Face's tokenizer.json and the files beside it; GPT-2's two files."""
+    """Hugging Face's tokenizer.json and the files beside it; GPT-2's two files.
+
+    A foreign chat template is rendered in a process of its own, where nothing searches: once for each is enough.
+    """
+    answers: dict[str, str | None] = {}
+
+    def render_once(source: str, question: str, names: Mapping[str, str]) -> str | None:
+        key = json.dumps([source, question, dict(names)])
+        if key not in answers:
+            answers[key] = render_untrusted(source, question, names)
+        return answers[key]
+
     files = exported(LLAMA_FORM)
     model = json.loads(files["tokenizer.json"])["model"]
     plain = {name: number for name, number in model["vocab"].items() if name not in TOKENIZER.special_tokens}
@@ -175,7 +188,11 @@ def tokenizer_json() -> Parser:
     template = b"{% for message in messages %}<|im_start|>{{ message['role'] }}{{ message['content'] }}{% endfor %}"
 
     def target(file: str, seed: bytes) -> Target:
-        return Target(file, [seed], lambda folder: read_tokenizer_json((folder / file).parent))
+        def parse(folder: Path) -> None:
+            with unittest.mock.patch("llm.tokenizer_files.render_untrusted", render_once):
+                read_tokenizer_json((folder / file).parent)
+
+        return Target(file, [seed], parse)
 
     return Parser(
         [
