@@ -3,7 +3,8 @@
 PyTorch hands such products in fp32 to the BLAS that it was built with, most often MKL. For the few rows of decoding
 that uses a single core, so that half of the memory's bandwidth lies idle, and on other makers' processors it trails in
 training too (docs/experiments.md has figures). oneDNN is inside of PyTorch as well, which uses it for bf16 and in what
-it compiles.
+it compiles. It adds in another order: a whole text without gradients is left to the BLAS, so that the logits of open
+weights are, thirty layers deep, those that others compute.
 
 Shapes: I in_features, O out_features; a dot stands for any leading ones.
 """
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+FEW_ROWS = 16  # up to which the time goes into reading the weights
 
 
 class Linear(nn.Linear):
@@ -29,25 +31,30 @@ class Linear(nn.Linear):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """[., I] times weight [O, I], plus bias [O]: [., O]; differentiable in all three. Up to rounding `F.linear`."""
-    usual = not ONEDNN or x.device.type != "cpu" or not (x.dtype == weight.dtype == torch.float32) or not x.numel()
-    if usual or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad) and _has_onednn(x, weight):
+        y: Tensor = _Linear.apply(x, weight, bias)
+        return y
+    return product(x, weight, bias) if x.numel() <= FEW_ROWS * x.shape[-1] else F.linear(x, weight, bias)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`linear` without gradients, by oneDNN however many rows there are."""
+    if not _has_onednn(x, weight):
         return F.linear(x, weight, bias)
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        product: Tensor = _Linear.apply(x, weight, bias)
-        return product
-    return _product(x, weight, bias)
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return y
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return product
+def _has_onednn(x: Tensor, weight: Tensor) -> bool:
+    plain = ONEDNN and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and x.numel() > 0
+    return plain and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _product(x, weight, bias)
+        return product(x, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -56,15 +63,13 @@ class _Linear(torch.autograd.Function):
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad
         rows = grad.reshape(-1, grad.shape[-1])  # [N, O]
         return (
-            _product(grad, weight.T) if wants_x else None,
+            product(grad, weight.T) if wants_x else None,
             rows.T @ x.reshape(-1, x.shape[-1]) if wants_weight else None,  # oneDNN is no faster on turned matrices
             rows.sum(0) if wants_bias else None,
         )
 
 
 # ---- weights of 8 bits -----------------------------------------------------------------------------------------------
-
-FEW_ROWS = 16  # up to which reading the weights takes the time, and the kernel for weights of 8 bits is the faster
 
 
 class Int8Linear(nn.Module):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm.linear import linear
+from llm.linear import product
 
 CHUNK_LOGITS = 2**22  # numbers in the logits of a chunk: 16 MB in fp32
 
@@ -43,7 +43,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(targets), rows):
             chunk = slice(start, start + rows)
             h, t = hidden[chunk], targets[chunk, None]  # [n, C], [n, 1]
-            logits = linear(h, w).float()  # [n, V]
+            logits = product(h, w).float()  # [n, V]
             log_total = logits.logsumexp(-1, keepdim=True)  # [n, 1]
             loss += (log_total - logits.gather(1, t)).sum()
             if grad_hidden is None and grad_weight is None:
@@ -53,7 +53,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             error.scatter_add_(1, t, torch.full_like(log_total, -1.0))
             error = error.to(hidden.dtype)
             if grad_hidden is not None:
-                grad_hidden[chunk] = linear(error, w.T)
+                grad_hidden[chunk] = product(error, w.T)
             if grad_weight is not None and weight.dtype == hidden.dtype:
                 grad_weight.addmm_(error.T, h)
             elif grad_weight is not None:

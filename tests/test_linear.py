@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llm.linear import FEW_ROWS, ONEDNN, Int8Linear, Linear, linear, to_int8
+from llm.linear import FEW_ROWS, ONEDNN, Int8Linear, Linear, linear, product, to_int8
 from llm.model import GPT
 from tests.helpers import gpt_config
 
-SIZES = [(1, 48), (5, 48), (2, 3, 48), (1, 1, 48), (4, 1, 7, 48), (48,), (0, 48)]
+SIZES = [(1, 48), (5, 48), (90, 48), (2, 3, 48), (1, 1, 48), (4, 1, 7, 48), (48,), (0, 48)]
 
 
 def random(*shape: int) -> Tensor:
@@ -37,17 +37,19 @@ def test_product_and_gradients_equal_the_plain_formula(size: tuple[int, ...], ha
     for ours, plain in zip(found, expected, strict=True):
         torch.testing.assert_close(ours.double(), plain, atol=3e-5, rtol=1e-5)
     with torch.no_grad():
-        torch.testing.assert_close(linear(x, weight, bias).double(), expected[0], atol=3e-5, rtol=1e-5)
+        for without_gradients in (linear(x, weight, bias), product(x, weight, bias)):
+            torch.testing.assert_close(without_gradients.double(), expected[0], atol=3e-5, rtol=1e-5)
 
 
 @pytest.mark.skipif(not ONEDNN, reason="this PyTorch has no oneDNN")
-def test_a_cpu_in_fp32_has_onednn_and_nothing_else_has(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_rows_and_trainings_in_fp32_on_a_cpu_have_onednn_and_nothing_else_has() -> None:
     """So that the other tests are not passed by the usual way alone."""
     with torch.profiler.profile() as profile:
         linear(random(2, 48), random(31, 48))
         linear(random(2, 48).requires_grad_(), random(31, 48)).sum().backward()
     assert sum(event.name == "mkldnn::_linear_pointwise" for event in profile.events()) == 3
     with torch.profiler.profile() as profile:
+        linear(random(FEW_ROWS + 1, 48), random(31, 48))
         linear(random(2, 48).double(), random(31, 48).double())
         linear(random(2, 48).bfloat16(), random(31, 48).bfloat16())
         with torch.autocast("cpu", torch.bfloat16):
