@@ -17,7 +17,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -155,8 +155,10 @@ def _started(n: int) -> Iterator[list[subprocess.Popen[bytes]]]:
             helpers.append(subprocess.Popen(command, env=os.environ | world | ranks, stdin=subprocess.DEVNULL))
         os.environ.update(world | {"RANK": "0", "LOCAL_RANK": "0"})
         yield helpers
-        for helper in helpers:
-            helper.wait(PATIENCE)
+        deadline = time.monotonic() + PATIENCE
+        for helper in helpers:  # the work is done: one that takes longer to leave is not waited for
+            with suppress(subprocess.TimeoutExpired):
+                helper.wait(max(0.0, deadline - time.monotonic()))
     finally:
         for helper in helpers:
             helper.kill()
