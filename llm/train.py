@@ -204,6 +204,8 @@ def fit(
                 for block in module:
                     block.compile()
     objective = parallel.replicated(_Objective(model, loss_function))
+    if n_processes > 1:
+        _say(f"{title}: {n_processes} processes train together")
 
     state = _State(model, optimizers)
     if rank > 0:

@@ -214,7 +214,9 @@ def test_two_processes_train_what_one_does(pipeline: Path, stage: str) -> None:
     for path in outputs(pipeline, stage):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     said = execute(pipeline, "python", "-m", f"stages.{stage.replace('-', '_')}")
-    assert len(re.findall(rf"step {STEPS},", said)) == len(TRAININGS[stage]), "rank 0 alone prints"
+    trainings = len(TRAININGS[stage])
+    assert len(re.findall(r"^\w+: 2 processes train together$", said, re.MULTILINE)) == trainings
+    assert len(re.findall(rf"step {STEPS},", said)) == trainings, "rank 0 alone prints"
     assert len(journals(pipeline) - before) == 1, "rank 0 alone logs"
     together = curve(pipeline, stage)
     assert [row["step"] for row in together] == [row["step"] for row in alone]
@@ -230,7 +232,8 @@ def test_torchrun_may_start_the_processes(pipeline: Path) -> None:
     execute(pipeline, "python", "-m", "stages.pretrain")
     started_by_us, before = contents(outputs(pipeline, "pretrain")), journals(pipeline)
     launcher = ("python", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    execute(pipeline, *launcher, "-m", "stages.pretrain")
+    said = execute(pipeline, *launcher, "-m", "stages.pretrain")
+    assert "pretrain: 2 processes train together" in said
     assert contents(outputs(pipeline, "pretrain")) == started_by_us
     assert len(journals(pipeline) - before) == 1
 
