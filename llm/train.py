@@ -8,6 +8,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextvars import ContextVar
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -35,6 +36,7 @@ class FitResult(NamedTuple):
     steps: int  # optimizer steps that were made
     best_step: int  # the step whose weights the model has now
     history: list[dict[str, float]]  # a row for each evaluation
+    stopped: bool = False  # before its end, because a process was asked to
 
     @property
     def kept(self) -> dict[str, float]:
@@ -88,9 +90,13 @@ def label_metrics(
     return {"val/loss": loss / weight, "val/accuracy": right / rows}
 
 
-def _own(batches: Iterable[Batch]) -> Iterable[Batch]:
-    """Those of the batches that this process evaluates."""
-    return islice(batches, parallel.rank(), None, parallel.world_size())
+def _own(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """Those of the batches that this process evaluates. Before each round the processes agree whether to go on."""
+    rounds = iter(batches)
+    while batches_of_round := list(islice(rounds, parallel.world_size())):
+        if parallel.anywhere(_should_stop.get()()):
+            raise _StoppedError
+        yield from batches_of_round[parallel.rank() :][:1]
 
 
 def _totals(n: int, sums: Iterable[tuple[Tensor, ...]]) -> list[float]:
@@ -188,7 +194,7 @@ def fit(
     `should_stop()` says so: after a step, or in the middle of an evaluation, which is then made again.
 
     Of several processes (`llm.parallel`) each reads a part of the rows of every batch; the losses are those of one
-    process up to rounding. Rank 0 alone prints, saves and samples; they stop together, after a step.
+    process up to rounding. Rank 0 alone prints, saves and samples; they stop together, at one of the same places.
     """
     device, rank, n_processes = next(model.parameters()).device, parallel.rank(), parallel.world_size()
     seed = torch.initial_seed()
@@ -223,12 +229,11 @@ def fit(
         while True:
             if state.step % params.eval_interval == 0 or state.step == params.max_steps:
                 try:
-                    stop = should_stop if n_processes == 1 else lambda: False  # the others would wait for this one
-                    _evaluate(state, model, params, evaluate, sample, log, stop, title)
+                    _evaluate(state, model, params, evaluate, sample, log, should_stop, title)
                 except _StoppedError:
                     if state_dir is not None:
                         save_state(state_dir, state.step, *state.content())
-                    return FitResult(state.step, state.step, state.history)
+                    return FitResult(state.step, state.step, state.history, stopped=True)
                 if state.step == params.max_steps or (params.patience and state.evals_since_best >= params.patience):
                     break
                 last_log, tokens_since_log = time.perf_counter(), 0
@@ -257,7 +262,7 @@ def fit(
             if state_dir is not None and due:
                 save_state(state_dir, state.step, *state.content())
             if stopping:
-                return FitResult(state.step, state.step, state.history)
+                return FitResult(state.step, state.step, state.history, stopped=True)
     if params.keep == "best":
         state.take_best()
     return FitResult(state.step, state.best_step if params.keep == "best" else state.step, state.history)
@@ -369,18 +374,28 @@ class _StoppedError(Exception):
     """An evaluation was left before its end; it has changed nothing."""
 
 
+_should_stop: ContextVar[Callable[[], bool]] = ContextVar("should_stop", default=lambda: False)
+
+
 @contextlib.contextmanager
 def _stopped_by(should_stop: Callable[[], bool], model: nn.Module) -> Iterator[None]:
-    """Within it each batch that the model reads asks first, so that a long evaluation does not delay a stop."""
+    """Within it a long evaluation does not delay a stop: each batch asks first, see also `_own`.
+
+    One process asks whenever the model reads, for a sample too. Several can only stop at the same place: `_own` asks.
+    """
 
     def ask(module: nn.Module, arguments: object) -> None:
         if should_stop():
             raise _StoppedError
 
-    hooks = [module.register_forward_pre_hook(ask) for module in model.modules() if isinstance(module, nn.Embedding)]
+    alone = parallel.world_size() == 1
+    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    hooks = [module.register_forward_pre_hook(ask) for module in embeddings if alone]
+    token = _should_stop.set(should_stop)
     try:
         yield
     finally:
+        _should_stop.reset(token)
         for hook in hooks:
             hook.remove()
 

@@ -94,6 +94,8 @@ def train(
             should_stop=lambda: run.stop_requested,
             title=name,
         )
+    if result.stopped:
+        raise SystemExit  # one of several: another was asked to, and says so
     if parallel.rank() == 0:
         save_trained(Path("models", name), ModelFolder(task.model, base.tokenizer, task.config), section)
     return result, trained

@@ -29,7 +29,7 @@ from stages.tracking import Journal, read_events
 
 CONTROL = "LLM_CONTROL"  # in the environment of a control: the folder of the stage's training state
 CONTROL_FOLDER, RESULT = "control", "result.json"  # inside it, what the control logs and how it ended
-PATIENCE = 5.0  # seconds in which a process whose peer has died may notice that itself
+PATIENCE = 5.0  # seconds in which a process may notice itself what has befallen its peer, or both of them
 PEER_LOST = re.compile(r"Connection (closed|reset) by peer|Broken pipe|recvVector|failed to connect", re.IGNORECASE)
 
 
@@ -37,7 +37,8 @@ def main_training(stage: str, body: Callable[[Run], None]) -> None:
     """`main` for a stage that trains: it does so together with the processes that the environment asks for.
 
     Rank 0 is the stage. The others run the same body for the training in it: they hold no lock and keep no state, what
-    they log goes into a folder that is thrown away, and the body leaves all else that it writes to rank 0.
+    they log goes into a folder that is thrown away, and the body leaves all else that it writes to rank 0. An error
+    that all of them find is told by rank 0, which ends the others while they wait.
     """
 
     def together(run: Run) -> None:
@@ -54,7 +55,11 @@ def main_training(stage: str, body: Callable[[Run], None]) -> None:
 
     def help_out(stage: str, body: Callable[[Run], None]) -> None:
         with tempfile.TemporaryDirectory() as name:
-            body(Run(stage, parse_params(read_yaml(Path("params.yaml"))), Path(name), Journal(Path(name))))
+            try:
+                body(Run(stage, parse_params(read_yaml(Path("params.yaml"))), Path(name), Journal(Path(name))))
+            except InputError:
+                time.sleep(PATIENCE)
+                raise
 
     def be_control(stage: str, body: Callable[[Run], None]) -> None:
         params, folder = parse_params(read_yaml(Path("params.yaml"))), Path(os.environ[CONTROL])

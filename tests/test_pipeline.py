@@ -266,24 +266,59 @@ def running(folder: Path) -> list[psutil.Process]:
     return found
 
 
-@pytest.mark.usefixtures("two")
-def test_a_process_that_fails_ends_all_with_its_message(pipeline: Path) -> None:
-    """Its copy of the base model is damaged, as on a second machine it might be."""
-    broken = pipeline / "broken"
-    broken.mkdir()
-    (broken / "sitecustomize.py").write_text(
-        "import os\nif os.environ.get('RANK') == '1':\n"
-        "    import llm.data\n    llm.data.TokenShards = lambda *_: llm.data.read_lines(llm.data.Path('/no/shards'))\n"
-    )
+def execute_changed(folder: Path, stage: str, code: str) -> subprocess.CompletedProcess[str]:
+    """Runs a stage whose every process has run this code before anything else."""
+    changed = folder / "changed"
+    changed.mkdir()
+    (changed / "sitecustomize.py").write_text(code)
     done = subprocess.run(
-        ["python", "-m", "stages.pretrain"],
-        cwd=pipeline,
-        env=environment() | {"PYTHONPATH": f"{broken}{os.pathsep}{pipeline}"},
+        ["python", "-m", f"stages.{stage.replace('-', '_')}"],
+        cwd=folder,
+        env=environment() | {"PYTHONPATH": f"{changed}{os.pathsep}{folder}"},
         capture_output=True,
         text=True,
         timeout=120,
     )
-    shutil.rmtree(broken)
+    shutil.rmtree(changed)
+    return done
+
+
+@pytest.mark.usefixtures("two")
+def test_asked_to_stop_in_an_evaluation_all_leave_it(pipeline: Path) -> None:
+    """Rank 0 is, in the first one: no process goes on with the control."""
+    done = execute_changed(
+        pipeline,
+        "finetune-classify",
+        "import os, signal\nif 'RANK' not in os.environ:\n"
+        "    import llm.train\n    evaluate = llm.train.label_metrics\n"
+        "    llm.train.label_metrics = lambda *given: (os.kill(os.getpid(), signal.SIGTERM), evaluate(*given))[1]\n",
+    )
+    assert done.returncode == 143
+    assert "finetune-classify: stopped by SIGTERM" in done.stderr
+    assert "step 0" not in done.stderr and "scratch" not in done.stderr and "Traceback" not in done.stderr
+    shutil.rmtree(pipeline / ".work/finetune-classify")
+
+
+@pytest.mark.usefixtures("two")
+def test_an_error_of_all_processes_is_told_once(pipeline: Path) -> None:
+    change_params(pipeline, {"pretrain": {"trainable": "last_blocks", "last_blocks": 9}})
+    try:
+        done = execute_changed(pipeline, "pretrain", "")
+    finally:
+        change_params(pipeline, {"pretrain": {"trainable": "all", "last_blocks": 2}})
+    assert done.returncode == 1
+    assert done.stderr == "pretrain: last_blocks: 9, but the model has 2 blocks\n"
+
+
+@pytest.mark.usefixtures("two")
+def test_a_process_that_fails_ends_all_with_its_message(pipeline: Path) -> None:
+    """Its copy of the base model is damaged, as on a second machine it might be."""
+    done = execute_changed(
+        pipeline,
+        "pretrain",
+        "import os\nif os.environ.get('RANK') == '1':\n"
+        "    import llm.data\n    llm.data.TokenShards = lambda *_: llm.data.read_lines(llm.data.Path('/no/shards'))\n",
+    )
     assert done.returncode == 1
     assert "pretrain: /no/shards: missing" in done.stderr
     assert "process 1 of 2 ended with status 1; what it said stands above" in done.stderr
