@@ -195,13 +195,20 @@ def save_state(folder: Path, step: int, tensors: dict[str, Tensor], values: dict
         (new / "state.json").write_text(json.dumps(state), encoding="utf-8")
     states = saved_states(folder)
     i = states.index(path)
-    for other in states[: max(0, i - 1)] + states[i + 1 :]:  # later ones are damaged: the training passed them over
+    for other in states[: max(0, i - 1)] + states[i + 1 :]:  # later ones the training has passed over
         shutil.rmtree(other)
 
 
-def load_state(folder: Path, say: Callable[[str], None]) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """The tensors and values of the newest sound state, or None; damaged ones are passed over with a message."""
+def load_state(
+    folder: Path, say: Callable[[str], None], up_to: float = math.inf
+) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """The tensors and values of the newest sound state, or None; damaged ones are passed over with a message.
+
+    States of steps beyond `up_to` are passed over too.
+    """
     for path in reversed(saved_states(folder)):
+        if int(path.name.removeprefix("step-")) > up_to:
+            continue
         try:
             state = parse_json((path / "state.json").read_text())
             payload = (path / "state.safetensors").read_bytes()

@@ -291,7 +291,8 @@ class TrainParams(Strict):
     muon_lr: PositiveFloat
     min_lr: Annotated[float, Field(ge=0, le=1)]
     warmup_steps: NonNegative
-    schedule: Literal["cosine", "linear", "constant"]
+    schedule: Literal["cosine", "linear", "constant", "wsd"]
+    decay_steps: Positive  # of wsd
     beta1: Probability
     beta2: Probability
     weight_decay: NonNegativeFloat
@@ -303,6 +304,20 @@ class TrainParams(Strict):
     eval_interval: Positive
     patience: NonNegative
     keep: Literal["best", "last"]
+
+    @model_validator(mode="after")
+    def _schedule_fits(self) -> Self:
+        if self.schedule == "wsd" and self.warmup_steps + self.decay_steps > self.max_steps:
+            raise ValueError(
+                f"schedule wsd: warmup_steps {self.warmup_steps} and decay_steps {self.decay_steps} together exceed "
+                f"max_steps {self.max_steps}; make one of them smaller, or max_steps larger"
+            )
+        return self
+
+    @property
+    def stable_steps(self) -> int:
+        """With schedule wsd, how many steps are made before the decay, those of the warmup included."""
+        return self.max_steps - self.decay_steps
 
 
 SCRATCH = "scratch"

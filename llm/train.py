@@ -181,6 +181,7 @@ def fit(
     sample: Callable[[], str] | None = None,
     log: Callable[[Mapping[str, float], int], None] = lambda metrics, step: None,
     state_dir: Path | None = None,
+    stable_dir: Path | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     title: str = "training",
 ) -> FitResult:
@@ -189,6 +190,10 @@ def fit(
     `batches(step)` returns the micro-batches of a step and depends on nothing but the step, so that a training that is
     continued from `state_dir` reads what it would have read; with the weights, the optimizers and the random generators
     restored it ends with the same bits. `evaluate()` returns metrics, `val/loss` among them.
+
+    With schedule wsd the state that the decay begins with is left in `stable_dir`, for trainings that differ in nothing
+    but `max_steps` and `decay_steps`: one whose own decay begins there or later starts with that state, to the same
+    bits as if it had made all the steps.
 
     Raises `InputError` when the loss is not finite or explodes. Returns early, with the state saved, when
     `should_stop()` says so: after a step, or in the middle of an evaluation, which is then made again.
@@ -216,7 +221,12 @@ def fit(
     state = _State(model, optimizers)
     if rank > 0:
         state_dir, sample = None, None
-    if (saved := parallel.share(load_state(state_dir, _say) if state_dir is not None else None)) is not None:
+    if rank > 0 or params.schedule != "wsd":
+        stable_dir = None
+    saved = load_state(state_dir, _say) if state_dir is not None else None
+    if saved is None and stable_dir is not None:
+        saved = load_state(stable_dir, _say, up_to=params.stable_steps)
+    if (saved := parallel.share(saved)) is not None:
         state.restore(*saved)
         _say(f"{title}: continues at step {state.step} of {params.max_steps}")
 
@@ -261,6 +271,8 @@ def fit(
             due = stopping or state.step % runtime.checkpoint_interval == 0 or state.step == params.max_steps
             if state_dir is not None and due:
                 save_state(state_dir, state.step, *state.content())
+            if stable_dir is not None and state.step == params.stable_steps:
+                save_state(stable_dir, state.step, *state.content())
             if stopping:
                 return FitResult(state.step, state.step, state.history, stopped=True)
     if params.keep == "best":

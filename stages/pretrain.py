@@ -62,6 +62,7 @@ def pretrain(run: Run) -> None:
             sample=sample if prompt and section.sample_tokens else None,
             log=run.log,
             state_dir=run.state_dir,
+            stable_dir=run.stable_dir,
             should_stop=lambda: run.stop_requested,
             title="pretrain",
         )

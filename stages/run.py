@@ -24,7 +24,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import count
 from pathlib import Path
 from types import FrameType
@@ -47,10 +47,13 @@ LOCK_PATIENCE = 5.0  # seconds in which a stage that is just ending may free its
 class Run:
     """One execution of one stage: its parameters, its place for resumable state, and where its figures go."""
 
-    def __init__(self, stage: str, params: Params, state_dir: Path, journal: Journal) -> None:
+    def __init__(
+        self, stage: str, params: Params, state_dir: Path, journal: Journal, stable_dir: Path | None = None
+    ) -> None:
         self.stage = stage
         self.params = params
         self.state_dir = state_dir  # survives a kill, and only the same inputs find it again; removed after success
+        self.stable_dir = stable_dir  # survives success too; a pretraining of another length finds it (`unprolonged`)
         self.stop_requested = False
         self._journal = journal
 
@@ -130,9 +133,15 @@ def run_stage(stage: str, body: Body) -> None:
             journal.dataset(name, digest, name, stage)
         status = "FAILED"
         try:
-            with state_folder(stage, fingerprint(inputs, params)) as state_dir:
-                journal.resume(state_dir / "journals")
-                body(Run(stage, params, state_dir, journal))
+            stable = unprolonged(inputs)
+            with (
+                state_folder(stage, fingerprint(inputs, params)) as state_dir,
+                nullcontext()
+                if stable is None
+                else state_folder(stage, fingerprint(stable, params), keep=True) as kept,
+            ):
+                journal.resume(state_dir, kept, params.pretrain.stable_steps)
+                body(Run(stage, params, state_dir, journal, kept))
                 check_unchanged(inputs, read_inputs(stage, read_yaml(Path("params.yaml")), inputs.files))
             status = "FINISHED"
         except SystemExit as error:
@@ -216,6 +225,15 @@ def fingerprint(inputs: Inputs, params: Params) -> str:
         machine = [importlib.metadata.version("torch"), device_kind(params.runtime.device)]
     content = [inputs.params, {path: state.md5 for path, state in inputs.files.items()}, machine]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def unprolonged(inputs: Inputs) -> Inputs | None:
+    """With schedule wsd what a pretraining depends on before its decay, so that it can be prolonged from there."""
+    section = inputs.params.get("pretrain")
+    if section is None or section["schedule"] != "wsd":
+        return None
+    lasting = {key: value for key, value in section.items() if key not in ("max_steps", "decay_steps")}
+    return inputs._replace(params=inputs.params | {"pretrain": lasting})
 
 
 def data_digests(inputs: Inputs) -> dict[str, str]:
@@ -334,11 +352,11 @@ def _take(path: Path, patience: float) -> TextIO | int:
 
 
 @contextmanager
-def state_folder(stage: str, name: str) -> Iterator[Path]:
+def state_folder(stage: str, name: str, keep: bool = False) -> Iterator[Path]:
     """The folder of this fingerprint's training state, in the repository even for DVC's temporary experiment copies.
 
     Experiments of a queue may reach the same inputs at the same time: each then takes the first folder that is free.
-    A failure leaves what the stage saved there, success leaves nothing.
+    A failure leaves what the stage saved there, success leaves nothing unless it is to `keep`.
     """
     for number in count():
         folder = repository() / ".work" / stage / (name[:16] if number == 0 else f"{name[:16]}-{number}")
@@ -347,7 +365,8 @@ def state_folder(stage: str, name: str) -> Iterator[Path]:
                 continue
             try:
                 yield folder
-                shutil.rmtree(folder)
+                if not keep:
+                    shutil.rmtree(folder)
             finally:
                 if folder.exists() and {path.name for path in folder.iterdir()} <= {"lock", "journals"}:
                     shutil.rmtree(folder)  # nothing was saved

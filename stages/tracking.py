@@ -141,25 +141,36 @@ class Journal:
             journal._deliver(pipeline, process)
         return journal
 
-    def resume(self, journals: Path) -> None:
-        """Takes over the curves of the runs before this one that the file lists, and enlists this one.
+    def resume(self, state: Path, kept: Path | None = None, last_step: int = 0) -> None:
+        """Takes over the curves of the runs before this one that the state folder lists, and enlists this one.
 
         A resumed training logs only what comes after its last saved state. The points before it are copied as soon as
         it is known where each metric goes on, so that its curve is whole and no step is in it twice.
+
+        A training that has no state of its own begins with what is in the folder `kept`, and so does its list. Those
+        that will prolong this one have its curves up to `last_step`.
         """
+        journals = state / "journals"
         try:
-            folders = journals.read_text(encoding="utf-8").splitlines() if journals.exists() else []
-            for event in (event for folder in folders for event in read_events(Path(folder))):
-                if event["event"] != "metrics":
-                    continue
-                for key, value in event["values"].items():
-                    if not key.startswith("system/"):
-                        curve = self._earlier.setdefault(key, [])
-                        while curve and curve[-1]["step"] >= event["step"]:
-                            curve.pop()
-                        curve.append(event | {"values": {key: value}})
+            before = kept / "journals" if kept is not None and not journals.exists() else journals
+            lines = before.read_text(encoding="utf-8").splitlines() if before.exists() else []
+            for line in lines:
+                folder, _, last = line.partition("\t")
+                for event in read_events(Path(folder)):
+                    if event["event"] != "metrics" or event["step"] > float(last or "inf"):
+                        continue
+                    for key, value in event["values"].items():
+                        if not key.startswith("system/"):
+                            curve = self._earlier.setdefault(key, [])
+                            while curve and curve[-1]["step"] >= event["step"]:
+                                curve.pop()
+                            curve.append(event | {"values": {key: value}})
+            own = str(self.folder.resolve())
             with journals.open("a", encoding="utf-8") as file:
-                file.write(f"{self.folder.resolve()}\n")
+                file.write("".join(f"{line}\n" for line in ([own] if before == journals else [*lines, own])))
+            if kept is not None:
+                lasting = [line if "\t" in line else f"{line}\t{last_step}" for line in [*lines, own]]
+                (kept / "journals").write_text("".join(f"{line}\n" for line in lasting), encoding="utf-8")
         except (OSError, ValueError) as error:
             self._warn(f"the record of the interrupted run is not taken over: {error}")
 

@@ -61,6 +61,7 @@ def train_params(**changes: Any) -> TrainParams:
         "min_lr": 0.1,
         "warmup_steps": 2,
         "schedule": "cosine",
+        "decay_steps": 3,
         "beta1": 0.9,
         "beta2": 0.95,
         "weight_decay": 0.1,

@@ -323,6 +323,12 @@ PARAMS: dict[str, Case] = {
     "unknown choice": Case(
         params(pretrain__optimizer="sgd"), "pretrain", r"optimizer: .*'adamw' or 'muon'.*found 'sgd'"
     ),
+    "a schedule longer than the training": Case(
+        params(pretrain__schedule="wsd", pretrain__max_steps=320),
+        "pretrain",
+        r"params\.yaml: pretrain: schedule wsd: warmup_steps 30 and decay_steps 300 together exceed max_steps 320;",
+    ),
+    "no decay": Case(params(pretrain__decay_steps=0), "pretrain", r"pretrain\.decay_steps: .*greater.*found 0"),
     "not a number": Case(params(pretrain__lr=float("nan")), "pretrain", r"pretrain\.lr: .*finite.*found nan"),
     "infinite": Case(params(pretrain__weight_decay=float("inf")), "pretrain", r"weight_decay: .*finite.*found inf"),
     "heads that do not divide": Case(

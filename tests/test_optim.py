@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -25,12 +25,34 @@ def test_warmup_is_linear_and_ends_at_the_peak() -> None:
 
 
 def test_schedules_halfway_and_at_the_end() -> None:
-    for schedule, halfway, end in (("cosine", 0.55, 0.1), ("linear", 0.55, 0.1), ("constant", 1.0, 1.0)):
+    for schedule, halfway, end in (
+        ("cosine", 0.55, 0.1),
+        ("linear", 0.55, 0.1),
+        ("constant", 1.0, 1.0),
+        ("wsd", 1.0, 0.1),
+    ):
         params = train_params(max_steps=110, warmup_steps=10, schedule=schedule, min_lr=0.1)
         assert lr_factor(60, params) == pytest.approx(halfway)
         assert lr_factor(110, params) == pytest.approx(end)
     params = train_params(max_steps=100, warmup_steps=0, schedule="cosine", min_lr=0.2)
     assert lr_factor(25, params) == pytest.approx(0.2 + 0.8 * (1 + math.cos(math.pi / 4)) / 2)
+
+
+def test_wsd_is_constant_until_its_decay_which_is_linear() -> None:
+    params = train_params(max_steps=20, warmup_steps=2, schedule="wsd", decay_steps=5, min_lr=0.5)
+    assert params.stable_steps == 15
+    assert [lr_factor(step, params) for step in range(21)] == pytest.approx(
+        [0.5] + [1.0] * 15 + [0.9, 0.8, 0.7, 0.6, 0.5]
+    )
+    longer = params.model_copy(update={"max_steps": 30, "decay_steps": 12})
+    assert [lr_factor(step, longer) for step in range(16)] == [lr_factor(step, params) for step in range(16)]
+
+
+def test_wsd_needs_room_for_its_decay() -> None:
+    assert train_params(max_steps=10, warmup_steps=7, schedule="wsd", decay_steps=3).stable_steps == 7
+    with pytest.raises(ValueError, match="warmup_steps 8 and decay_steps 3 together exceed max_steps 10"):
+        train_params(max_steps=10, warmup_steps=8, schedule="wsd", decay_steps=3)
+    train_params(max_steps=10, warmup_steps=8, decay_steps=3)  # another schedule has no decay_steps
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
@@ -42,13 +64,17 @@ def test_without_warmup_the_first_step_has_the_peak(schedule: str) -> None:
 @given(
     max_steps=st.integers(0, 60),
     warmup_steps=st.integers(0, 80),
-    schedule=st.sampled_from(["cosine", "linear", "constant"]),
+    schedule=st.sampled_from(["cosine", "linear", "constant", "wsd"]),
+    decay_steps=st.integers(1, 60),
     min_lr=st.floats(0, 1),
 )
 def test_every_step_has_a_learning_rate_that_first_rises_and_then_falls(
-    max_steps: int, warmup_steps: int, schedule: str, min_lr: float
+    max_steps: int, warmup_steps: int, schedule: str, decay_steps: int, min_lr: float
 ) -> None:
-    params = train_params(max_steps=max_steps, warmup_steps=warmup_steps, schedule=schedule, min_lr=min_lr)
+    assume(schedule != "wsd" or warmup_steps + decay_steps <= max_steps)
+    params = train_params(
+        max_steps=max_steps, warmup_steps=warmup_steps, schedule=schedule, decay_steps=decay_steps, min_lr=min_lr
+    )
     factors = [lr_factor(step, params) for step in range(max_steps)]
     peak = min(warmup_steps, max_steps)
     assert all(0 < factor <= 1 for factor in factors)

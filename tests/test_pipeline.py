@@ -34,6 +34,7 @@ from tests.pipelines import (
     environment,
     execute,
     outputs,
+    read_params,
     tiny_copy,
 )
 
@@ -180,6 +181,39 @@ def test_asked_to_stop_it_saves_its_state_first(pipeline: Path, stage: str) -> N
         change_params(pipeline, CHANGES)
     assert f"{stage}: continues at step {step} of {STEPS}" in said
     assert contents(outputs(pipeline, stage)) == undisturbed
+
+
+def test_a_pretraining_is_prolonged_from_where_its_decay_began(pipeline: Path) -> None:
+    shipped, before = (pipeline / "params.yaml").read_text(), contents(outputs(pipeline))
+    lr = read_params(pipeline)["pretrain"]["lr"]
+    wsd = {"schedule": "wsd", "warmup_steps": 5, "decay_steps": 10, "dropout": 0.1}
+
+    def pretrain(**changes: int | float) -> tuple[str, dict[Path, bytes], list[str]]:
+        """What it says and makes, and the states that are there afterwards."""
+        change_params(pipeline, {"pretrain": wsd | changes})
+        said = execute(pipeline, "python", "-m", "stages.pretrain")
+        states = sorted(path.name for path in (pipeline / ".work/pretrain").glob("*/step-*"))
+        return said, contents(outputs(pipeline, "pretrain")), states
+
+    try:
+        said, _, states = pretrain(max_steps=STEPS)
+        assert "continues" not in said and states == [f"step-{STEPS - 10:08d}"]
+        said, prolonged, states = pretrain(max_steps=STEPS + 15)
+        assert f"pretrain: continues at step {STEPS - 10} of {STEPS + 15}" in said
+        assert states == [f"step-{STEPS - 10:08d}", f"step-{STEPS + 5:08d}"]
+        said, _, states = pretrain(max_steps=STEPS + 15, lr=lr / 2)
+        assert "continues" not in said and len(states) == 3
+
+        shutil.rmtree(pipeline / ".work/pretrain")
+        said, undisturbed, _ = pretrain(max_steps=STEPS + 15, lr=lr)
+        assert "continues" not in said
+        assert prolonged == undisturbed
+    finally:
+        (pipeline / "params.yaml").write_text(shipped)
+        shutil.rmtree(pipeline / ".work/pretrain")
+        for path, content in before.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
 
 
 # ---- several processes -----------------------------------------------------------------------------------------------

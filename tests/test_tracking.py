@@ -148,10 +148,10 @@ def test_a_record_that_cannot_be_written_is_one_line_and_no_error(
 
 
 def test_a_resumed_run_has_the_whole_curve_once(place: Path) -> None:
-    list_of_journals = place / "journals"
+    (place / "state").mkdir()
     for first, last in ((0, 50), (30, 60), (50, 80)):  # killed after 50 and 60, resumed from states at 30 and 50
         journal = Journal.start("pretrain", START, "sample")
-        journal.resume(list_of_journals)
+        journal.resume(place / "state")
         for step in range(first, last, 10):
             journal.metrics({"train/loss": 100.0 * first + step}, step)
             if first == 0 and step == 20:
@@ -162,6 +162,23 @@ def test_a_resumed_run_has_the_whole_curve_once(place: Path) -> None:
     assert len([event for event in events if "train/loss" in event["values"]]) == 8
     assert curve == {0: 0, 10: 10, 20: 20, 30: 3030, 40: 3040, 50: 5050, 60: 5060, 70: 5070}
     assert [event["step"] for event in events if "scratch/loss" in event["values"]] == [400]
+
+
+def test_a_prolonged_run_has_the_curve_of_the_shorter_one_before_its_decay(place: Path) -> None:
+    """Steps of 40 and 60 that decay after 30 and 50; the longer one is killed in between. Another run logs less."""
+    kept = place / "kept"
+    kept.mkdir()
+    runs = (("short", 0, 40, 30, 5), ("long", 30, 50, 50, 10), ("long", 40, 60, 50, 10), ("longest", 50, 80, 70, 10))
+    for name, first, last, stable, interval in runs:
+        (place / name).mkdir(exist_ok=True)
+        journal = Journal.start("pretrain", START, "sample")
+        journal.resume(place / name, kept, stable)
+        for step in range(first + interval, last + 1, interval):
+            journal.metrics({"train/loss": step + first / 100}, step)
+        journal.end("FINISHED")
+    events = [event for event in tracking.read_events(journal.folder) if event["event"] == "metrics"]
+    curve = [event["values"]["train/loss"] for event in events if "train/loss" in event["values"]]
+    assert curve == [5, 10, 15, 20, 25, 30, 40.3, 50.4, 60.5, 70.5, 80.5]
 
 
 def test_user_and_password_are_never_shown() -> None:

@@ -571,6 +571,44 @@ def test_stopped_in_the_middle_of_an_evaluation_it_is_made_again(tmp_path: Path,
     assert_same_bits(found, expected_weights)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("keep", ["best", "last"])
+def test_a_training_that_is_prolonged_equals_a_long_one(tmp_path: Path, optimizer: str, keep: str) -> None:
+    def run(max_steps: int, decay_steps: int, stable: Path | None) -> tuple[FitResult, dict[str, Tensor], int]:
+        model, first = new_gpt(), max_steps
+
+        def batches(step: int) -> list[Batch]:
+            nonlocal first
+            first = min(first, step)
+            return random_batches(step)
+
+        schedule = {"schedule": "wsd", "decay_steps": decay_steps, "max_steps": max_steps, "eval_interval": 4}
+        params = train_params(optimizer=optimizer, keep=keep, dropout=0.2, **schedule)
+        result = train(model, params, batches=batches, stable_dir=stable)
+        return result, weights(model), first
+
+    kept = tmp_path / "stable"
+    for max_steps, decay_steps, begin, states in (
+        (12, 3, 0, [9]),
+        (12, 3, 9, [9]),  # the same again
+        (21, 5, 9, [9, 16]),
+        (22, 6, 16, [9, 16]),  # another decay
+        (30, 4, 16, [16, 26]),
+        (20, 5, 0, [15]),  # shorter than what is kept
+    ):
+        expected, expected_weights, _ = run(max_steps, decay_steps, None)
+        result, found, first = run(max_steps, decay_steps, kept)
+        assert first == begin
+        assert_same_bits(found, expected_weights)
+        assert result == expected
+        assert sorted(path.name for path in kept.iterdir()) == [f"step-{step:08d}" for step in states]
+
+
+def test_only_wsd_keeps_the_state_before_its_decay(tmp_path: Path) -> None:
+    train(new_gpt(), train_params(max_steps=12, schedule="linear"), stable_dir=tmp_path / "stable")
+    assert not (tmp_path / "stable").exists()
+
+
 def damage(state: Path) -> None:
     path = state / "state.safetensors"
     content = bytearray(path.read_bytes())
