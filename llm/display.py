@@ -7,6 +7,7 @@ dangerous is shown by another sign or escaped; everything else stays as it is.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 BIDI = "\u202a-\u202e\u2066-\u2069"  # turn the direction of what follows them
 CONTROLS = re.compile(f"[\x00-\x08\x0b-\x1f\x7f-\x9f{BIDI}]")  # all but tab and line feed
@@ -39,3 +40,13 @@ def escape(text: str) -> str:
     a_b \\| \\<script\\> \\[x\\]\\(javascript\\:y\\)
     """
     return MARKUP.sub(r"\\\g<0>", " ".join(NOT_IN_A_LINE.sub(" ", text).split()))
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A Markdown table with the numbers to the right."""
+    return [
+        "| " + " | ".join(header) + " |",
+        "|---|" + "---:|" * (len(header) - 1),
+        *("| " + " | ".join(row) + " |" for row in rows),
+        "",
+    ]

@@ -12,17 +12,16 @@ import json
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm.display import escape, visible
+from llm.display import escape, table, visible
 from llm.evaluate import BaseResult, ClassifierResult, InstructResult
+from llm.figures import BASE, CONTROL, INK, OTHER, OURS, new_figure, save, shorten, style
 from llm.metrics import Interval, fold, numbers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 TEXT_MODELS = {"gpt": "GPT", "ngram": "n-gram model", "xz": "xz"}
 CLASSIFIERS = {
@@ -339,16 +338,6 @@ def _instruct_section(result: InstructResult, picture: list[str]) -> list[str]:
     return lines
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """A Markdown table with the numbers to the right."""
-    return [
-        "| " + " | ".join(header) + " |",
-        "|---|" + "---:|" * (len(header) - 1),
-        *("| " + " | ".join(row) + " |" for row in rows),
-        "",
-    ]
-
-
 def labelled(parts: Mapping[str, str]) -> str:
     """Texts behind their labels, wrapped, in one column."""
     width = max(map(len, parts)) + 2
@@ -395,51 +384,7 @@ def _share(part: int, whole: int) -> str:
 
 # ---- pictures --------------------------------------------------------------------------------------------------------
 
-OURS, BASE, CONTROL, OTHER, INK = "#1f5fa8", "#8db8e2", "#e08a2c", "#a9b2bd", "#2b2f36"
 COLOURS = {"gpt": OURS, "base": BASE, "scratch": CONTROL}
-STYLE: dict[str, Any] = {
-    "font.family": "DejaVu Sans",
-    "font.size": 10,
-    "text.color": INK,
-    "text.parse_math": False,  # labels come from data
-    "axes.edgecolor": "#c5cbd3",
-    "axes.labelcolor": INK,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "grid.color": "#e9ecf0",
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "legend.frameon": False,
-    "figure.dpi": 120,
-    "figure.constrained_layout.w_pad": 0.12,
-    "figure.constrained_layout.h_pad": 0.1,
-}
-
-
-def style() -> AbstractContextManager[None]:
-    """matplotlib's own defaults with ours on top, whatever the user's settings are."""
-    from matplotlib import rc_context, rcParamsDefault
-
-    settings: dict[Any, Any] = {key: value for key, value in rcParamsDefault.items() if not key.startswith("backend")}
-    return rc_context(settings | STYLE)
-
-
-def new_figure(width: float, height: float) -> Figure:
-    from matplotlib.figure import Figure  # without pyplot: no window system, nothing global
-
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def save(figure: Figure, path: Path) -> None:
-    """The same picture gives the same bytes."""
-    figure.savefig(path, format="png", metadata={"Software": None})
 
 
 def draw_trainings(plots: Path, path: Path) -> None:
@@ -561,7 +506,3 @@ def draw_instructions(result: InstructResult, path: Path) -> None:
         axes.grid(axis="y", visible=False)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -24 / (72 * figure.get_figheight())), ncols=3, fontsize=9)
         save(figure, path)
-
-
-def shorten(text: str) -> str:
-    return text if len(text) <= 24 else text[:23] + "…"

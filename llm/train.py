@@ -183,6 +183,7 @@ def fit(
     state_dir: Path | None = None,
     stable_dir: Path | None = None,
     should_stop: Callable[[], bool] = lambda: False,
+    phase: Callable[[str], contextlib.AbstractContextManager[object]] = lambda name: contextlib.nullcontext(),
     title: str = "training",
 ) -> FitResult:
     """Trains `model` in place, on the device it is on, for `params.max_steps` optimizer steps.
@@ -198,13 +199,16 @@ def fit(
     Raises `InputError` when the loss is not finite or explodes. Returns early, with the state saved, when
     `should_stop()` says so: after a step, or in the middle of an evaluation, which is then made again.
 
+    `phase(name)` is entered around what takes time: `start-up`, `data` (batches), `training`, `evaluation`, `saving`.
+
     Of several processes (`llm.parallel`) each reads a part of the rows of every batch; the losses are those of one
     process up to rounding. Rank 0 alone prints, saves and samples; they stop together, at one of the same places.
     """
     device, rank, n_processes = next(model.parameters()).device, parallel.rank(), parallel.world_size()
     seed = torch.initial_seed()
     keep_freed_memory()
-    optimizers = make_optimizers(model, params)
+    with phase("start-up"):  # torch loads its compiler with the first optimizer, needed or not
+        optimizers = make_optimizers(model, params)
     for module in model.modules():
         if isinstance(module, GPT):
             module.set_dropout(params.dropout)
@@ -239,23 +243,28 @@ def fit(
         while True:
             if state.step % params.eval_interval == 0 or state.step == params.max_steps:
                 try:
-                    _evaluate(state, model, params, evaluate, sample, log, should_stop, title)
+                    with phase("evaluation"):
+                        _evaluate(state, model, params, evaluate, sample, log, should_stop, title)
                 except _StoppedError:
                     if state_dir is not None:
-                        save_state(state_dir, state.step, *state.content())
+                        with phase("saving"):
+                            save_state(state_dir, state.step, *state.content())
                     return FitResult(state.step, state.step, state.history, stopped=True)
                 if state.step == params.max_steps or (params.patience and state.evals_since_best >= params.patience):
                     break
                 last_log, tokens_since_log = time.perf_counter(), 0
             if n_processes > 1:
                 torch.manual_seed(seed + state.step * n_processes + rank)  # dropout: not the same in each
-            micro_batches = batches(state.step)
-            parts = [batch.part(rank, n_processes).to(device) for batch in micro_batches]
-            set_lr(optimizers, lr_factor(state.step, params))
-            loss, grad_norm = _step(objective, parts, optimizers, params.grad_clip, device)
-            _guard(state, loss, grad_norm, micro_batches)
-            for optimizer in optimizers:
-                optimizer.step()
+            with phase("data"):
+                micro_batches = batches(state.step)
+            with phase("training"):
+                parts = [batch.part(rank, n_processes).to(device) for batch in micro_batches]
+                set_lr(optimizers, lr_factor(state.step, params))
+                loss, grad_norm = _step(objective, parts, optimizers, params.grad_clip, device)
+                _guard(state, loss, grad_norm, micro_batches)
+                for optimizer in optimizers:
+                    optimizer.step()
+                stopping = parallel.anywhere(should_stop())
             state.step += 1
             state.losses.append(loss)
             tokens_since_log += sum(batch.idx.numel() for batch in micro_batches)
@@ -267,12 +276,13 @@ def fit(
                 lr = params.lr * lr_factor(state.step - 1, params)
                 log({"train/loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_s": tokens_per_s}, state.step)
                 bar.set_postfix_str(f"loss {loss:.4f}, {tokens_per_s:,.0f} tokens/s", refresh=False)
-            stopping = parallel.anywhere(should_stop())
             due = stopping or state.step % runtime.checkpoint_interval == 0 or state.step == params.max_steps
             if state_dir is not None and due:
-                save_state(state_dir, state.step, *state.content())
+                with phase("saving"):
+                    save_state(state_dir, state.step, *state.content())
             if stable_dir is not None and state.step == params.stable_steps:
-                save_state(stable_dir, state.step, *state.content())
+                with phase("saving"):
+                    save_state(stable_dir, state.step, *state.content())
             if stopping:
                 return FitResult(state.step, state.step, state.history, stopped=True)
     if params.keep == "best":

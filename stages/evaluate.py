@@ -12,11 +12,23 @@ from pathlib import Path
 
 from llm import report
 from llm.checkpoint import ModelFolder, load_model_folder
-from llm.evaluate import evaluate_base, evaluate_classifiers, evaluate_instruct
+from llm.evaluate import (
+    BaseResult,
+    ClassifierResult,
+    InstructResult,
+    evaluate_base,
+    evaluate_classifiers,
+    evaluate_instruct,
+)
 from llm.train import pick_device
 from stages.run import Run, main, shortage, write_atomic
 
 MODELS, TOKENS, REPORTS = Path("models"), Path("data/tokens"), Path("reports")
+FIGURES = REPORTS / "figures"
+TIME_LINE = (
+    "How long each stage took, and on what, differs from run to run and so is not in here: `python -m stages.timeline` "
+    "draws it to `.work/timeline.png`, and MLflow has it beside the run."
+)
 
 
 def evaluate(run: Run) -> None:
@@ -26,30 +38,39 @@ def evaluate(run: Run) -> None:
     def models(**names: str) -> dict[str, ModelFolder]:
         """The named model folders; that of a control is empty where none was trained."""
         folders = {key: MODELS / name for key, name in names.items()}
-        return {
-            key: load_model_folder(folder, device)
-            for key, folder in folders.items()
-            if key != "scratch" or (folder / "config.json").is_file()
-        }
+        with run.phase("data"):
+            return {
+                key: load_model_folder(folder, device)
+                for key, folder in folders.items()
+                if key != "scratch" or (folder / "config.json").is_file()
+            }
 
-    base_folder = models(base="base")["base"]
-    base = evaluate_base(base_folder, TOKENS / "corpus", section, params.seed)
-    classifiers = evaluate_classifiers(
-        models(gpt="classifier", scratch="classifier_scratch"), TOKENS / "messages", section.batch_size
-    )
-    followers = models(gpt="instruct", scratch="instruct_scratch")
-    template = followers["gpt"].config.template or params.finetune_instruct.template
-    order = {"gpt": followers["gpt"], "base": base_folder, **followers}
-    instruct = evaluate_instruct(order, template, TOKENS / "instructions", section)
+    with run.phase("evaluation"):
+        base_folder = models(base="base")["base"]
+        base = evaluate_base(base_folder, TOKENS / "corpus", section, params.seed)
+        classifiers = evaluate_classifiers(
+            models(gpt="classifier", scratch="classifier_scratch"), TOKENS / "messages", section.batch_size
+        )
+        followers = models(gpt="instruct", scratch="instruct_scratch")
+        template = followers["gpt"].config.template or params.finetune_instruct.template
+        order = {"gpt": followers["gpt"], "base": base_folder, **followers}
+        instruct = evaluate_instruct(order, template, TOKENS / "instructions", section)
+    with run.phase("saving"):
+        write(run, base, classifiers, instruct)
+    for path in (REPORTS / "report.md", FIGURES):
+        extra(f"artifact {path}", partial(run.artifact, path))
+    for name in ("base", "classifier", "instruct"):
+        extra(f"registration of {name}", partial(run.register, f"llm-{name}", MODELS / name))
 
+
+def write(run: Run, base: BaseResult, classifiers: ClassifierResult, instruct: InstructResult) -> None:
     run.write_metrics(report.metrics(base, classifiers, instruct))
     for name, content in report.plot_files(base, classifiers, instruct).items():
         write_atomic(REPORTS / "plots" / name, content)
     for name, content in report.predictions(classifiers, instruct).items():
         write_atomic(REPORTS / "predictions" / name, content)
 
-    figures = REPORTS / "figures"
-    figures.mkdir(parents=True, exist_ok=True)
+    FIGURES.mkdir(parents=True, exist_ok=True)
     pictures: dict[str, Callable[[Path], None]] = {
         "training": partial(report.draw_trainings, REPORTS / "plots"),
         "bits_per_byte": partial(report.draw_bits_per_byte, base),
@@ -58,19 +79,15 @@ def evaluate(run: Run) -> None:
         "instructions": partial(report.draw_instructions, instruct),
     }
     for name, draw in pictures.items():
-        extra(f"picture {name}", partial(draw, figures / f"{name}.png"))
+        extra(f"picture {name}", partial(draw, FIGURES / f"{name}.png"))
 
     def write_report() -> None:
-        drawn = [path.name for path in figures.glob("*.png")]
-        text = report.markdown(base, classifiers, instruct, params.data.model_dump(), drawn)
-        write_atomic(REPORTS / "report.md", text)
+        drawn = [path.name for path in FIGURES.glob("*.png")]
+        text = report.markdown(base, classifiers, instruct, run.params.data.model_dump(), drawn)
+        write_atomic(REPORTS / "report.md", f"{text}\n{TIME_LINE}\n")
 
     write_atomic(REPORTS / "report.md", "The report was left out; the figures are in metrics/evaluate.json.\n")
     extra("report", write_report)
-    for path in (REPORTS / "report.md", figures):
-        extra(f"artifact {path}", partial(run.artifact, path))
-    for name in ("base", "classifier", "instruct"):
-        extra(f"registration of {name}", partial(run.register, f"llm-{name}", MODELS / name))
 
 
 def extra(name: str, action: Callable[[], None]) -> None:

@@ -92,10 +92,12 @@ def train(
             log=run.log if from_base else run.log_as("scratch"),
             state_dir=run.state_dir / name,
             should_stop=lambda: run.stop_requested,
+            phase=run.phase,
             title=name,
         )
     if result.stopped:
         raise SystemExit  # one of several: another was asked to, and says so
     if parallel.rank() == 0:
-        save_trained(Path("models", name), ModelFolder(task.model, base.tokenizer, task.config), section)
+        with run.phase("saving"):
+            save_trained(Path("models", name), ModelFolder(task.model, base.tokenizer, task.config), section)
     return result, trained

@@ -64,12 +64,14 @@ def pretrain(run: Run) -> None:
             state_dir=run.state_dir,
             stable_dir=run.stable_dir,
             should_stop=lambda: run.stop_requested,
+            phase=run.phase,
             title="pretrain",
         )
 
     if parallel.rank() > 0:
         return
-    save_trained(Path("models/base"), content, section)
+    with run.phase("saving"):
+        save_trained(Path("models/base"), content, section)
     tokens_per_step = section.batch_size * section.grad_accum_steps * window
     run.write_history(result.history)
     run.write_metrics(

@@ -106,7 +106,9 @@ def control_beside(run: Run) -> Iterator[Callable[[], dict[str, float]]]:
     )
 
     def finish() -> dict[str, float]:
-        if status := control.wait():
+        with run.phase("control"):
+            status = control.wait()
+        if status:
             raise InputError(f"the training of the control ended with status {status}; what it said stands above")
         points: dict[int, dict[str, float]] = defaultdict(dict)
         for event in read_events(run.state_dir / CONTROL_FOLDER):

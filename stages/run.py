@@ -33,7 +33,7 @@ from typing import Any, NamedTuple, NoReturn, TextIO
 import yaml
 
 from llm.config import InputError, Params, parse_params
-from stages.tracking import Journal, repository
+from stages.tracking import Clock, Journal, repository
 
 EXIT_STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130}
 REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOMEM}
@@ -55,18 +55,22 @@ class Run:
         self.state_dir = state_dir  # survives a kill, and only the same inputs find it again; removed after success
         self.stable_dir = stable_dir  # survives success too; a pretraining of another length finds it (`unprolonged`)
         self.stop_requested = False
+        self.phase = journal.clock  # `with run.phase("saving"):` says what the time in it goes to; it begins with data
         self._journal = journal
 
     def log(self, metrics: Mapping[str, float], step: int = 0) -> None:
         """Cheap, and never raises: tracking must not hurt a training."""
-        self._journal.metrics(metrics, step)
+        with self.phase("tracking"):
+            self._journal.metrics(metrics, step)
 
     def write_metrics(self, values: Mapping[str, Any]) -> None:
         """Writes `reports/metrics/<stage>.json`, which DVC compares; logs its numbers, nested ones as `a/b`."""
         values = _rounded(values)
         path = Path("reports/metrics") / f"{self.stage.replace('-', '_')}.json"
-        write_atomic(path, json.dumps(values, indent=2) + "\n")
-        self._journal.summary({k: v for k, v in flatten(values, "/").items() if isinstance(v, int | float)})
+        with self.phase("saving"):
+            write_atomic(path, json.dumps(values, indent=2) + "\n")
+        with self.phase("tracking"):
+            self._journal.summary({k: v for k, v in flatten(values, "/").items() if isinstance(v, int | float)})
 
     def log_as(self, prefix: str) -> Callable[[Mapping[str, float], int], None]:
         """`log` for a second training of the stage: `prefix/train/loss` and so on."""
@@ -75,19 +79,23 @@ class Run:
     def write_history(self, rows: list[dict[str, float]]) -> None:
         """Writes a training's evaluations to `reports/plots/<stage>.csv`, which DVC plots."""
         lines = [",".join(rows[0])] + [",".join(f"{value:.6g}" for value in row.values()) for row in rows]
-        write_atomic(Path("reports/plots") / f"{self.stage.replace('-', '_')}.csv", "\n".join(lines) + "\n")
+        with self.phase("saving"):
+            write_atomic(Path("reports/plots") / f"{self.stage.replace('-', '_')}.csv", "\n".join(lines) + "\n")
 
     def artifact(self, path: Path) -> None:
         """Attaches a small file or folder, as it is now, to the tracked run."""
-        self._journal.artifact(path)
+        with self.phase("tracking"):
+            self._journal.artifact(path)
 
     def dataset(self, name: str, digest: str, source: str, context: str) -> None:
         """Names data that the run used: an md5, where it came from, and what for (`train`, `val`, `test`)."""
-        self._journal.dataset(name, digest, source, context)
+        with self.phase("tracking"):
+            self._journal.dataset(name, digest, source, context)
 
     def register(self, name: str, folder: Path) -> None:
         """Hands a model folder over to the model registry under this name."""
-        self._journal.model(name, folder)
+        with self.phase("tracking"):
+            self._journal.model(name, folder)
 
     @contextmanager
     def graceful(self) -> Iterator[None]:
@@ -119,6 +127,8 @@ Body = Callable[[Run], None]
 
 def run_stage(stage: str, body: Body) -> None:
     """Runs `body` with its lock, its state and its journal, and sees to it that what it read has not changed since."""
+    clock = Clock()
+    clock.enter("data")
     values = read_yaml(Path("params.yaml"))
     params = parse_params(values)
     work = Path(".work", stage)
@@ -128,9 +138,11 @@ def run_stage(stage: str, body: Body) -> None:
         inputs = read_inputs(stage, values)
         told = {key: value for key, value in inputs.params.items() if key not in ("sources", "gpt2_files")}
         last = list(read_yaml(Path("dvc.yaml"))["stages"])[-1] == stage
-        journal = Journal.start(stage, flatten(told), params.data.corpus, last)
-        for name, digest in data_digests(inputs).items():
-            journal.dataset(name, digest, name, stage)
+        digests = data_digests(inputs)
+        with clock("tracking"):
+            journal = Journal.start(stage, flatten(told), params.data.corpus, last, clock)
+            for name, digest in digests.items():
+                journal.dataset(name, digest, name, stage)
         status = "FAILED"
         try:
             stable = unprolonged(inputs)
@@ -140,8 +152,9 @@ def run_stage(stage: str, body: Body) -> None:
                 if stable is None
                 else state_folder(stage, fingerprint(stable, params), keep=True) as kept,
             ):
-                journal.resume(state_dir, kept, params.pretrain.stable_steps)
-                body(Run(stage, params, state_dir, journal, kept))
+                with clock("tracking"):
+                    journal.resume(state_dir, kept, params.pretrain.stable_steps)
+                body(Run(stage, params, state_dir, journal, stable_dir=kept))
                 check_unchanged(inputs, read_inputs(stage, read_yaml(Path("params.yaml")), inputs.files))
             status = "FINISHED"
         except SystemExit as error:
@@ -149,7 +162,8 @@ def run_stage(stage: str, body: Body) -> None:
             raise
         finally:
             try:
-                journal.end(status)
+                with clock("tracking"):
+                    journal.end(status)
             except SystemExit:
                 if status != "FINISHED":
                     raise  # else all is done, and asked to stop it only does not wait for the delivery

@@ -4,12 +4,13 @@
     python -m stages.sync --follow ...    started by a stage; follows one pipeline until it has ended
 
 Delivering twice, late or in any order gives the same runs: a run is found again by its tag `llm.run`, a point of a
-curve keeps the journal's time, a model version is looked up before it is made. `progress.json` beside a journal says
-how far it is delivered.
+curve keeps the journal's time, a model version is looked up before it is made, a file takes the place of its earlier
+version. `progress.json` beside a journal says how far it is delivered.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -18,10 +19,11 @@ import shutil
 import sys
 import time
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
+from stages import timeline
+from stages.journals import Event, close_if_dead, end_event, events_from, first_event, is_open, journals, pipeline_state
 from stages.run import locked, write_atomic
 from stages.tracking import Process, is_delivered, printable, repository, runs_folder, tracking_uri
 
@@ -33,7 +35,6 @@ BATCH = 1000  # metrics that MLflow takes in one request
 POLL = 0.5  # seconds between two looks at the journals
 LONGEST_PAUSE = 60.0  # seconds between two attempts at a server that does not answer
 REQUIREMENTS = ("torch", "tiktoken", "rustbpe", "safetensors", "pydantic", "numpy")
-Event = dict[str, Any]
 
 
 def main(arguments: list[str]) -> int:
@@ -57,6 +58,7 @@ def sync() -> int:
                 print(f"{pipeline.name}: process {holder} is delivering it")
                 continue
             waiting = [journal for journal in journals(pipeline) if not is_delivered(journal)]
+            draw_timeline(pipeline)
             try:
                 delivery.pipeline(pipeline)
             except Exception as error:
@@ -78,6 +80,7 @@ def follow(pipeline: Path, invocation: Process) -> int:
         delivery, pause = Delivery(), POLL
         while True:
             over = invocation.is_gone() and not any(is_open(journal) for journal in journals(pipeline))
+            draw_timeline(pipeline)
             try:
                 delivery.pipeline(pipeline)
                 pause = POLL
@@ -105,81 +108,37 @@ def note_problem(pipeline: Path, error: Exception) -> str:
     return problem
 
 
-# ---- journals --------------------------------------------------------------------------------------------------------
-
-
-def journals(pipeline: Path) -> list[Path]:
-    """A pipeline's journals, in the order in which its stages started; none whose start a full disk refused."""
-    folders = [path.parent for path in pipeline.glob("*/events.jsonl") if has_start(path)]
-    return sorted(folders, key=lambda folder: int(first_event(folder)["time"]))
-
-
-def has_start(events: Path) -> bool:
-    with events.open("rb") as file:
-        line = file.readline()
-    try:
-        return bool(json.loads(line)["event"] == "start")
-    except ValueError:
-        return False
+# ---- progress --------------------------------------------------------------------------------------------------------
 
 
 def undelivered() -> list[Path]:
-    """The pipelines with a journal that is not delivered to its end."""
-    return [p for p in sorted(runs_folder().glob("*/")) if not all(is_delivered(journal) for journal in journals(p))]
+    """The pipelines with a journal that is not delivered to its end, or with a time line that has changed since."""
+    return [
+        pipeline
+        for pipeline in sorted(runs_folder().glob("*/"))
+        if not all(is_delivered(journal) for journal in journals(pipeline))
+        or read_json(pipeline / "timeline.json").get("md5") not in (None, timeline_md5(pipeline))
+    ]
 
 
-def first_event(journal: Path) -> Event:
-    with (journal / "events.jsonl").open("rb") as file:
-        return cast(Event, json.loads(file.readline()))
+def timeline_md5(pipeline: Path) -> str | None:
+    """Of the time line as it is now; None if there is none yet."""
+    path = pipeline / timeline.TABLE
+    return hashlib.md5(path.read_bytes()).hexdigest() if path.exists() else None
 
 
-def end_event(journal: Path) -> Event | None:
-    """The journal's end, if it has one; journals are long, and this is asked often."""
-    with (journal / "events.jsonl").open("rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - 1000))
-        last = file.read().splitlines()[-1]
+def draw_timeline(pipeline: Path) -> None:
+    """A picture that cannot be drawn does not keep the record back."""
     try:
-        event: Event = json.loads(last)
-    except ValueError:
-        return None  # a longer line, or not yet whole
-    return event if event["event"] == "end" else None
-
-
-def is_open(journal: Path) -> bool:
-    """Whether more may come: no end yet, and the stage's process lives."""
-    return end_event(journal) is None and not Process(**first_event(journal)["process"]).is_gone()
-
-
-def close_if_dead(journal: Path) -> None:
-    """Ends the journal of a stage that was killed, at the time of its last sign of life."""
-    if end_event(journal) is None and not is_open(journal):
-        path = journal / "events.jsonl"
-        end = {"time": int(path.stat().st_mtime * 1000), "event": "end", "status": "KILLED"}
-        with path.open("ab") as file:
-            file.write(f"\n{json.dumps(end)}\n".encode())
-
-
-def events_from(journal: Path, offset: int) -> Iterator[tuple[Event, int]]:
-    """The events from a byte offset on, each with the offset behind it; a line without its end is not there yet."""
-    with (journal / "events.jsonl").open("rb") as file:
-        file.seek(offset)
-        for line in file:
-            if not line.endswith(b"\n"):
-                return
-            offset += len(line)
-            try:
-                yield json.loads(line), offset
-            except ValueError:
-                continue  # its process died in the middle of it
+        timeline.update(pipeline)
+    except Exception as error:
+        print(f"tracking: no time line: {type(error).__name__}: {error}".splitlines()[0], file=sys.stderr)
 
 
 def read_offset(journal: Path) -> int:
     """How much of the journal stands at the present tracking server; another server starts from nothing."""
-    try:
-        progress = json.loads((journal / "progress.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return 0
-    return int(progress["offset"]) if progress["server"] == printable(tracking_uri()) else 0
+    progress = read_json(journal / "progress.json")
+    return int(progress["offset"]) if progress.get("server") == printable(tracking_uri()) else 0
 
 
 def write_offset(journal: Path, offset: int) -> None:
@@ -210,6 +169,7 @@ class Delivery:
         ended = [journal for journal in waiting if is_complete(journal)]
         if waiting:
             self._parent_state(pipeline)
+        self._timeline(pipeline)
         for journal in ended:
             (journal / "delivered").touch()
             shutil.rmtree(journal / "files", ignore_errors=True)
@@ -245,7 +205,10 @@ class Delivery:
 
     def _parent(self, pipeline: Path, start: Event) -> str:
         tags = {key: value for key, value in start["tags"].items() if key != "dvc.stage"}
-        return self._run(pipeline.name, start, start["title"], tags | {"mlflow.source.name": "dvc.yaml"})[0]
+        run_id, is_new = self._run(pipeline.name, start, start["title"], tags | {"mlflow.source.name": "dvc.yaml"})
+        if is_new:
+            (pipeline / "timeline.json").unlink(missing_ok=True)
+        return run_id
 
     def _journal(self, journal: Path) -> None:
         start, offset = first_event(journal), read_offset(journal)
@@ -327,6 +290,16 @@ class Delivery:
             versions = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
         client.set_registered_model_alias(name, "candidate", versions[0].version)
 
+    def _timeline(self, pipeline: Path) -> None:
+        """The time line as it was last drawn, at the parent run; what stands in `timeline.json` has been delivered."""
+        delivered = {"server": printable(tracking_uri()), "md5": timeline_md5(pipeline)}
+        if delivered["md5"] is None or read_json(pipeline / "timeline.json") == delivered:
+            return
+        parent = self._parent(pipeline, first_event(journals(pipeline)[0]))
+        for name in (timeline.PICTURE, timeline.TABLE):
+            self._client()[0].log_artifact(parent, str(pipeline / name))
+        write_atomic(pipeline / "timeline.json", json.dumps(delivered))
+
     def _parent_state(self, pipeline: Path) -> None:
         """The parent run is open while a stage runs, and ends as badly as its worst stage, whatever `dvc` does."""
         state = pipeline_state(pipeline)
@@ -372,19 +345,17 @@ def artifact_location() -> str | None:
     return (repository() / "mlruns").resolve().as_uri()
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Empty if the file is missing."""
+    try:
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    return values
+
+
 def is_complete(journal: Path) -> bool:
     return end_event(journal) is not None and read_offset(journal) == (journal / "events.jsonl").stat().st_size
-
-
-def pipeline_state(pipeline: Path) -> tuple[str, int]:
-    """MLflow's status for a pipeline, and when its last stage ended."""
-    ends = [end_event(journal) for journal in journals(pipeline)]
-    done = [end for end in ends if end is not None]
-    if len(done) < len(ends):
-        return "RUNNING", 0
-    statuses = {end["status"] for end in done}
-    worst = next(status for status in ("KILLED", "FAILED", "FINISHED") if status in statuses)
-    return worst, max(end["time"] for end in done)
 
 
 def metric_points(event: Event, prefix: str = "") -> list[Metric]:

@@ -2,6 +2,7 @@
 
     .work/runs/<pipeline>/                        one folder for each invocation of `dvc repro` or `dvc exp run`
         <stage>-<id>/events.jsonl                 one journal for each stage that ran in it, one event a line
+        <stage>-<id>/times.json                   what the stage has spent its time on until then
         <stage>-<id>/files/                       reports and models as they were, until they are delivered
         delivery.log                              what the delivering process said
 
@@ -23,7 +24,8 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -99,14 +101,62 @@ def pipeline_name(process: Process) -> str:
     return f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime(process.started))}-{place}"
 
 
+# ---- time ------------------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """What a process spends its time on, from its start on: it is always in one phase, which an inner one interrupts.
+
+        with clock("saving"):
+            ...
+
+    Cheap enough for every step of a training.
+    """
+
+    def __init__(self) -> None:
+        began = time.perf_counter() - age(psutil.Process())
+        self._state: tuple[dict[str, float], str, float] = {}, "start-up", began  # replaced as one: threads read it
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        outer = self._state[1]
+        self.enter(phase)
+        try:
+            yield
+        finally:
+            self.enter(outer)
+
+    def enter(self, phase: str) -> None:
+        """Ends the present phase."""
+        now = time.perf_counter()
+        self._state = self._sums(now), phase, now
+
+    def seconds(self) -> dict[str, float]:
+        """For each phase, how long it took in all until now."""
+        return self._sums(time.perf_counter())
+
+    def _sums(self, now: float) -> dict[str, float]:
+        sums, phase, since = self._state
+        return sums | {phase: sums.get(phase, 0.0) + now - since}
+
+
+def age(process: psutil.Process) -> float:
+    """Seconds since the process was started."""
+    created: float = process.create_time()
+    if not hasattr(time, "CLOCK_BOOTTIME"):
+        return time.time() - created
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - (created - psutil.boot_time())  # which is rounded in both
+
+
 # ---- the journal -----------------------------------------------------------------------------------------------------
 
 
 class Journal:
     """Writes one run's events. After `start`, nothing raises: a record that cannot be written is one line on stderr."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, clock: Clock | None = None) -> None:
         self.folder = folder
+        self.clock = clock or Clock()
         self.patience = 0.0
         self._warned = False
         self._torn = ""  # a line's end, after a line that a full disk cut
@@ -114,14 +164,16 @@ class Journal:
         self._earlier: dict[str, list[dict[str, Any]]] = {}
 
     @classmethod
-    def start(cls, stage: str, params: Mapping[str, Any], corpus: str, last: bool = True) -> Journal:
+    def start(
+        cls, stage: str, params: Mapping[str, Any], corpus: str, last: bool = True, clock: Clock | None = None
+    ) -> Journal:
         """Opens the journal of a stage and, unless tracking is off, starts its delivery and the system metrics.
 
         `last` says that no stage follows in the pipeline: its end waits a while for what is still to be delivered.
         """
         process, own = invocation(), Process.of(psutil.Process())
         pipeline = pipeline_name(process)
-        journal = cls(runs_folder() / pipeline / f"{stage}-{uuid.uuid4().hex[:8]}")
+        journal = cls(runs_folder() / pipeline / f"{stage}-{uuid.uuid4().hex[:8]}", clock)
         tags = git_tags() | dvc_tags()
         journal._write(
             event="start",
@@ -129,9 +181,11 @@ class Journal:
             pipeline=pipeline,
             title=os.environ.get("DVC_EXP_NAME") or f"{tags.get('mlflow.source.git.commit', 'run')[:7]} {corpus}",
             process=own._asdict(),
+            invoked=time.time() - age(psutil.Process(process.pid)),
             params={key: str(value)[:6000] for key, value in params.items()},
             tags=tags,
         )
+        journal.note_times()
         try:
             journal._sampler = Sampler(journal)
         except (psutil.Error, OSError, RuntimeError) as error:
@@ -208,14 +262,30 @@ class Journal:
             self._sampler.stop()
         for key in list(self._earlier):
             self._take_over(key, before=float("inf"))
+        self._write(event="metrics", step=0, values={f"time/{k}": round(v, 3) for k, v in self.clock.seconds().items()})
+        self.note_times()
         self._write(event="end", status=status)
         problem = delivery_problem(self.folder.parent)
         deadline = time.monotonic() + (self.patience if status == "FINISHED" else 0.0)
-        while problem is None and time.monotonic() < deadline and not is_delivered(self.folder):
-            time.sleep(0.1)
-            problem = delivery_problem(self.folder.parent)
+        try:
+            while problem is None and time.monotonic() < deadline and not is_delivered(self.folder):
+                time.sleep(0.1)
+                problem = delivery_problem(self.folder.parent)
+        finally:
+            self.note_times()  # the waiting counts too
         if problem or (status == "FINISHED" and self.patience and not is_delivered(self.folder)):
             self._warn(f"{problem or 'not all delivered yet'}; the record is kept: python -m stages.sync delivers it")
+
+    def note_times(self) -> None:
+        """What the stage has spent its time on until now, beside the events: the last note is the one that counts."""
+        seconds, now = self.clock.seconds(), time.time()
+        note = {"began": now - sum(seconds.values()), "until": now, "seconds": seconds}
+        draft = self.folder / "times.json.partial"
+        try:
+            draft.write_text(json.dumps(note), encoding="utf-8")
+            draft.replace(self.folder / "times.json")
+        except OSError as error:
+            self._warn(f"the time line is not recorded: {error}")
 
     def _deliver(self, pipeline: str, process: Process) -> None:
         """Starts the process that delivers; where one already follows this pipeline, the new one ends at once."""
@@ -346,6 +416,7 @@ class Sampler(threading.Thread):
         self._sample()
 
     def _sample(self) -> None:
+        self._journal.note_times()
         try:
             values = self._load()
         except (psutil.Error, OSError, RuntimeError):

@@ -18,6 +18,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import psutil
@@ -25,6 +26,8 @@ import pytest
 import torch
 
 from llm.checkpoint import load_model_folder
+from stages import timeline
+from stages.processes import has_room_beside
 from tests.pipelines import (
     CHANGES,
     STEPS,
@@ -93,6 +96,25 @@ def test_the_report_shows_pictures_that_exist(pipeline: Path) -> None:
     assert len(shown) == 5
     assert shown == set((pipeline / "reports/figures").iterdir())
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in shown)
+
+
+def test_the_time_line_knows_what_every_stage_spent_its_time_on(pipeline: Path) -> None:
+    [invocation] = [folder for folder in (pipeline / ".work/runs").iterdir() if len(list(folder.glob("*/"))) > 1]
+    rows = {row.stage: row for row in timeline.read(invocation).rows}
+    assert list(rows) == list(dvc_stages(pipeline))
+    common = {"start-up", "data", "tracking"}
+    for stage in rows:
+        expected = common | ({"training", "evaluation", "saving"} if stage in TRAININGS else set())
+        expected |= {"evaluation", "saving"} if stage == "evaluate" else set()
+        noted = set(json.loads(next(invocation.glob(f"{stage}-*/times.json")).read_text(encoding="utf-8"))["seconds"])
+        assert expected <= noted <= timeline.PHASES.keys(), stage
+        assert "control" in noted or "finetune" not in stage or not has_room_beside("cpu"), stage
+    assert all(earlier.end <= later.begin for earlier, later in pairwise(rows.values()))
+    assert rows["download"].begin > 0, "the line begins with dvc"
+    assert "seconds until the end of the last stage" in execute(pipeline, "python", "-m", "stages.timeline")
+    report = (pipeline / "reports/report.md").read_text(encoding="utf-8")
+    assert "`python -m stages.timeline` draws it to `.work/timeline.png`" in report
+    assert (pipeline / ".work/timeline.png").is_file()
 
 
 def test_no_output_names_the_place_or_the_machine(pipeline: Path) -> None:

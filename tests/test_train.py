@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -14,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from llm import train as training
 from llm.checkpoint import load_state
 from llm.config import InputError, TrainParams
 from llm.data import IGNORE, Batch, Example, batches_by_length, collate_labels, collate_pairs
@@ -388,6 +390,42 @@ def test_log_interval_thins_the_log() -> None:
     log: Callable[[Mapping[str, float], int], None] = lambda m, step: steps.append(step) if "lr" in m else None  # noqa: E731
     train(new_gpt(), train_params(max_steps=10), runtime=runtime, log=log)
     assert steps == [3, 6, 9]
+
+
+def test_each_part_of_the_work_happens_in_its_phase(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inside: list[str] = []
+    seen: set[tuple[str, str]] = set()
+
+    @contextlib.contextmanager
+    def phase(name: str) -> Iterator[None]:
+        inside.append(name)
+        yield
+        inside.pop()
+
+    def watched(what: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *given: (seen.add((what, inside[-1])), function(*given))[1]
+
+    monkeypatch.setattr(training, "save_state", watched("state", training.save_state))
+    monkeypatch.setattr(training, "make_optimizers", watched("optimizers", training.make_optimizers))
+    model = new_gpt()
+    fit(
+        model,
+        watched("step", next_token_loss),
+        watched("batches", random_batches),
+        train_params(max_steps=3, eval_interval=2),
+        runtime_params(checkpoint_interval=1),
+        evaluate=watched("evaluation", lambda: val_loss(model)),
+        state_dir=tmp_path,
+        phase=phase,
+    )
+    assert dict(seen) == {
+        "optimizers": "start-up",
+        "evaluation": "evaluation",
+        "batches": "data",
+        "step": "training",
+        "state": "saving",
+    }
+    assert len(seen) == 5 and not inside
 
 
 def test_evaluation_is_without_dropout_and_gradient_and_shows_a_sample(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,59 @@
+"""How all pictures look, and how one is made so that the same content gives the same bytes."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+OURS, BASE, CONTROL, OTHER, INK = "#1f5fa8", "#8db8e2", "#e08a2c", "#a9b2bd", "#2b2f36"
+STYLE: dict[str, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "text.color": INK,
+    "text.parse_math": False,  # labels come from data
+    "axes.edgecolor": "#c5cbd3",
+    "axes.labelcolor": INK,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.color": "#e9ecf0",
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "legend.frameon": False,
+    "figure.dpi": 120,
+    "figure.constrained_layout.w_pad": 0.12,
+    "figure.constrained_layout.h_pad": 0.1,
+}
+
+
+def style() -> AbstractContextManager[None]:
+    """matplotlib's own defaults with ours on top, whatever the user's settings are."""
+    from matplotlib import rc_context, rcParamsDefault
+
+    settings: dict[Any, Any] = {key: value for key, value in rcParamsDefault.items() if not key.startswith("backend")}
+    return rc_context(settings | STYLE)
+
+
+def new_figure(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure  # without pyplot: no window system, nothing global
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save(figure: Figure, path: Path) -> None:
+    """The same picture gives the same bytes."""
+    figure.savefig(path, format="png", metadata={"Software": None})
+
+
+def shorten(text: str) -> str:
+    return text if len(text) <= 24 else text[:23] + "…"
