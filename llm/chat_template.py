@@ -11,10 +11,9 @@ import contextlib
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 
-from jinja2 import Template
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 SECONDS = 2  # of a processor; a template takes milliseconds
@@ -26,11 +25,11 @@ LONGEST = 1_000_000  # characters of a prompt
 def render(source: str, question: str, names: Mapping[str, str]) -> str:
     """The prompt of one question, as transformers asks a chat template for it."""
     messages = [{"role": "user", "content": question}]
-    return _compiled(source).render(messages=messages, add_generation_prompt=True, **names)
+    return _compiled(source)(messages=messages, add_generation_prompt=True, **names)
 
 
 @lru_cache(maxsize=32)
-def _compiled(source: str) -> Template:
+def _compiled(source: str) -> Callable[..., str]:
     def raise_exception(message: str) -> None:
         raise ValueError(message)
 
@@ -38,7 +37,7 @@ def _compiled(source: str) -> Template:
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
     environment.globals["raise_exception"] = raise_exception
-    return environment.from_string(source)
+    return environment.from_string(source).render
 
 
 def render_untrusted(source: str, question: str, names: Mapping[str, str]) -> str | None:

@@ -84,7 +84,8 @@ def update(pipeline: Path) -> None:
 
     That of the last pipeline also where the user finds it.
     """
-    if not journals(pipeline):
+    folders = journals(pipeline)
+    if not folders or is_open(folders[-1]):  # asked often, while stages run
         return
     line = read(pipeline)
     if any(row.status == "RUNNING" for row in line.rows):
