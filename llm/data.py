@@ -25,7 +25,9 @@ class Batch(NamedTuple):
     idx: Tensor  # [B, T]
     targets: Tensor  # [B, T] next tokens, or [B] labels
     rows: list[int]  # which windows or examples these are, for messages
-    lengths: Tensor | None = None  # [B] real tokens of each row, for labels
+    lengths: Tensor | None = None  # [B] real tokens of each row, where rows are examples
+    lower: Tensor | None = None  # [B, T, C] what the first `n_lower` blocks of a model make of idx, where it is kept
+    n_lower: int = 0
 
     def part(self, index: int, of: int) -> Batch:
         """Every `of`th row from `index` on: what one of several processes reads."""
@@ -33,15 +35,22 @@ class Batch(NamedTuple):
             return self
         if len(self.idx) < of:
             raise InputError(f"a batch of {len(self.idx)} rows is too few for {of} processes; raise batch_size")
-        lengths = None if self.lengths is None else self.lengths[index::of]
-        return Batch(self.idx[index::of], self.targets[index::of], self.rows[index::of], lengths)
+        return self._replace(
+            idx=self.idx[index::of],
+            targets=self.targets[index::of],
+            rows=self.rows[index::of],
+            lengths=None if self.lengths is None else self.lengths[index::of],
+            lower=None if self.lower is None else self.lower[index::of],
+        )
 
     def to(self, device: torch.device) -> Batch:
         if device.type == "cpu":
             return self
-        lengths = None if self.lengths is None else self.lengths.to(device, non_blocking=True)
-        return Batch(
-            self.idx.to(device, non_blocking=True), self.targets.to(device, non_blocking=True), self.rows, lengths
+        return self._replace(
+            idx=self.idx.to(device, non_blocking=True),
+            targets=self.targets.to(device, non_blocking=True),
+            lengths=None if self.lengths is None else self.lengths.to(device, non_blocking=True),
+            lower=None if self.lower is None else self.lower.to(device, non_blocking=True),
         )
 
 
@@ -289,13 +298,14 @@ def collate_labels(examples: Sequence[Example], rows: Sequence[int]) -> Batch:
 def collate_pairs(examples: Sequence[Example], rows: Sequence[int]) -> Batch:
     """Right-padded pairs; targets are the next tokens, ignored at padding and before `counted`."""
     chosen = [examples[row] for row in rows]
-    idx = torch.zeros(len(chosen), max(len(example.ids) for example in chosen) - 1, dtype=torch.long)  # [B, T]
+    lengths = torch.tensor([len(example.ids) - 1 for example in chosen])
+    idx = torch.zeros(len(chosen), int(lengths.max()), dtype=torch.long)  # [B, T]
     targets = torch.full_like(idx, IGNORE)
     for b, example in enumerate(chosen):
         length = len(example.ids) - 1
         idx[b, :length] = torch.tensor(example.ids[:-1])
         targets[b, example.counted : length] = torch.tensor(example.ids[example.counted + 1 :])
-    return Batch(idx, targets, list(rows))
+    return Batch(idx, targets, list(rows), lengths)
 
 
 Collate = Callable[[Sequence[Example], Sequence[int]], Batch]

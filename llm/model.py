@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -237,12 +238,32 @@ class GPT(nn.Module):
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
-    def hidden(self, idx: Tensor, cache: KVCache | None = None, pad: Tensor | None = None) -> Tensor:
+    def hidden(
+        self,
+        idx: Tensor,
+        cache: KVCache | None = None,
+        pad: Tensor | None = None,
+        lower: Tensor | None = None,
+        n_lower: int = 0,
+    ) -> Tensor:
         """Token ids [B, T] to the hidden states [B, T, C] behind the final norm.
 
         With a cache, the ids continue what it holds. `pad` [B] counts the padding positions at the left of each row:
-        nothing attends to them, and positions count from the first real token.
+        nothing attends to them, and positions count from the first real token. Where `lower` [B, T, C] is known, which
+        is `stream(idx, n_lower)`, the embeddings and the first `n_lower` blocks do not run.
         """
+        return self.final_norm(self.stream(idx, self.config.n_layers, cache, pad, lower, n_lower))
+
+    def stream(
+        self,
+        idx: Tensor,
+        n_blocks: int,
+        cache: KVCache | None = None,
+        pad: Tensor | None = None,
+        lower: Tensor | None = None,
+        n_lower: int = 0,
+    ) -> Tensor:
+        """Token ids [B, T] to the residual stream [B, T, C] behind the first `n_blocks` blocks; else as `hidden`."""
         T = idx.shape[1]
         start = cache.length if cache is not None else 0
         if start + T > self.config.context_length:
@@ -254,21 +275,22 @@ class GPT(nn.Module):
         if pad is not None:
             positions = (positions - pad[:, None]).clamp(min=0)  # [B, T]
 
-        x = self.tok_emb(idx)  # [B, T, C]
-        angles = None
-        if self.config.positions == "learned":
-            x = x + self.pos_emb(positions)
+        angles = rotary(self.config, positions) if self.config.positions == "rotary" else None
+        if lower is not None:
+            x = lower
         else:
-            angles = rotary(self.config, positions)
-        x = self.drop(x)
-        for block in self.blocks:
+            x = self.tok_emb(idx)  # [B, T, C]
+            if self.config.positions == "learned":
+                x = x + self.pos_emb(positions)
+            x = self.drop(x)
+        for block in islice(self.blocks, n_lower, n_blocks):
             if self.activation_checkpointing and self.training:
                 x = checkpoint(block, x, angles, mask, None, use_reentrant=False)
             else:
                 x = block(x, angles, mask, cache)
         if cache is not None:
             cache.length += T
-        return self.final_norm(x)
+        return x
 
     def _mask(self, positions: Tensor, n_keys: int, pad: Tensor | None) -> Tensor:
         """True where a query at one of the `positions` [T] may look: [1 or B, 1, T, S]."""
@@ -296,11 +318,11 @@ class GPTClassifier(nn.Module):
         nn.init.normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, idx: Tensor, lengths: Tensor) -> Tensor:
-        """Right-padded ids [B, T] with `lengths` [B] real tokens each, to logits [B, n_labels].
+    def forward(self, idx: Tensor, lengths: Tensor, lower: Tensor | None = None, n_lower: int = 0) -> Tensor:
+        """Right-padded ids [B, T] with `lengths` [B] real tokens each, to logits [B, n_labels]; `lower` as in `hidden`.
 
         Attention is causal, so what stands behind a row's last token cannot change its answer.
         """
-        hidden = self.gpt.hidden(idx)  # [B, T, C]
+        hidden = self.gpt.hidden(idx, lower=lower, n_lower=n_lower)  # [B, T, C]
         last = hidden[torch.arange(len(idx), device=idx.device), lengths - 1]  # [B, C]
         return self.head(last)

@@ -7,7 +7,7 @@ import ctypes
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from itertools import islice
 from pathlib import Path
@@ -17,12 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from llm import parallel
 from llm.checkpoint import gpt_of, load_state, save_state
 from llm.config import InputError, RuntimeParams, TrainParams
-from llm.data import IGNORE, Batch
+from llm.data import IGNORE, Batch, Collate, Example, batches_by_length
 from llm.lora import add_lora
 from llm.loss import linear_cross_entropy
 from llm.model import GPT, GPTClassifier
@@ -30,6 +31,8 @@ from llm.optim import lr_factor, make_optimizers, set_lr
 
 # A loss function returns the sum of the losses in nats and the weight that it sums to (the number of counted targets).
 LossFunction = Callable[[Any, Batch], tuple[Tensor, Tensor]]
+
+KEPT_BYTES = 2**29  # the most that `keep_lower` may take for one set of examples, in all processes together
 
 
 class FitResult(NamedTuple):
@@ -49,7 +52,7 @@ def next_token_loss(model: GPT, batch: Batch) -> tuple[Tensor, Tensor]:
     """Cross entropy over the counted targets; positions whose target is ignored never reach the output layer."""
     targets = batch.targets.flatten()  # [B*T]
     counted = (targets != IGNORE).nonzero().squeeze(1)  # [N]
-    hidden = model.hidden(batch.idx).flatten(0, 1)  # [B*T, C]
+    hidden = model.hidden(batch.idx, lower=batch.lower, n_lower=batch.n_lower).flatten(0, 1)  # [B*T, C]
     if len(counted) < len(targets):
         hidden, targets = hidden.index_select(0, counted), targets.index_select(0, counted)  # [N, C], [N]
     return linear_cross_entropy(hidden, model.lm_head.weight, targets), torch.tensor(float(len(counted)))
@@ -57,8 +60,8 @@ def next_token_loss(model: GPT, batch: Batch) -> tuple[Tensor, Tensor]:
 
 def label_loss(model: GPTClassifier, batch: Batch, class_weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Cross entropy of the labels, each weighted by its class."""
-    assert batch.lengths is not None
-    return weighted_cross_entropy(model(batch.idx, batch.lengths), batch.targets, class_weights)
+    logits = model(batch.idx, batch.lengths, batch.lower, batch.n_lower)  # [B, labels]
+    return weighted_cross_entropy(logits, batch.targets, class_weights)
 
 
 def weighted_cross_entropy(logits: Tensor, labels: Tensor, class_weights: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -81,8 +84,7 @@ def label_metrics(
     device = next(model.parameters()).device
 
     def sums(batch: Batch) -> tuple[Tensor, ...]:
-        assert batch.lengths is not None
-        logits = model(batch.idx, batch.lengths)  # [B, labels]
+        logits = model(batch.idx, batch.lengths, batch.lower, batch.n_lower)  # [B, labels]
         right = (logits.argmax(dim=-1) == batch.targets).sum()
         return *weighted_cross_entropy(logits, batch.targets, class_weights), right, torch.tensor(len(logits))
 
@@ -139,6 +141,53 @@ def freeze(model: GPT | GPTClassifier, params: TrainParams) -> None:
 
 def trained_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def frozen_blocks(model: GPT | GPTClassifier) -> int:
+    """How many of the lowest blocks, with the embeddings below them, a training leaves as they are."""
+    gpt = gpt_of(model)
+    layers = [nn.ModuleList(child for child in gpt.children() if isinstance(child, nn.Embedding)), *gpt.blocks]
+    trained = [any(p.requires_grad for p in layer.parameters()) for layer in layers]
+    return max(0, trained.index(True) - 1) if True in trained else len(gpt.blocks)
+
+
+def keep_lower(
+    model: GPT | GPTClassifier, examples: Sequence[Example], collate: Collate, params: TrainParams, reads: int
+) -> Collate:
+    """A `collate` for these examples whose batches also hold what the frozen lower blocks make of them.
+
+    That never changes while nothing below is trained or dropped: it is computed here, once for each example, and kept
+    in memory. What stands behind an example's last token does not change it, as attention is causal and positions
+    count from the first token. The batches in which it is computed depend on nothing but the examples, so that a
+    training that is continued has the same bits.
+
+    Returns `collate` itself where every block is trained, with dropout, for fewer `reads` of examples than there are,
+    and where it would take more than `KEPT_BYTES`: then the lower blocks run every time.
+    """
+    gpt, n = gpt_of(model), frozen_blocks(model)
+    if n == 0 or params.dropout > 0 or reads < len(examples):
+        return collate
+    size = sum(len(example.ids) for example in examples) * gpt.config.emb_dim * 4
+    what = f"what the lower {n} of {len(gpt.blocks)} blocks make of {len(examples):,} examples"
+    if size * parallel.world_size() > KEPT_BYTES:
+        _say(f"{what} would take {size / 1e6:,.0f} MB in each process: it is computed again at every step")
+        return collate
+    _say(f"{what} is computed once and kept: {size / 1e6:,.1f} MB in each process")
+    device = gpt.tok_emb.weight.device
+    kept: dict[int, Tensor] = {}
+    with torch.no_grad(), precision(device):
+        for batch in batches_by_length(examples, collate, params.batch_size):
+            assert batch.lengths is not None
+            lower = gpt.stream(batch.idx.to(device), n).cpu()  # [B, T, C]
+            for row, states, length in zip(batch.rows, lower, batch.lengths.tolist(), strict=True):
+                kept[row] = states[:length].clone()  # [length, C]
+
+    def collate_with_lower(all_examples: Sequence[Example], rows: Sequence[int]) -> Batch:
+        assert all_examples is examples
+        lower = pad_sequence([kept[row] for row in rows], batch_first=True)  # [B, T, C]
+        return collate(examples, rows)._replace(lower=lower, n_lower=n)
+
+    return collate_with_lower
 
 
 def pick_device(name: str) -> torch.device:
@@ -403,7 +452,8 @@ _should_stop: ContextVar[Callable[[], bool]] = ContextVar("should_stop", default
 def _stopped_by(should_stop: Callable[[], bool], model: nn.Module) -> Iterator[None]:
     """Within it a long evaluation does not delay a stop: each batch asks first, see also `_own`.
 
-    One process asks whenever the model reads, for a sample too. Several can only stop at the same place: `_own` asks.
+    One process asks whenever a GPT has read something, for a sample too. Several can only stop at the same place:
+    `_own` asks.
     """
 
     def ask(module: nn.Module, arguments: object) -> None:
@@ -411,8 +461,8 @@ def _stopped_by(should_stop: Callable[[], bool], model: nn.Module) -> Iterator[N
             raise _StoppedError
 
     alone = parallel.world_size() == 1
-    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    hooks = [module.register_forward_pre_hook(ask) for module in embeddings if alone]
+    gpts = [module for module in model.modules() if isinstance(module, GPT)]
+    hooks = [gpt.final_norm.register_forward_pre_hook(ask) for gpt in gpts if alone]
     token = _should_stop.set(should_stop)
     try:
         yield

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,10 +12,10 @@ import torch
 from llm import parallel
 from llm.checkpoint import ModelFolder, ModelFolderConfig, load_model_folder
 from llm.config import ClassifyParams, InstructParams
-from llm.data import Batch
+from llm.data import Batch, Collate, Example, batches_by_length, example_batches
 from llm.lora import save_trained
 from llm.model import GPT, GPTClassifier
-from llm.train import FitResult, LossFunction, base_dtype, fit, freeze, pick_device, trained_parameters
+from llm.train import FitResult, LossFunction, base_dtype, fit, freeze, keep_lower, pick_device, trained_parameters
 from stages.processes import control_beside, has_room_beside, is_control, leave_result
 from stages.run import Run
 
@@ -25,9 +25,11 @@ class Task(NamedTuple):
 
     model: GPT | GPTClassifier
     config: ModelFolderConfig
+    train_set: list[Example]
+    val_set: list[Example]
+    collate: Collate
     loss_function: LossFunction
-    batches: Callable[[int], list[Batch]]
-    evaluate: Callable[[], Mapping[str, float]]
+    evaluate: Callable[[Iterable[Batch]], Mapping[str, float]]
     sample: Callable[[], str] | None = None
 
 
@@ -80,14 +82,18 @@ def train(
     task = make_task(run, base)
     freeze(task.model, section)
     trained = trained_parameters(task.model)
+    size, accumulate = section.batch_size, section.grad_accum_steps
+    reads = section.max_steps * accumulate * size
+    train_collate = keep_lower(task.model, task.train_set, task.collate, section, reads)
+    val_collate = keep_lower(task.model, task.val_set, task.collate, section, reads=len(task.val_set))
     with run.graceful():
         result = fit(
             task.model,
             task.loss_function,
-            task.batches,
+            example_batches(task.train_set, train_collate, size, accumulate, params.seed),
             section,
             params.runtime,
-            evaluate=task.evaluate,
+            evaluate=lambda: task.evaluate(batches_by_length(task.val_set, val_collate, size)),
             sample=task.sample,
             log=run.log if from_base else run.log_as("scratch"),
             state_dir=run.state_dir / name,

@@ -9,15 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from llm.checkpoint import ModelFolder, ModelFolderConfig
-from llm.data import (
-    batches_by_length,
-    class_weights,
-    collate_labels,
-    example_batches,
-    message_examples,
-    read_labels,
-    read_messages,
-)
+from llm.data import class_weights, collate_labels, message_examples, read_labels, read_messages
 from llm.model import GPT, GPTClassifier
 from llm.train import label_loss, label_metrics
 from stages.finetune import Task, finetune
@@ -43,16 +35,14 @@ def make_task(run: Run, base: ModelFolder) -> Task:
     device = base.model.tok_emb.weight.device
     model = GPTClassifier(base.model, len(labels)).to(device)
     weights = class_weights(train_set, len(labels)).to(device) if section.class_weights == "balanced" else None
-
-    def evaluate() -> dict[str, float]:
-        return label_metrics(model, batches_by_length(val_set, collate_labels, section.batch_size), weights)
-
     return Task(
         model,
         ModelFolderConfig(kind="classifier", gpt=base.config.gpt, labels=labels, max_length=length),
+        train_set,
+        val_set,
+        collate_labels,
         partial(label_loss, class_weights=weights),
-        example_batches(train_set, collate_labels, section.batch_size, section.grad_accum_steps, run.params.seed),
-        evaluate,
+        partial(label_metrics, model, class_weights=weights),
     )
 
 

@@ -5,18 +5,11 @@ With `scratch_control` the same training from random weights gives `models/instr
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from llm.checkpoint import ModelFolder, ModelFolderConfig
-from llm.data import (
-    batches_by_length,
-    collate_pairs,
-    encode_prompt,
-    example_batches,
-    pair_examples,
-    read_pairs,
-    stop_token,
-)
+from llm.data import Batch, collate_pairs, encode_prompt, pair_examples, read_pairs, stop_token
 from llm.generate import generate
 from llm.model import GPT
 from llm.train import mean_loss, next_token_loss
@@ -43,8 +36,7 @@ def make_task(run: Run, base: ModelFolder) -> Task:
         for pairs in (read_pairs(folder / "train.jsonl"), val_pairs)
     )
 
-    def evaluate() -> dict[str, float]:
-        batches = batches_by_length(val_set, collate_pairs, section.batch_size)
+    def evaluate(batches: Iterable[Batch]) -> dict[str, float]:
         return {"val/loss": mean_loss(model, next_token_loss, batches)}
 
     def sample() -> str:
@@ -55,8 +47,10 @@ def make_task(run: Run, base: ModelFolder) -> Task:
     return Task(
         model,
         ModelFolderConfig(kind="instruct", gpt=gpt, template=section.template, system=system),
+        train_set,
+        val_set,
+        collate_pairs,
         next_token_loss,
-        example_batches(train_set, collate_pairs, section.batch_size, section.grad_accum_steps, run.params.seed),
         evaluate,
         sample,
     )

@@ -358,6 +358,7 @@ def test_padding_changes_no_row_and_no_loss(examples: list[Example]) -> None:
     for row, example in enumerate(examples):
         length = len(example.ids) - 1
         assert batch.idx[row, :length].tolist() == example.ids[:-1]
+        assert batch.lengths is not None and batch.lengths[row] == length
         expected = [IGNORE] * example.counted + example.ids[example.counted + 1 :]
         assert batch.targets[row].tolist() == expected + [IGNORE] * (batch.idx.shape[1] - length)
         alone = collate_pairs(examples, [row])
@@ -458,12 +459,15 @@ def test_a_batch_on_the_cpu_stays_as_it_is() -> None:
 
 @pytest.mark.parametrize("of", [1, 2, 3, 5])
 def test_the_parts_of_a_batch_hold_each_row_once(of: int) -> None:
-    whole = Batch(torch.arange(10).view(5, 2), torch.arange(5), list(range(5)), torch.arange(5))
+    lower = torch.arange(20).view(5, 2, 2)
+    whole = Batch(torch.arange(10).view(5, 2), torch.arange(5), list(range(5)), torch.arange(5), lower, 7)
     parts = [whole.part(index, of) for index in range(of)]
     assert sorted(row for part in parts for row in part.rows) == whole.rows
     for part in parts:
         assert part.lengths is not None and part.rows
         assert part.idx[:, 0].tolist() == [2 * row for row in part.rows]
         assert part.targets.tolist() == part.lengths.tolist() == part.rows
+        assert part.lower is not None and part.n_lower == 7
+        assert part.lower[:, 0, 0].tolist() == [4 * row for row in part.rows]
     with pytest.raises(InputError, match="a batch of 5 rows is too few for 6 processes; raise batch_size"):
         whole.part(0, 6)

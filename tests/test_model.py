@@ -311,6 +311,21 @@ def test_what_does_not_fit_is_an_error() -> None:
         model(ids(1, 1), cache)
 
 
+@every_form
+def test_the_upper_blocks_go_on_from_what_the_lower_ones_made(form: dict[str, Any]) -> None:
+    model = model_of(form, n_layers=3)
+    idx = ids(2, 9)
+    with torch.no_grad():
+        whole = model.hidden(idx)
+        for n in range(4):
+            lower = model.stream(idx, n)
+            assert torch.equal(model.hidden(torch.zeros_like(idx), lower=lower, n_lower=n), whole), (
+                "the ids are not read"
+            )
+        assert torch.equal(model.final_norm(lower), whole)
+        assert not torch.equal(model.stream(idx, 1), model.stream(idx, 2))
+
+
 # ---- classifier ------------------------------------------------------------------------------------------------------
 
 

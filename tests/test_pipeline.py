@@ -284,6 +284,29 @@ def test_two_processes_train_what_one_does(pipeline: Path, stage: str) -> None:
 
 
 @pytest.mark.usefixtures("two")
+@pytest.mark.parametrize("stage", ["finetune-classify", "finetune-instruct"])
+def test_what_frozen_blocks_make_is_kept_in_each_process(
+    pipeline: Path, stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shipped = (pipeline / "params.yaml").read_text(encoding="utf-8")
+    changes = {"trainable": "last_blocks", "last_blocks": 1, "scratch_control": False, "batch_size": 16}
+    change_params(pipeline, {stage.replace("-", "_"): changes})
+    curves = []
+    try:
+        for processes in ("2", "1"):
+            monkeypatch.setenv("LLM_NPROC", processes)
+            said = execute(pipeline, "python", "-m", f"stages.{stage.replace('-', '_')}")
+            assert said.count("what the lower 1 of 2 blocks make of") == 2, "train and val, said once"
+            assert said.count("is computed once and kept") == 2
+            curves.append(curve(pipeline, stage))
+    finally:
+        (pipeline / "params.yaml").write_text(shipped, encoding="utf-8")
+    assert len(curves[0]) == len(curves[1]) == STEPS // 10 + 1
+    for row, expected in zip(*curves, strict=True):
+        assert row == pytest.approx(expected, rel=1e-4), "they differ by rounding alone"
+
+
+@pytest.mark.usefixtures("two")
 def test_torchrun_may_start_the_processes(pipeline: Path) -> None:
     execute(pipeline, "python", "-m", "stages.pretrain")
     started_by_us, before = contents(outputs(pipeline, "pretrain")), journals(pipeline)

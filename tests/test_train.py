@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from llm import train as training
 from llm.checkpoint import load_state
 from llm.config import InputError, TrainParams
-from llm.data import IGNORE, Batch, Example, batches_by_length, collate_labels, collate_pairs
+from llm.data import IGNORE, Batch, Example, batches_by_length, collate_labels, collate_pairs, example_batches
 from llm.generate import generate
 from llm.model import GPT, GPTClassifier
 from llm.train import (
@@ -27,6 +27,8 @@ from llm.train import (
     _step,
     fit,
     freeze,
+    frozen_blocks,
+    keep_lower,
     label_loss,
     label_metrics,
     mean_loss,
@@ -322,6 +324,187 @@ def test_a_bf16_base_stays_bf16_where_nothing_is_trained(trainable: str, monkeyp
         assert p.requires_grad or torch.equal(p, before[name]), name
     assert any(p.requires_grad for p in model.parameters())
     assert all(p.requires_grad for p in model.parameters()) == (trainable == "all")
+
+
+# ---- frozen blocks ---------------------------------------------------------------------------------------------------
+
+LORA_HEAD = {"rank": 2, "alpha": 4.0, "dropout": 0.1, "targets": ["head"]}
+FROZEN: list[tuple[str, dict[str, Any], int]] = [  # what is trained of which model, and how many of 3 blocks are not
+    ("classifier", {"trainable": "head"}, 3),
+    ("classifier", {"trainable": "lora", "lora": LORA_HEAD}, 3),
+    ("classifier", {"trainable": "last_blocks", "last_blocks": 0}, 3),
+    ("classifier", {"trainable": "last_blocks", "last_blocks": 1}, 2),
+    ("gpt", {"trainable": "last_blocks", "last_blocks": 1}, 2),
+    ("gpt", {"trainable": "last_blocks", "last_blocks": 2}, 1),
+]
+
+
+def with_frozen_blocks(kind: str, form: dict[str, Any], **changes: Any) -> tuple[Any, Any, Any, TrainParams]:
+    """A model of 3 blocks, its loss and collate, and the parameters of a training that leaves some blocks alone."""
+    model: Any = (new_classifier if kind == "classifier" else new_gpt)(**form | {"n_layers": 3})
+    params = train_params(batch_size=3, **changes)
+    freeze(model, params)
+    if kind == "classifier":
+        return model, label_loss, collate_labels, params
+    return model, next_token_loss, collate_pairs, params
+
+
+def rows_read(model: nn.Module) -> dict[int, int]:
+    """From now on counts the rows that each block reads."""
+    counts: dict[int, int] = {}
+    gpt = model.gpt if isinstance(model, GPTClassifier) else model
+    assert isinstance(gpt, GPT)
+    for number, block in enumerate(gpt.blocks):
+        counts[number] = 0
+
+        def count(module: nn.Module, arguments: Any, number: int = number) -> None:
+            counts[number] += len(arguments[0])
+
+        block.register_forward_pre_hook(count)
+    return counts
+
+
+@pytest.mark.parametrize("form", [GPT2_FORM, SHIPPED_FORM], ids=["gpt2", "shipped"])
+@pytest.mark.parametrize(("kind", "changes", "frozen"), FROZEN)
+def test_what_frozen_blocks_make_of_an_example_is_kept_and_changes_no_loss_or_gradient(
+    kind: str, changes: dict[str, Any], frozen: int, form: dict[str, Any]
+) -> None:
+    model, loss, collate, params = with_frozen_blocks(kind, form, **changes)
+    randomize(model, std=0.15)
+    examples = ragged_examples()
+    counts = rows_read(model)
+    kept = keep_lower(model, examples, collate, params, reads=8)
+    assert frozen_blocks(model) == frozen
+    assert [counts[i] for i in range(3)] == [8] * frozen + [0] * (3 - frozen), "each example once"
+
+    for rows in ([7, 0, 3], [1], [2], list(range(8))):
+        plain, ours = collate(examples, rows), kept(examples, rows)
+        assert (plain.lower, plain.n_lower, ours.n_lower) == (None, 0, frozen)
+        assert ours.lower is not None and ours.lower.shape == (*plain.idx.shape, 16)
+        assert not ours.lower.requires_grad
+        torch.manual_seed(3)  # the adapter's dropout
+        expected = gradients_of_step(model, loss, [plain])
+        torch.manual_seed(3)
+        found = gradients_of_step(model, loss, [ours])
+        assert found.keys() == expected.keys()
+        for name, gradient in found.items():
+            torch.testing.assert_close(gradient, expected[name], atol=1e-6, rtol=1e-4, msg=name)
+        with torch.no_grad():
+            model.eval()
+            assert loss(model, ours)[0].item() == pytest.approx(loss(model, plain)[0].item(), rel=1e-5)
+    with torch.no_grad():
+        counts.update(dict.fromkeys(counts, 0))
+        found_mean = mean_loss(model, loss, batches_by_length(examples, kept, 5))
+        assert [counts[i] for i in range(3)] == [0] * frozen + [8] * (3 - frozen)
+        assert found_mean == pytest.approx(mean_loss(model, loss, batches_by_length(examples, collate, 5)), rel=1e-5)
+
+
+def finetuning(
+    kind: str, changes: dict[str, Any], keep: bool, stop_at: int | None = None, stop_in: int | None = None, **more: Any
+) -> tuple[FitResult, dict[str, Tensor]]:
+    """A training on the ragged examples; stopped after a step, or before the second batch of an evaluation."""
+    model, loss, collate, params = with_frozen_blocks(kind, SHIPPED_FORM, max_steps=8, eval_interval=4, **changes)
+    examples, made, read = ragged_examples(), 0, 0
+    batches = keep_lower(model, examples, collate, params, reads=24) if keep else collate
+
+    def train_batches(step: int) -> list[Batch]:
+        nonlocal made
+        made = step + 1
+        return example_batches(examples, batches, 3, 1, seed=0)(step)
+
+    def held_out() -> Iterator[Batch]:
+        nonlocal read
+        for read, batch in enumerate(batches_by_length(examples, batches, 4)):  # noqa: B007
+            yield batch
+        read = 0
+
+    result = fit(
+        model,
+        loss,
+        train_batches,
+        params,
+        runtime_params(),
+        evaluate=lambda: {"val/loss": mean_loss(model, loss, held_out())},
+        should_stop=lambda: made == stop_at or (made, read) == (stop_in, 1),
+        **more,
+    )
+    return result, weights(model)
+
+
+@pytest.mark.parametrize(("kind", "changes", "frozen"), FROZEN)
+def test_a_training_on_what_is_kept_goes_as_one_that_computes_it_again(
+    kind: str, changes: dict[str, Any], frozen: int
+) -> None:
+    plain, _ = finetuning(kind, changes, keep=False)
+    result, _ = finetuning(kind, changes, keep=True)
+    assert len(result.history) == 3
+    for row, expected in zip(result.history, plain.history, strict=True):
+        assert row == pytest.approx(expected, rel=1e-5)
+    assert result.kept["val/loss"] < result.history[0]["val/loss"]
+
+
+@pytest.mark.parametrize("stopped", [{"stop_at": 3}, {"stop_at": 7}, {"stop_in": 4}])
+@pytest.mark.parametrize("kind", ["gpt", "classifier"])
+def test_a_training_on_what_is_kept_continues_with_the_same_bits(
+    tmp_path: Path, kind: str, stopped: dict[str, int]
+) -> None:
+    changes = {"trainable": "last_blocks", "last_blocks": 1}
+    expected, expected_weights = finetuning(kind, changes, keep=True)
+    [step] = stopped.values()
+    first, _ = finetuning(kind, changes, keep=True, state_dir=tmp_path, **stopped)
+    assert (first.steps, len(first.history)) == (step, 1 + (step > 4))
+    result, found = finetuning(kind, changes, keep=True, state_dir=tmp_path)
+    assert result == expected
+    assert_same_bits(found, expected_weights)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reads"),
+    [
+        ({"trainable": "all"}, 8),
+        ({"trainable": "lora"}, 8),
+        ({"trainable": "last_blocks", "last_blocks": 3}, 8),
+        ({"trainable": "last_blocks", "dropout": 0.1}, 8),
+        ({"trainable": "last_blocks"}, 7),
+    ],
+)
+def test_nothing_is_kept_where_it_changes_or_would_not_be_read_again(changes: dict[str, Any], reads: int) -> None:
+    model, _, collate, params = with_frozen_blocks("classifier", GPT2_FORM, **changes)
+    assert keep_lower(model, ragged_examples(), collate, params, reads) is collate
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_what_would_take_too_much_memory_is_not_kept(
+    processes: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, _, collate, params = with_frozen_blocks("classifier", GPT2_FORM, trainable="last_blocks")
+    examples = ragged_examples()
+    size = sum(len(example.ids) for example in examples) * 16 * 4
+    monkeypatch.setattr("llm.parallel.world_size", lambda: processes)
+    monkeypatch.setattr("llm.train.KEPT_BYTES", processes * size)
+    assert keep_lower(model, examples, collate, params, reads=8) is not collate
+    assert "the lower 2 of 3 blocks make of 8 examples is computed once and kept" in capsys.readouterr().err
+    monkeypatch.setattr("llm.train.KEPT_BYTES", processes * size - 1)
+    assert keep_lower(model, examples, collate, params, reads=8) is collate
+    assert "it is computed again at every step" in capsys.readouterr().err
+
+
+def test_a_bf16_base_is_kept_as_it_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With autocast, as on CUDA."""
+    monkeypatch.setattr("llm.train.precision", lambda device: torch.autocast("cpu", torch.bfloat16))
+    model = new_gpt(**SHIPPED_FORM | {"n_layers": 3}).to(torch.bfloat16)
+    params = train_params(trainable="last_blocks")
+    freeze(model, params)
+    examples = ragged_examples()
+    kept = keep_lower(model, examples, collate_pairs, params, reads=8)
+    lower = kept(examples, [0]).lower
+    assert lower is not None and lower.dtype == torch.bfloat16
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        plain, ours = (
+            mean_loss(model, next_token_loss, batches_by_length(examples, collate, 8))
+            for collate in (collate_pairs, kept)
+        )
+    assert ours == pytest.approx(plain, rel=1e-3)
 
 
 # ---- activation checkpointing ----------------------------------------------------------------------------------------
