@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -394,7 +394,7 @@ def test_each_stage_trains_adapters_and_writes_them_merged_and_alone(
     name = {"pretrain": "base", "finetune_classify": "classifier", "finetune_instruct": "instruct"}[stage.__name__]
     params = shipped_params()
     before = load_model_folder(place / "models/base")
-    stage(Run(stage.__name__, params, place / "state", Mock()))
+    stage(Run(stage.__name__, params, place / "state", MagicMock()))
 
     metrics = json.loads((place / f"reports/metrics/{stage.__name__}.json").read_text())
     attn, ffn, r = 4 * (16 + 16), 2 * (16 + 24), 2
@@ -424,7 +424,7 @@ def test_what_a_base_is_told_first_is_kept_with_its_template(place: Path, templa
     params = shipped_params()
     section = params.finetune_instruct.model_copy(update={"template": template, "scratch_control": False})
     params = params.model_copy(update={"finetune_instruct": section})
-    finetune_instruct(Run("finetune-instruct", params, place / "state", Mock()))
+    finetune_instruct(Run("finetune-instruct", params, place / "state", MagicMock()))
     assert load_model_folder(place / "models/instruct").config.system == system
 
 
@@ -434,7 +434,7 @@ def test_pretraining_open_weights_by_adapters(place: Path) -> None:
     export_hf(source, place / "hf")
     params = shipped_params()
     section = params.pretrain.model_copy(update={"init": str(place / "hf")})
-    pretrain(Run("pretrain", params.model_copy(update={"pretrain": section}), place / "state", Mock()))
+    pretrain(Run("pretrain", params.model_copy(update={"pretrain": section}), place / "state", MagicMock()))
     made = load_model_folder(place / "models/base")
     assert (made.config.template, made.config.system) == ("chatml", "Be kind.")
     again = load_adapter(place / "models/base/adapter", import_model(str(place / "hf")))

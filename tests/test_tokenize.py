@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -109,7 +109,7 @@ def test_open_weights_bring_their_tokenizer_and_pass_through(raw: Path) -> None:
     assert Tokenizer.load(Path("data/tokens/tokenizer")) == tiny_tokenizer()
     assert json.loads(Path("reports/data_card.json").read_text())["tokenizer"]["vocab_size"] == 280
 
-    stage = Run("pretrain", run.params, raw.parent / "state", Mock())
+    stage = Run("pretrain", run.params, raw.parent / "state", MagicMock())
     pretrain(stage)
     base = load_model_folder(Path("models/base"))
     assert base.config.gpt == config
