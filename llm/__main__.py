@@ -24,6 +24,16 @@ if TYPE_CHECKING:
     from llm.checkpoint import ModelFolder
     from llm.model import GPT
 
+BENCH_SIZES = {
+    "layers": "blocks",
+    "width": "emb_dim",
+    "heads": "of the attention",
+    "vocab": "tokens of the vocabulary",
+    "context": "tokens of a row",
+    "batch": "rows",
+    "prompt": "tokens that are continued (generate)",
+    "new": "tokens of the continuation (generate)",
+}
 CLASSIFY_BATCH = 32  # texts classified together: no answer depends on it, only speed and memory
 
 
@@ -165,12 +175,17 @@ def export(args: argparse.Namespace) -> None:
 
 def bench(args: argparse.Namespace) -> None:
     """Prints a table of how fast this project and its peers do the same."""
-    from llm.bench import CONTESTS, Shape, compare, draw, markdown
+    from llm.bench.contest import compare, draw, markdown
+    from llm.bench.contests import CONTESTS
 
-    sizes = {field: getattr(args, field) for field in Shape._fields if getattr(args, field) is not None}
+    contest = CONTESTS[args.kind]
+    given = {name: value for name in BENCH_SIZES if (value := getattr(args, name)) is not None}
+    for name in given:
+        if name not in contest.sizes._fields:
+            raise InputError(f"--{name} is no size of bench {args.kind}; it has {', '.join(contest.sizes._fields)}")
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
-    found = compare(args.kind, CONTESTS[args.kind].shape._replace(**sizes), args.rounds, args.seconds, note)
+    found = compare(contest, contest.sizes._replace(**given), args.rounds, args.seconds, note, args.only)
     if args.out is not None:
         (args.out / f"{args.kind}.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
         draw(found, args.out / f"{args.kind}.png")
@@ -425,18 +440,10 @@ def build_parser() -> argparse.ArgumentParser:
         model_dir=False,
     )
     command.add_argument("kind", choices=["train", "finetune", "generate"], help="what they do")
-    sizes = command.add_argument_group("the shape, where it shall be another than that of the project's own figures")
-    for field, meaning in (
-        ("layers", "blocks"),
-        ("width", "emb_dim"),
-        ("heads", "of the attention"),
-        ("vocab", "tokens of the vocabulary"),
-        ("context", "tokens of a row"),
-        ("batch", "rows"),
-        ("prompt", "tokens that are continued (generate)"),
-        ("new", "tokens of the continuation (generate)"),
-    ):
-        sizes.add_argument(f"--{field}", type=positive, metavar="N", help=meaning)
+    sizes = command.add_argument_group("sizes, where they shall be others than those of the project's own figures")
+    for name, meaning in BENCH_SIZES.items():
+        sizes.add_argument(f"--{name}", type=positive, metavar="N", help=meaning)
+    command.add_argument("--only", action="append", metavar="NAME", help="a contestant; may be repeated (default: all)")
     command.add_argument("--rounds", type=positive, default=5, metavar="N", help="turns of each (default: %(default)s)")
     command.add_argument("--seconds", type=float, default=5.0, metavar="X", help="of a turn (default: %(default)s)")
     command.add_argument("--out", type=Path, metavar="DIR", help="where to leave the figures as JSON and a picture")

@@ -1,0 +1,288 @@
+"""A contest: this project and its peers do the same in turns.
+
+Each contestant is a process of its own, and they take turns, so that whatever else the machine does meets them all; the
+machine's own limits are measured in the same turns. A contestant whose package is not installed, or that cannot take
+part as it is, is left out by name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import psutil  # type: ignore[import-untyped]
+import torch
+
+from llm.config import InputError
+
+OURS = "this project"  # what the names of our own contestants begin with
+S = TypeVar("S")  # the sizes of a contest, a NamedTuple
+
+Turn = Callable[[], float]  # one turn's work; returns how much it was, in the contest's unit
+
+
+class LeftOut(Exception):  # noqa: N818 (no error: the others go on)
+    """Raised by a contestant that cannot take part; says why."""
+
+
+class Cost(NamedTuple):
+    """What one unit of work cannot do without."""
+
+    flop: float = 0.0  # operations of matrix products
+    n_bytes: float = 0.0  # read from memory
+
+
+class Contest(NamedTuple, Generic[S]):
+    kind: str
+    unit: str  # of the amounts that turns return, a second
+    sizes: S  # unless somebody says otherwise
+    contestants: dict[str, Callable[[S], Turn]]  # each makes what it needs, then returns its turn
+    check: Callable[[S], None] = lambda sizes: None  # raises `InputError` for sizes that nobody can have
+    cost: Callable[[S, str], Cost | None] = lambda sizes, name: None  # of a contestant; None where there is no measure
+    forms: Mapping[str, S] = {}  # other sizes by name
+
+
+# ---- the machine's limits --------------------------------------------------------------------------------------------
+
+
+def matrix_limit() -> float:
+    """The best rate of fp32 matrix products that this process sees, in FLOP/s."""
+    rates = []
+    for rows, inner, columns in ((2048, 384, 1536), (2048, 1536, 384), (1024, 1024, 1024), (2048, 2048, 2048)):
+        a, b = torch.randn(rows, inner), torch.randn(inner, columns)
+        rates += [2 * rows * inner * columns / seconds(partial(torch.mm, a, b)) for _ in range(5)]
+    return max(rates)
+
+
+def memory_limit() -> float:
+    """The rate at which all threads together read memory that no cache holds, in bytes/s."""
+    numbers = torch.ones(2**27)  # 512 MB
+    return max(4 * numbers.numel() / seconds(numbers.sum) for _ in range(5))
+
+
+def seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+# ---- rounds ----------------------------------------------------------------------------------------------------------
+
+
+def compare(
+    contest: Contest[Any],
+    sizes: Any,
+    rounds: int,
+    least: float,
+    say: Callable[[str], None],
+    only: Collection[str] | None = None,
+) -> dict[str, Any]:
+    """Runs a contest: `rounds` turns of each contestant, or of `only` those named, each of at least `least` seconds.
+
+    Returns a JSON object: sizes, machine, limits (FLOP/s and bytes/s) and, for each contestant that could be had, its
+    rates, their median, its share of the limit and its memory.
+    """
+    contest.check(sizes)
+    for name in only or ():
+        if name not in contest.contestants:
+            known = ", ".join(contest.contestants)
+            raise InputError(f"{name}: takes no part in {contest.kind}; those who do: {known}")
+    workers: dict[str, Worker] = {}
+    limits: list[tuple[float, float]] = []
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        try:
+            for name in contest.contestants if only is None else only:
+                workers[name] = Worker(contest, name, sizes, folder)
+                if workers[name].left_out:
+                    worker = workers.pop(name)
+                    worker.kill()
+                    say(f"{name}: left out, {worker.left_out}")
+            for number in range(rounds):
+                limits.append((matrix_limit(), memory_limit()))
+                for name, worker in workers.items():
+                    say(f"round {number + 1} of {rounds}, {name}: {worker.turn(least):,.1f} {contest.unit}")
+            memory = {name: worker.memory() for name, worker in workers.items()}
+        finally:
+            for worker in workers.values():
+                worker.kill()
+    flops, bandwidth = (statistics.median(values) for values in zip(*limits, strict=True))
+    return {
+        "kind": contest.kind,
+        "unit": contest.unit,
+        "shape": sizes._asdict(),
+        "machine": machine(),
+        "versions": versions(),
+        "limits": {"flop_per_s": flops, "bytes_per_s": bandwidth},
+        "results": {
+            name: {
+                "rates": worker.rates,
+                "median": (median := statistics.median(worker.rates)),
+                "of_limit": of_limit(contest.cost(sizes, name), median, flops, bandwidth),
+                "memory": memory[name],
+            }
+            for name, worker in workers.items()
+        },
+    }
+
+
+def machine() -> dict[str, Any]:
+    return {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
+
+
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version(), "torch": torch.__version__}
+
+
+def of_limit(cost: Cost | None, rate: float, flops: float, bandwidth: float) -> float | None:
+    """The share of the machine's limit that a rate needs: of its matrix products or of its memory reads."""
+    return None if cost is None else rate * max(cost.flop / flops, cost.n_bytes / bandwidth)
+
+
+class Worker:
+    """A contestant's process, as seen by the one that compares. They speak in lines of JSON."""
+
+    def __init__(self, contest: Contest[Any], name: str, sizes: Any, folder: str) -> None:
+        """`folder` is where its temporary files go: a process that is killed does not remove them."""
+        job = json.dumps([contest.kind, name, sizes, torch.get_num_threads()])
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "llm.bench.contests", job],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "TMPDIR": folder},
+        )
+        self.rates: list[float] = []  # of each turn
+        try:
+            self.left_out: str | None = self._ask(None)
+        except InputError:
+            self.kill()
+            raise
+
+    def turn(self, least: float) -> float:
+        """Rates by the clock of the worker, which knows when its own work began."""
+        amount, took = self._ask(least)
+        self.rates.append(amount / took)
+        return self.rates[-1]
+
+    def memory(self) -> int:
+        """The most that the process and its children have held, in bytes."""
+        return int(self._ask("memory"))
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            pipe.close()
+
+    def _ask(self, question: object) -> Any:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        if question is not None:
+            print(json.dumps(question), file=self._process.stdin, flush=True)
+        if not (line := self._process.stdout.readline()):
+            raise InputError(f"a contestant ended with status {self._process.wait()}; what it said stands above")
+        answer = json.loads(line)
+        if isinstance(answer, dict):
+            raise InputError(answer["wrong"])
+        return answer
+
+
+def serve(contests: Mapping[str, Contest[Any]]) -> None:
+    """The contestant's side: makes what it needs, then answers."""
+    kind, name, sizes, threads = json.loads(sys.argv[1])
+    answers, sys.stdout = sys.stdout, sys.stderr  # what a package prints is no answer
+    contest = contests[kind]
+
+    def answer(value: object) -> None:
+        print(json.dumps(value), file=answers, flush=True)
+
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    try:
+        turn = contest.contestants[name](type(contest.sizes)(*sizes))
+        turn()  # what is made once is made before the clock runs
+    except ModuleNotFoundError as error:
+        return answer(f"no package {error.name}")
+    except LeftOut as error:
+        return answer(str(error))
+    except InputError as error:
+        return answer({"wrong": str(error)})
+    answer(None)
+    for line in sys.stdin:
+        question = json.loads(line)
+        if question == "memory":
+            answer(memory())
+            continue
+        start = time.perf_counter()
+        amount = turn()
+        while (took := time.perf_counter() - start) < question:
+            amount += turn()
+        answer([amount, took])
+
+
+def memory() -> int:
+    """The most that this process has held, and with it each of its children, in bytes."""
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    own = largest if sys.platform == "darwin" else largest * 1024
+    return own + sum(map(_most_held, psutil.Process().children(recursive=True)))
+
+
+def _most_held(process: psutil.Process) -> int:
+    """Where the system does not say, what it holds now."""
+    status = Path(f"/proc/{process.pid}/status")
+    if not status.is_file():
+        return int(process.memory_info().rss)
+    [line] = [line for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
+    return int(line.split()[1]) * 1024  # it says kB
+
+
+# ---- for people ------------------------------------------------------------------------------------------------------
+
+
+def markdown(found: Mapping[str, Any]) -> str:
+    """A contest as a table, the ratio to the best peer first."""
+    shape, results = found["shape"], found["results"]
+    peers = [result["median"] for name, result in results.items() if not name.startswith(OURS)]
+    lines = [
+        f"`{found['kind']}`: "
+        + ", ".join(
+            f"{key} {value:,}" if isinstance(value, int) else f"{key} {value}" for key, value in shape.items() if value
+        ),
+        "",
+        f"| | {found['unit']} (lowest to highest) | to the best peer | of the limit | memory |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for name, result in results.items():
+        rates = f"{result['median']:,.1f} ({min(result['rates']):,.1f} to {max(result['rates']):,.1f})"
+        ratio = f"{result['median'] / max(peers):.2f}" if peers else "-"
+        share = "-" if result["of_limit"] is None else f"{100 * result['of_limit']:.0f} %"
+        lines.append(f"| {name} | {rates} | {ratio} | {share} | {result['memory'] / 2**20:,.0f} MB |")
+    limits = found["limits"]
+    lines += ["", f"Limits: {limits['flop_per_s'] / 1e9:.0f} GFLOP/s, {limits['bytes_per_s'] / 1e9:.0f} GB/s."]
+    return "\n".join(lines) + "\n"
+
+
+def draw(found: Mapping[str, Any], path: Path) -> None:
+    """The rates as bars, with the rounds as points on them."""
+    from matplotlib.figure import Figure
+
+    results = found["results"]
+    figure = Figure(figsize=(7, 1 + 0.5 * len(results)), layout="constrained")
+    axes = figure.subplots()
+    names = list(results)[::-1]
+    axes.barh(names, [results[name]["median"] for name in names], color="#8fb1d6")
+    for name in names:
+        axes.plot(results[name]["rates"], [name] * len(results[name]["rates"]), "k.", markersize=4)
+    axes.set_xlabel(found["unit"])
+    figure.savefig(path, dpi=120)

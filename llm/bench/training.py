@@ -1,0 +1,168 @@
+"""The contests `train` and `finetune`: each contestant builds its model and returns its turn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llm.bench.contest import Turn
+from llm.bench.models import Shape, gpt2_config, transformers_config, transformers_gpt2
+from llm.data import Batch, Example, collate_labels, example_batches
+from llm.model import GPT, GPTClassifier
+from llm.train import keep_freed_memory, label_loss, next_token_loss
+
+
+def training_turn(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], shape: Shape) -> Turn:
+    """Forward, backward, clipping and AdamW on one batch, as every one of these projects does it."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1, fused=True)
+    tokens = torch.randint(0, shape.vocab, (shape.batch, shape.context + 1))  # [B, T+1]
+    model.train()
+
+    def turn() -> int:
+        optimizer.zero_grad(set_to_none=True)
+        loss(tokens[:, :-1], tokens[:, 1:]).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        return shape.batch * shape.context
+
+    return turn
+
+
+def train_ours(shape: Shape) -> Turn:
+    keep_freed_memory()
+    model = GPT(gpt2_config(shape))
+
+    def loss(idx: Tensor, targets: Tensor) -> Tensor:
+        total, weight = next_token_loss(model, Batch(idx, targets, []))
+        return total / weight
+
+    return training_turn(model, loss, shape)
+
+
+def train_transformers(shape: Shape) -> Turn:
+    model = transformers_gpt2(shape)
+
+    def loss(idx: Tensor, targets: Tensor) -> Tensor:
+        logits = model(idx, use_cache=False).logits
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    return training_turn(model, loss, shape)
+
+
+def train_litgpt(shape: Shape) -> Turn:
+    """Its GPT-NeoX form: rotary positions in place of learned ones, an output layer of its own."""
+    import litgpt
+    from litgpt.utils import chunked_cross_entropy
+
+    config = litgpt.Config(
+        block_size=shape.context,
+        vocab_size=shape.vocab,
+        padded_vocab_size=shape.vocab,
+        n_layer=shape.layers,
+        n_head=shape.heads,
+        n_embd=shape.width,
+        parallel_residual=False,
+        bias=True,
+    )
+    model = litgpt.GPT(config)
+
+    def loss(idx: Tensor, targets: Tensor) -> Tensor:
+        return cast(Tensor, chunked_cross_entropy(model(idx), targets, chunk_size=128))
+
+    return training_turn(model, loss, shape)
+
+
+def train_book(shape: Shape) -> Turn:
+    """The book's fast model; its output layer is its own."""
+    from llms_from_scratch.ch04 import GPTModelFast
+
+    model = GPTModelFast(
+        {
+            "vocab_size": shape.vocab,
+            "context_length": shape.context,
+            "emb_dim": shape.width,
+            "n_heads": shape.heads,
+            "n_layers": shape.layers,
+            "drop_rate": 0.0,
+            "qkv_bias": True,
+        }
+    )
+
+    def loss(idx: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(model(idx).flatten(0, 1), targets.flatten())
+
+    return training_turn(model, loss, shape)
+
+
+# ---- finetuning ------------------------------------------------------------------------------------------------------
+
+
+LABELS, EXAMPLES = 2, 2048
+
+
+def messages(shape: Shape) -> list[Example]:
+    """As long as short messages are, 4 to `context` tokens and 20 in the middle, with labels at random."""
+    random = torch.Generator().manual_seed(0)
+    lengths = torch.empty(EXAMPLES).log_normal_(3.0, 0.6, generator=random).long().clamp(4, shape.context).tolist()
+    labels = torch.randint(0, LABELS, (EXAMPLES,), generator=random).tolist()
+    ids = [torch.randint(0, shape.vocab, (length,), generator=random).tolist() for length in lengths]
+    return [Example(row, 0, label) for row, label in zip(ids, labels, strict=True)]
+
+
+def last_block_trains(blocks: nn.ModuleList, *others: nn.Module) -> None:
+    for module in (blocks[-1], *others):
+        module.requires_grad_(True)
+
+
+def finetune_ours(shape: Shape) -> Turn:
+    keep_freed_memory()
+    examples = messages(shape)
+    model = GPTClassifier(GPT(gpt2_config(shape)), LABELS)
+    model.requires_grad_(False)
+    last_block_trains(model.gpt.blocks, model.gpt.final_norm, model.head)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
+    batches = example_batches(examples, collate_labels, shape.batch, 1, seed=0)
+    step = 0
+
+    def turn() -> int:
+        nonlocal step
+        [batch] = batches(step)
+        step += 1
+        optimizer.zero_grad(set_to_none=True)
+        loss, weight = label_loss(model, batch)
+        (loss / weight).backward()
+        optimizer.step()
+        return len(batch.rows)
+
+    return turn
+
+
+def finetune_transformers(shape: Shape) -> Turn:
+    """Batches in random order, padded to their longest row, as its Trainer's collator makes them."""
+    import transformers
+
+    examples = messages(shape)
+    config = transformers_config(shape)
+    config.pad_token_id = 0
+    model = transformers.AutoModelForSequenceClassification.from_config(config, attn_implementation="sdpa")
+    model.requires_grad_(False)
+    last_block_trains(model.transformer.h, model.transformer.ln_f, model.score)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
+    random = torch.Generator().manual_seed(0)
+    model.train()
+
+    def turn() -> int:
+        rows = torch.randint(0, len(examples), (shape.batch,), generator=random).tolist()
+        batch = collate_labels(examples, rows)
+        assert batch.lengths is not None
+        mask = (torch.arange(batch.idx.shape[1]) < batch.lengths[:, None]).long()
+        optimizer.zero_grad(set_to_none=True)
+        model(batch.idx, attention_mask=mask, labels=batch.targets).loss.backward()
+        optimizer.step()
+        return len(rows)
+
+    return turn
