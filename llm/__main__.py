@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from llm.bench import KINDS
 from llm.config import InputError
 from llm.display import CONTROLS, one_line, visible
 
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from llm.model import GPT
 
 BENCH_SIZES = {
+    "megabytes": "of text (tokenize)",
+    "processes": "that encode it together (tokenize)",
+    "text": "a text file in place of the sample (tokenize)",
     "layers": "blocks",
     "width": "emb_dim",
     "heads": "of the attention",
@@ -175,10 +179,10 @@ def export(args: argparse.Namespace) -> None:
 
 def bench(args: argparse.Namespace) -> None:
     """Prints a table of how fast this project and its peers do the same."""
+    from llm.bench import contest_of
     from llm.bench.contest import compare, draw, markdown
-    from llm.bench.contests import CONTESTS
 
-    contest = CONTESTS[args.kind]
+    contest = contest_of(args.kind)
     given = {name: value for name in BENCH_SIZES if (value := getattr(args, name)) is not None}
     for name in given:
         if name not in contest.sizes._fields:
@@ -431,18 +435,24 @@ def build_parser() -> argparse.ArgumentParser:
         commands,
         bench,
         "measure speed beside other projects",
-        "Lets this project and those of its peers that are installed (transformers, litgpt, llms-from-scratch) do the "
-        "same in turns, on random weights and data, and prints a table: the median of the rounds, its ratio to the "
-        "best peer, and its share of the machine's own limit, measured in the same rounds.",
+        "Lets this project and those of its peers that are installed (transformers, litgpt, llms-from-scratch; for "
+        "tokenize tiktoken, tokenizers and rustbpe) do the same in turns and prints a table: the median of the rounds, "
+        "its ratio to the best peer, its share of the machine's own limit, measured in the same rounds, and the memory "
+        "of the process. tokenize encodes the sample's text, as often as it takes, with one vocabulary; train and "
+        "finetune make optimizer steps and generate continues prompts, with random weights and data.",
         "python -m llm bench train",
         "python -m llm bench train --vocab 50257 --rounds 7 --out bench",
+        "python -m llm bench tokenize --megabytes 20 --text book.txt",
         "python -m llm bench generate --batch 16 --new 64",
         model_dir=False,
     )
-    command.add_argument("kind", choices=["train", "finetune", "generate"], help="what they do")
+    command.add_argument("kind", choices=KINDS, help="what they do")
     sizes = command.add_argument_group("sizes, where they shall be others than those of the project's own figures")
     for name, meaning in BENCH_SIZES.items():
-        sizes.add_argument(f"--{name}", type=positive, metavar="N", help=meaning)
+        if name == "text":
+            sizes.add_argument("--text", metavar="FILE", help=meaning)
+        else:
+            sizes.add_argument(f"--{name}", type=positive, metavar="N", help=meaning)
     command.add_argument("--only", action="append", metavar="NAME", help="a contestant; may be repeated (default: all)")
     command.add_argument("--rounds", type=positive, default=5, metavar="N", help="turns of each (default: %(default)s)")
     command.add_argument("--seconds", type=float, default=5.0, metavar="X", help="of a turn (default: %(default)s)")

@@ -34,9 +34,10 @@ LAYERS = [
     {"train", "gguf_file"},
     {"weights"},
     {"evaluate", "mlflow_model", "peft", "bench/contest"},
-    {"report", "bench/models"},
+    {"report", "bench/models", "bench/tokenizing"},
     {"bench/training", "bench/decoding"},
-    {"bench/contests"},
+    {"bench/__init__"},
+    {"bench/__main__"},
     {"__main__"},
 ]
 
@@ -46,8 +47,8 @@ def modules(package: str) -> list[Path]:
 
 
 def layer_name(path: Path) -> str:
-    """As LAYERS has it; a package's `__init__` stands for nothing else."""
-    return path.stem if path.stem == "__init__" else path.relative_to(ROOT / "llm").with_suffix("").as_posix()
+    """As LAYERS has it."""
+    return path.relative_to(ROOT / "llm").with_suffix("").as_posix()
 
 
 @lru_cache

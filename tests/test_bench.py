@@ -2,48 +2,128 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from llm.__main__ import BENCH_SIZES, build_parser, main
-from llm.bench.contest import OURS, compare, draw, markdown, of_limit
-from llm.bench.contests import CONTESTS
+from llm.bench import KINDS, contest_of
+from llm.bench.contest import OURS, Cost, compare, draw, markdown, of_limit
 from llm.bench.models import Shape, gpt2_config, transformers_gpt2
+from llm.bench.tokenizing import (
+    Text,
+    read_documents,
+    rustbpe_encoder,
+    tiktoken_encoder,
+    tokenize_ours,
+    tokenizers_encoder,
+)
 from llm.config import InputError
 from llm.model import GPT
+from llm.tokenizer import Tokenizer
 
+STORY = "The cat sat on the mat, number {}. 'Who's there?', it said;\n\nnobody was: \u00e9t\u00e9 2026.  Done."
 TINY = Shape(layers=2, width=16, heads=2, vocab=50, context=16, batch=2, prompt=4, new=4)
 
 
-@pytest.mark.parametrize("kind", CONTESTS)
-def test_all_that_are_installed_take_their_turns(kind: str, tmp_path: Path) -> None:
+@pytest.fixture
+def tiny(tmp_path: Path) -> dict[str, Any]:
+    """Sizes for each contest."""
+    text = tmp_path / "stories.txt"
+    text.write_text("\n\n\n".join(STORY.format(i) for i in range(500)), encoding="utf-8")
+    return dict.fromkeys(KINDS, TINY) | {"tokenize": Text(megabytes=1, vocab=300, processes=2, text=str(text))}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_that_are_installed_take_their_turns(kind: str, tiny: dict[str, Any], tmp_path: Path) -> None:
     said: list[str] = []
-    found = compare(CONTESTS[kind], TINY, rounds=2, least=0.0, say=said.append)
-    present = {"transformers", "transformers, static cache"} & set(CONTESTS[kind].contestants)
-    assert set(found["results"]) >= {OURS} | present
+    contest = contest_of(kind)
+    found = compare(contest, tiny[kind], rounds=2, least=0.0, say=said.append)
+    present = {name for name in contest.contestants if name.startswith((OURS, "transformers", "tiktoken", "rustbpe"))}
+    assert set(found["results"]) >= present
     for name, result in found["results"].items():
         assert len(result["rates"]) == 2 and min(result["rates"]) > 0
         assert result["median"] == pytest.approx(sum(result["rates"]) / 2)
-        assert result["memory"] > 100 * 2**20, "torch alone takes more"
-        assert sum(f"{name}:" in line for line in said) == 2
-    for name in set(CONTESTS[kind].contestants) - set(found["results"]):
-        assert sum(line.startswith(f"{name}: left out, no package ") for line in said) == 1
+        assert result["memory"] > (100 if kind != "tokenize" else 20) * 2**20, "torch or Python alone takes more"
+        assert sum(line.startswith("round") and f" {name}: " in line for line in said) == 2
+    for name in set(contest.contestants) - set(found["results"]):
+        assert sum(line.startswith(f"{name}: left out, ") for line in said) == 1
     table = markdown(found)
     assert table.count("\n|") == 2 + len(found["results"]) and f"| {OURS} |" in table
+    assert ("of the limit" in table) == (kind in ("train", "generate")) == (found["limits"] is not None)
     draw(found, tmp_path / "rates.png")
     assert (tmp_path / "rates.png").stat().st_size > 1000
+    assert json.loads(json.dumps(found)) == found
 
 
-@pytest.mark.parametrize("kind", CONTESTS)
-def test_one_turn_counts_what_it_did(kind: str) -> None:
-    expected = {"train": 2 * 16, "finetune": 2, "generate": 2 * 4}[kind]
-    for name, make in CONTESTS[kind].contestants.items():
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_turn_counts_what_it_did(kind: str, tiny: dict[str, Any]) -> None:
+    expected = {"tokenize": 1.0, "train": 2 * 16, "finetune": 2, "generate": 2 * 4}[kind]
+    for name, make in contest_of(kind).contestants.items():
         try:
-            turn = make(TINY)
+            turn = make(tiny[kind])
         except ModuleNotFoundError:
             continue
-        assert turn() == expected, name
+        assert turn() == pytest.approx(expected, abs=0.05 if kind == "tokenize" else 0), name
+
+
+def test_peers_encode_to_the_same_tokens(tiny: dict[str, Any]) -> None:
+    documents = read_documents(Path(tiny["tokenize"].text))
+    tokenizer = Tokenizer.train(documents, 300)
+    expected = [tokenizer.encode(document) for document in documents]
+    for encoder in (tiktoken_encoder, tokenizers_encoder, rustbpe_encoder):
+        if encoder is tokenizers_encoder:
+            pytest.importorskip("tokenizers")
+        assert list(encoder(tokenizer, documents)(documents)) == expected, encoder.__name__
+
+
+def test_we_encode_every_document_as_often_as_counted(
+    tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a turn has written before it is removed: tokens that decode to all the text."""
+    monkeypatch.setattr("shutil.rmtree", lambda path: None)
+    monkeypatch.setattr("tempfile.mkdtemp", lambda: str(tmp_path))
+    sizes = tiny["tokenize"]
+    amount = tokenize_ours(sizes, processes=1)()
+    tokenizer = Tokenizer.load(tmp_path / "tokenizer")
+    ids = np.concatenate([np.fromfile(path, "<u2") for path in (tmp_path / "shards").glob("*.bin")]).tolist()
+    documents = read_documents(Path(sizes.text))
+    passes = ids.count(tokenizer.eot) / len(documents)
+    assert passes == sizes.passes(documents) and amount == pytest.approx(
+        passes * sum(len(document.encode()) for document in documents) / 1e6
+    )
+    assert sum(map(len, documents)) * passes == len(tokenizer.decode([i for i in ids if i != tokenizer.eot]))
+
+
+def test_memory_counts_the_child_processes(tiny: dict[str, Any]) -> None:
+    contest = contest_of("tokenize")
+    one = f"{OURS}, one process"
+    found = compare(contest, tiny["tokenize"], 1, 0.0, lambda line: None, only=[OURS, one])["results"]
+    assert found[OURS]["memory"] > found[one]["memory"] + 2 * 20 * 2**20, "two more processes with numpy and tiktoken"
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"text": "nowhere.txt"}, "nowhere.txt: not found; name a text file with --text"),
+        ({"vocab": 100_000}, "vocab_size: the training text is too small for 100000 tokens"),
+    ],
+)
+def test_what_a_contestant_finds_wrong_is_one_line(changed: dict[str, Any], message: str, tiny: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=message):
+        compare(contest_of("tokenize"), tiny["tokenize"]._replace(**changed), 1, 0.0, print, only=[OURS])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(b"\xff", "not valid UTF-8"), (b" \n", "empty; name a file with text")]
+)
+def test_a_text_that_is_none_is_one_line(content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "text").write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        read_documents(tmp_path / "text")
 
 
 def test_contestants_train_models_of_one_size() -> None:
@@ -57,11 +137,12 @@ def test_contestants_train_models_of_one_size() -> None:
 def test_the_share_of_the_limit() -> None:
     """A layer of width 16 has 12 * 256 weights in its matrices; the vocabulary 50 * 16."""
     weights = 2 * 12 * 256 + 50 * 16
-    train, generate = CONTESTS["train"].cost, CONTESTS["generate"].cost
-    assert of_limit(train(TINY, OURS), 10.0, 1e6, 1e9) == pytest.approx(10 * 6 * (weights + 2 * 16 * 16) / 1e6)
-    one = generate(TINY._replace(batch=1), OURS)
-    assert of_limit(one, 10.0, 1e9, 1e6) == pytest.approx(10 * 4 * weights / 1e6)
-    assert of_limit(generate(TINY, OURS), 10.0, 1e6, 1e6) is None
+    limit = Cost(flop=1e6, n_bytes=2e6)
+    train, generate = contest_of("train").cost, contest_of("generate").cost
+    assert train is not None and generate is not None
+    assert of_limit(train(TINY, OURS), 10.0, limit) == pytest.approx(10 * 6 * (weights + 2 * 16 * 16) / 1e6)
+    assert of_limit(generate(TINY._replace(batch=1), OURS), 10.0, limit) == pytest.approx(10 * 4 * weights / 2e6)
+    assert of_limit(generate(TINY, OURS), 10.0, limit) is None
 
 
 @pytest.mark.parametrize(
@@ -74,16 +155,22 @@ def test_the_share_of_the_limit() -> None:
 )
 def test_a_shape_that_no_model_has_is_one_line(changed: dict[str, int], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        compare(CONTESTS["train"], TINY._replace(**changed), 1, 0.01, print)
+        compare(contest_of("train"), TINY._replace(**changed), 1, 0.01, print)
 
 
 def test_the_command_line_knows_every_contest_and_size() -> None:
     """It names them itself, so that its help needs no torch."""
-    for kind in CONTESTS:
-        fields = CONTESTS[kind].sizes._fields
-        args = build_parser().parse_args(["bench", kind, *(word for field in fields for word in (f"--{field}", "3"))])
-        assert [getattr(args, field) for field in fields] == [3] * len(fields)
-    assert set(BENCH_SIZES) == {field for contest in CONTESTS.values() for field in contest.sizes._fields}
+    for kind in KINDS:
+        sizes = contest_of(kind).sizes._asdict()
+        words = [word for field, value in sizes.items() for word in (f"--{field}", str(value or 3))]
+        args = build_parser().parse_args(["bench", kind, *words])
+        assert {field: getattr(args, field) for field in sizes} == {field: value or 3 for field, value in sizes.items()}
+    assert set(BENCH_SIZES) == {field for kind in KINDS for field in contest_of(kind).sizes._fields}
+
+
+def test_a_size_of_another_contest_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "tokenize", "--layers", "2"]) == 1
+    assert "--layers is no size of bench tokenize; it has megabytes, vocab, processes, text" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", ["--rounds=0", "--batch=-1", "--seconds=soon"])
@@ -95,7 +182,7 @@ def test_a_wrong_number_is_named(option: str, capsys: pytest.CaptureFixture[str]
 
 
 def test_only_those_named_take_part() -> None:
-    found = compare(CONTESTS["finetune"], TINY, 1, 0.0, lambda line: None, only=[OURS])
+    found = compare(contest_of("finetune"), TINY, 1, 0.0, lambda line: None, only=[OURS])
     assert list(found["results"]) == [OURS]
     with pytest.raises(InputError, match="nobody: takes no part in finetune; those who do: this project, transformers"):
-        compare(CONTESTS["finetune"], TINY, 1, 0.0, print, only=["nobody"])
+        compare(contest_of("finetune"), TINY, 1, 0.0, print, only=["nobody"])

@@ -2,12 +2,13 @@
 
 Each contestant is a process of its own, and they take turns, so that whatever else the machine does meets them all; the
 machine's own limits are measured in the same turns. A contestant whose package is not installed, or that cannot take
-part as it is, is left out by name.
+part as it is, is left out by name. PyTorch is imported where it is used: its memory is no part of what others hold.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import platform
 import resource
@@ -17,16 +18,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import psutil  # type: ignore[import-untyped]
-import torch
 
 from llm.config import InputError
 
 OURS = "this project"  # what the names of our own contestants begin with
+PATIENCE = 5  # seconds that a contestant has to end
 S = TypeVar("S")  # the sizes of a contest, a NamedTuple
 
 Turn = Callable[[], float]  # one turn's work; returns how much it was, in the contest's unit
@@ -49,7 +51,7 @@ class Contest(NamedTuple, Generic[S]):
     sizes: S  # unless somebody says otherwise
     contestants: dict[str, Callable[[S], Turn]]  # each makes what it needs, then returns its turn
     check: Callable[[S], None] = lambda sizes: None  # raises `InputError` for sizes that nobody can have
-    cost: Callable[[S, str], Cost | None] = lambda sizes, name: None  # of a contestant; None where there is no measure
+    cost: Callable[[S, str], Cost | None] | None = None  # of a contestant; None where the limits are no measure
     forms: Mapping[str, S] = {}  # other sizes by name
 
 
@@ -58,6 +60,8 @@ class Contest(NamedTuple, Generic[S]):
 
 def matrix_limit() -> float:
     """The best rate of fp32 matrix products that this process sees, in FLOP/s."""
+    import torch
+
     rates = []
     for rows, inner, columns in ((2048, 384, 1536), (2048, 1536, 384), (1024, 1024, 1024), (2048, 2048, 2048)):
         a, b = torch.randn(rows, inner), torch.randn(inner, columns)
@@ -67,6 +71,8 @@ def matrix_limit() -> float:
 
 def memory_limit() -> float:
     """The rate at which all threads together read memory that no cache holds, in bytes/s."""
+    import torch
+
     numbers = torch.ones(2**27)  # 512 MB
     return max(4 * numbers.numel() / seconds(numbers.sum) for _ in range(5))
 
@@ -90,8 +96,8 @@ def compare(
 ) -> dict[str, Any]:
     """Runs a contest: `rounds` turns of each contestant, or of `only` those named, each of at least `least` seconds.
 
-    Returns a JSON object: sizes, machine, limits (FLOP/s and bytes/s) and, for each contestant that could be had, its
-    rates, their median, its share of the limit and its memory.
+    Returns a JSON object: sizes, machine, limits (FLOP/s and bytes/s, where they are a measure) and, for each
+    contestant that could be had, its rates, their median, its share of the limit and its memory.
     """
     contest.check(sizes)
     for name in only or ():
@@ -106,29 +112,30 @@ def compare(
                 workers[name] = Worker(contest, name, sizes, folder)
                 if workers[name].left_out:
                     worker = workers.pop(name)
-                    worker.kill()
+                    worker.end()
                     say(f"{name}: left out, {worker.left_out}")
             for number in range(rounds):
-                limits.append((matrix_limit(), memory_limit()))
+                if contest.cost is not None:
+                    limits.append((matrix_limit(), memory_limit()))
                 for name, worker in workers.items():
                     say(f"round {number + 1} of {rounds}, {name}: {worker.turn(least):,.1f} {contest.unit}")
             memory = {name: worker.memory() for name, worker in workers.items()}
         finally:
             for worker in workers.values():
-                worker.kill()
-    flops, bandwidth = (statistics.median(values) for values in zip(*limits, strict=True))
+                worker.end()
+    limit = Cost(*(statistics.median(values) for values in zip(*limits, strict=True)))  # a second's worth
     return {
         "kind": contest.kind,
         "unit": contest.unit,
         "shape": sizes._asdict(),
         "machine": machine(),
         "versions": versions(),
-        "limits": {"flop_per_s": flops, "bytes_per_s": bandwidth},
+        "limits": {"flop_per_s": limit.flop, "bytes_per_s": limit.n_bytes} if limits else None,
         "results": {
             name: {
                 "rates": worker.rates,
                 "median": (median := statistics.median(worker.rates)),
-                "of_limit": of_limit(contest.cost(sizes, name), median, flops, bandwidth),
+                "of_limit": of_limit(contest.cost and contest.cost(sizes, name), median, limit),
                 "memory": memory[name],
             }
             for name, worker in workers.items()
@@ -137,16 +144,20 @@ def compare(
 
 
 def machine() -> dict[str, Any]:
+    import torch
+
     return {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
 
 
 def versions() -> dict[str, str]:
+    import torch
+
     return {"python": platform.python_version(), "torch": torch.__version__}
 
 
-def of_limit(cost: Cost | None, rate: float, flops: float, bandwidth: float) -> float | None:
-    """The share of the machine's limit that a rate needs: of its matrix products or of its memory reads."""
-    return None if cost is None else rate * max(cost.flop / flops, cost.n_bytes / bandwidth)
+def of_limit(cost: Cost | None, rate: float, limit: Cost) -> float | None:
+    """The share of what the machine can do in a second, of its matrix products or its memory reads, in `rate` units."""
+    return None if cost is None else rate * max(cost.flop / limit.flop, cost.n_bytes / limit.n_bytes)
 
 
 class Worker:
@@ -154,19 +165,20 @@ class Worker:
 
     def __init__(self, contest: Contest[Any], name: str, sizes: Any, folder: str) -> None:
         """`folder` is where its temporary files go: a process that is killed does not remove them."""
-        job = json.dumps([contest.kind, name, sizes, torch.get_num_threads()])
+        import torch
+
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "llm.bench.contests", job],
+            [sys.executable, "-m", "llm.bench", json.dumps([contest.kind, name, sizes])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "TMPDIR": folder},
+            env={**os.environ, "TMPDIR": folder, "OMP_NUM_THREADS": str(torch.get_num_threads())},
         )
         self.rates: list[float] = []  # of each turn
         try:
             self.left_out: str | None = self._ask(None)
         except InputError:
-            self.kill()
+            self.end()
             raise
 
     def turn(self, least: float) -> float:
@@ -179,12 +191,16 @@ class Worker:
         """The most that the process and its children have held, in bytes."""
         return int(self._ask("memory"))
 
-    def kill(self) -> None:
-        self._process.kill()
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            assert pipe is not None
-            pipe.close()
+    def end(self) -> None:
+        """No more questions end it; what does not end by itself is killed."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(timeout=PATIENCE)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process.stdout.close()
 
     def _ask(self, question: object) -> Any:
         assert self._process.stdin is not None and self._process.stdout is not None
@@ -198,17 +214,13 @@ class Worker:
         return answer
 
 
-def serve(contests: Mapping[str, Contest[Any]]) -> None:
+def serve(contest: Contest[Any], name: str, sizes: list[Any]) -> None:
     """The contestant's side: makes what it needs, then answers."""
-    kind, name, sizes, threads = json.loads(sys.argv[1])
     answers, sys.stdout = sys.stdout, sys.stderr  # what a package prints is no answer
-    contest = contests[kind]
 
     def answer(value: object) -> None:
         print(json.dumps(value), file=answers, flush=True)
 
-    torch.set_num_threads(threads)
-    torch.manual_seed(0)
     try:
         turn = contest.contestants[name](type(contest.sizes)(*sizes))
         turn()  # what is made once is made before the clock runs
@@ -229,6 +241,12 @@ def serve(contests: Mapping[str, Contest[Any]]) -> None:
         while (took := time.perf_counter() - start) < question:
             amount += turn()
         answer([amount, took])
+
+
+def apart(work: Callable[..., object], *arguments: object) -> None:
+    """Runs something in a process that then ends, so that its memory is none of this one's."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        pool.submit(work, *arguments).result()
 
 
 def memory() -> int:
@@ -254,23 +272,31 @@ def markdown(found: Mapping[str, Any]) -> str:
     """A contest as a table, the ratio to the best peer first."""
     shape, results = found["shape"], found["results"]
     peers = [result["median"] for name, result in results.items() if not name.startswith(OURS)]
+    limits = found["limits"]
+    header = ["", f"{found['unit']} (lowest to highest)", "to the best peer", *(["of the limit"] if limits else [])]
     lines = [
-        f"`{found['kind']}`: "
-        + ", ".join(
-            f"{key} {value:,}" if isinstance(value, int) else f"{key} {value}" for key, value in shape.items() if value
-        ),
+        f"`{found['kind']}`: " + ", ".join(size(key, value) for key, value in shape.items() if value),
         "",
-        f"| | {found['unit']} (lowest to highest) | to the best peer | of the limit | memory |",
-        "|---|---:|---:|---:|---:|",
+        table_row(*header, "memory"),
+        "|---|" + "---:|" * len(header),
     ]
     for name, result in results.items():
-        rates = f"{result['median']:,.1f} ({min(result['rates']):,.1f} to {max(result['rates']):,.1f})"
-        ratio = f"{result['median'] / max(peers):.2f}" if peers else "-"
-        share = "-" if result["of_limit"] is None else f"{100 * result['of_limit']:.0f} %"
-        lines.append(f"| {name} | {rates} | {ratio} | {share} | {result['memory'] / 2**20:,.0f} MB |")
-    limits = found["limits"]
-    lines += ["", f"Limits: {limits['flop_per_s'] / 1e9:.0f} GFLOP/s, {limits['bytes_per_s'] / 1e9:.0f} GB/s."]
+        cells = [f"{result['median']:,.1f} ({min(result['rates']):,.1f} to {max(result['rates']):,.1f})"]
+        cells.append(f"{result['median'] / max(peers):.2f}" if peers else "-")
+        if limits:
+            cells.append("-" if result["of_limit"] is None else f"{100 * result['of_limit']:.0f} %")
+        lines.append(table_row(name, *cells, f"{result['memory'] / 2**20:,.0f} MB"))
+    if limits:
+        lines += ["", f"Limits: {limits['flop_per_s'] / 1e9:.0f} GFLOP/s, {limits['bytes_per_s'] / 1e9:.0f} GB/s."]
     return "\n".join(lines) + "\n"
+
+
+def table_row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def size(name: str, value: int | str) -> str:
+    return f"{name} {value:,}" if isinstance(value, int) else f"{name} {value}"
 
 
 def draw(found: Mapping[str, Any], path: Path) -> None:

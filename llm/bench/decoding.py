@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
-from llm.bench.contest import Turn
-from llm.bench.models import Shape, gpt2_config, transformers_gpt2
+from llm.bench.contest import OURS, Contest, Turn
+from llm.bench.models import Shape, check_shape, decoding_cost, gpt2_config, transformers_gpt2
 from llm.generate import generate
 from llm.model import GPT
 
@@ -34,3 +36,17 @@ def generate_transformers(shape: Shape, cache: str = "dynamic") -> Turn:
         return int(found.shape[0] * (found.shape[1] - shape.prompt))
 
     return turn
+
+
+GENERATE = Contest(
+    "generate",
+    "tokens/s",
+    Shape(layers=12, width=768, heads=12, vocab=50257, context=1024, batch=1, prompt=64, new=256),
+    {
+        OURS: generate_ours,
+        "transformers": generate_transformers,
+        "transformers, static cache": partial(generate_transformers, cache="static"),
+    },
+    check_shape,
+    decoding_cost,
+)

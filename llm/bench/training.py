@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llm.bench.contest import Turn
-from llm.bench.models import Shape, gpt2_config, transformers_config, transformers_gpt2
+from llm.bench.contest import OURS, Contest, Turn
+from llm.bench.models import Shape, check_shape, gpt2_config, training_cost, transformers_config, transformers_gpt2
 from llm.data import Batch, Example, collate_labels, example_batches
 from llm.model import GPT, GPTClassifier
 from llm.train import keep_freed_memory, label_loss, next_token_loss
@@ -166,3 +166,23 @@ def finetune_transformers(shape: Shape) -> Turn:
         return len(rows)
 
     return turn
+
+
+# ---- contests --------------------------------------------------------------------------------------------------------
+
+
+TRAIN = Contest(
+    "train",
+    "tokens/s",
+    Shape(layers=6, width=384, heads=6, vocab=8192, context=256, batch=8),
+    {OURS: train_ours, "transformers": train_transformers, "litgpt": train_litgpt, "the book": train_book},
+    check_shape,
+    training_cost,
+)
+FINETUNE = Contest(
+    "finetune",
+    "examples/s",
+    Shape(layers=12, width=384, heads=6, vocab=8192, context=256, batch=16),
+    {OURS: finetune_ours, "transformers": finetune_transformers},
+    check_shape,
+)
