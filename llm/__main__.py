@@ -32,6 +32,8 @@ BENCH_SIZES = {
     "layers": "blocks",
     "width": "emb_dim",
     "heads": "of the attention",
+    "kv_heads": "of its keys and values (generate, form llama)",
+    "ffn": "width of the feed-forward layers (generate, form llama)",
     "vocab": "tokens of the vocabulary",
     "context": "tokens of a row",
     "batch": "rows",
@@ -183,13 +185,17 @@ def bench(args: argparse.Namespace) -> None:
     from llm.bench.contest import compare, draw, markdown
 
     contest = contest_of(args.kind)
+    if args.form is not None and args.form not in contest.forms:
+        raise InputError(f"--form {args.form}: bench {args.kind} has no other form than GPT-2's")
     given = {name: value for name in BENCH_SIZES if (value := getattr(args, name)) is not None}
     for name in given:
         if name not in contest.sizes._fields:
-            raise InputError(f"--{name} is no size of bench {args.kind}; it has {', '.join(contest.sizes._fields)}")
+            known = ", ".join(option(field) for field in contest.sizes._fields if field in BENCH_SIZES)
+            raise InputError(f"--{option(name)} is no size of bench {args.kind}; it has {known}")
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
-    found = compare(contest, contest.sizes._replace(**given), args.rounds, args.seconds, note, args.only)
+    sizes = contest.forms.get(args.form, contest.sizes)._replace(**given)
+    found = compare(contest, sizes, args.rounds, args.seconds, note, args.only)
     if args.out is not None:
         (args.out / f"{args.kind}.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
         draw(found, args.out / f"{args.kind}.png")
@@ -436,14 +442,17 @@ def build_parser() -> argparse.ArgumentParser:
         bench,
         "measure speed beside other projects",
         "Lets this project and those of its peers that are installed (transformers, litgpt, llms-from-scratch; for "
-        "tokenize tiktoken, tokenizers and rustbpe) do the same in turns and prints a table: the median of the rounds, "
-        "its ratio to the best peer, its share of the machine's own limit, measured in the same rounds, and the memory "
-        "of the process. tokenize encodes the sample's text, as often as it takes, with one vocabulary; train and "
-        "finetune make optimizer steps and generate continues prompts, with random weights and data.",
+        "generate llama.cpp as xllamacpp; for tokenize tiktoken, tokenizers and rustbpe) do the same in turns, and "
+        "prints a table: the median of the rounds, its ratio to the best peer, its share of the machine's own limit, "
+        "measured in the same rounds, and the memory of the process. tokenize encodes the sample's text, as often as "
+        "it takes, with one vocabulary; train and finetune make optimizer steps; generate continues prompts, with "
+        "random weights: the rows of a batch have different lengths, at most --prompt and --new, and what was asked "
+        "for counts.",
         "python -m llm bench train",
         "python -m llm bench train --vocab 50257 --rounds 7 --out bench",
         "python -m llm bench tokenize --megabytes 20 --text book.txt",
         "python -m llm bench generate --batch 16 --new 64",
+        'python -m llm bench generate --form llama --only "this project" --only "llama.cpp, Q8_0"',
         model_dir=False,
     )
     command.add_argument("kind", choices=KINDS, help="what they do")
@@ -452,12 +461,21 @@ def build_parser() -> argparse.ArgumentParser:
         if name == "text":
             sizes.add_argument("--text", metavar="FILE", help=meaning)
         else:
-            sizes.add_argument(f"--{name}", type=positive, metavar="N", help=meaning)
+            sizes.add_argument(f"--{option(name)}", type=positive, metavar="N", help=meaning)
+    command.add_argument(
+        "--form",
+        choices=["gpt2", "llama"],
+        help="of generate: GPT-2 124M's (default) or SmolLM2-135M's, sizes included",
+    )
     command.add_argument("--only", action="append", metavar="NAME", help="a contestant; may be repeated (default: all)")
     command.add_argument("--rounds", type=positive, default=5, metavar="N", help="turns of each (default: %(default)s)")
     command.add_argument("--seconds", type=float, default=5.0, metavar="X", help="of a turn (default: %(default)s)")
     command.add_argument("--out", type=Path, metavar="DIR", help="where to leave the figures as JSON and a picture")
     return parser
+
+
+def option(field: str) -> str:
+    return field.replace("_", "-")
 
 
 def positive(text: str) -> int:

@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from llm.__main__ import BENCH_SIZES, build_parser, main
 from llm.bench import KINDS, contest_of
-from llm.bench.contest import OURS, Cost, compare, draw, markdown, of_limit
-from llm.bench.models import Shape, gpt2_config, transformers_gpt2
+from llm.bench.contest import OURS, Cost, LeftOut, compare, draw, markdown, of_limit
+from llm.bench.decoding import BYTES_PER_WEIGHT, END, FORMS, Endings, requests
+from llm.bench.models import Shape, check_shape, gpt_config, transformers_model
 from llm.bench.tokenizing import (
     Text,
     read_documents,
@@ -22,6 +24,7 @@ from llm.bench.tokenizing import (
     tokenizers_encoder,
 )
 from llm.config import InputError
+from llm.generate import generate
 from llm.model import GPT
 from llm.tokenizer import Tokenizer
 
@@ -34,22 +37,30 @@ def tiny(tmp_path: Path) -> dict[str, Any]:
     """Sizes for each contest."""
     text = tmp_path / "stories.txt"
     text.write_text("\n\n\n".join(STORY.format(i) for i in range(500)), encoding="utf-8")
-    return dict.fromkeys(KINDS, TINY) | {"tokenize": Text(megabytes=1, vocab=300, processes=2, text=str(text))}
+    return {
+        "tokenize": Text(megabytes=1, vocab=300, processes=2, text=str(text)),
+        "train": TINY,
+        "finetune": TINY,
+        "generate": TINY._replace(width=32, vocab=300, context=64, batch=3, prompt=9, new=7),
+    }
+
+
+COMPILED = "transformers, compiled"  # which takes a minute: not in a process of its own here
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_that_are_installed_take_their_turns(kind: str, tiny: dict[str, Any], tmp_path: Path) -> None:
     said: list[str] = []
     contest = contest_of(kind)
-    found = compare(contest, tiny[kind], rounds=2, least=0.0, say=said.append)
-    present = {name for name in contest.contestants if name.startswith((OURS, "transformers", "tiktoken", "rustbpe"))}
-    assert set(found["results"]) >= present
+    names = [name for name in contest.contestants if name != COMPILED]
+    found = compare(contest, tiny[kind], rounds=2, least=0.0, say=said.append, only=names)
+    assert set(found["results"]) >= {name for name in names if name not in ("litgpt", "the book")}
     for name, result in found["results"].items():
         assert len(result["rates"]) == 2 and min(result["rates"]) > 0
         assert result["median"] == pytest.approx(sum(result["rates"]) / 2)
         assert result["memory"] > (100 if kind != "tokenize" else 20) * 2**20, "torch or Python alone takes more"
         assert sum(line.startswith("round") and f" {name}: " in line for line in said) == 2
-    for name in set(contest.contestants) - set(found["results"]):
+    for name in set(names) - set(found["results"]):
         assert sum(line.startswith(f"{name}: left out, ") for line in said) == 1
     table = markdown(found)
     assert table.count("\n|") == 2 + len(found["results"]) and f"| {OURS} |" in table
@@ -61,13 +72,88 @@ def test_all_that_are_installed_take_their_turns(kind: str, tiny: dict[str, Any]
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_turn_counts_what_it_did(kind: str, tiny: dict[str, Any]) -> None:
-    expected = {"tokenize": 1.0, "train": 2 * 16, "finetune": 2, "generate": 2 * 4}[kind]
+    asked = sum(requests(tiny["generate"]).new)
+    expected = {"tokenize": 1.0, "train": 2 * 16, "finetune": 2, "generate": asked}[kind]
     for name, make in contest_of(kind).contestants.items():
+        if name == COMPILED:
+            continue
         try:
             turn = make(tiny[kind])
         except ModuleNotFoundError:
             continue
         assert turn() == pytest.approx(expected, abs=0.05 if kind == "tokenize" else 0), name
+
+
+def test_rows_of_a_batch_have_different_lengths() -> None:
+    shape = TINY._replace(batch=50, prompt=9, new=6)
+    prompts, new = requests(shape)
+    assert {len(prompt) for prompt in prompts} == set(range(5, 10)) and set(new) == set(range(3, 7))
+    assert requests(shape) == (prompts, new), "the same for every contestant"
+    [prompt], [n] = requests(shape._replace(batch=1))
+    assert (len(prompt), n) == (9, 6)
+
+
+def test_our_rows_end_when_they_have_their_tokens() -> None:
+    """Without the hook, a row that happened to say END would be short; the others are continued as they would be."""
+    model = GPT(gpt_config(TINY))
+    torch.nn.init.normal_(model.tok_emb.weight)  # all kinds of tokens
+    prompts, new = [[1, 2, 3], [4], [5, 6]], [2, 5, 1]
+    plain = generate(model, prompts, max_new_tokens=5)
+    assert all(END not in row for row in plain)
+    endings = Endings(new)
+    model.lm_head.register_forward_hook(endings)
+    for _ in range(2):
+        endings.begin()
+        found = generate(model, prompts, max_new_tokens=5, stop={END})
+        assert found == [row[:n] for row, n in zip(plain, new, strict=True)]
+
+
+def test_transformers_is_compiled_where_that_is_possible(monkeypatch: pytest.MonkeyPatch) -> None:
+    transformers = pytest.importorskip("transformers")
+    calls: list[int] = []
+
+    def compiled(forward: Any) -> Any:
+        def run(*arguments: Any, **options: Any) -> Any:
+            calls.append(1)
+            return forward(*arguments, **options)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    make = contest_of("generate").contestants[COMPILED]
+    shape = TINY._replace(prompt=4, new=4)
+    turn = make(shape)
+    before = len(calls)
+    assert turn() == sum(requests(shape).new)
+    assert len(calls) - before == max(requests(shape).new), transformers.__version__
+
+    def fails(*arguments: Any, **options: Any) -> None:
+        raise RuntimeError("no C++ compiler\nmore about it")
+
+    monkeypatch.setattr(torch, "compile", lambda forward: fails)
+    with pytest.raises(LeftOut, match=r"^torch.compile failed: no C\+\+ compiler$"):
+        make(shape)
+
+
+def test_who_cannot_take_part_is_left_out_by_name() -> None:
+    said: list[str] = []
+    contest = contest_of("generate")
+    names = [OURS, "transformers, continuous", "llama.cpp, F32"]
+    found = compare(contest, TINY._replace(batch=1), 1, 0.0, said.append, only=names)
+    assert list(found["results"]) == [OURS]
+    assert said[:2] == [
+        "transformers, continuous: left out, a single row is no batch",
+        "llama.cpp, F32: left out, a GGUF file needs a vocabulary of 258",
+    ]
+
+
+def test_the_forms_are_those_of_the_open_models() -> None:
+    """GPT-2 124M and SmolLM2-135M have so many parameters."""
+    expected = {"gpt2": 124_439_808, "llama": 134_515_008}
+    for name, shape in FORMS.items():
+        check_shape(shape)
+        with torch.device("meta"):
+            assert sum(p.numel() for p in GPT(gpt_config(shape)).parameters()) == expected[name]
 
 
 def test_peers_encode_to_the_same_tokens(tiny: dict[str, Any]) -> None:
@@ -127,22 +213,27 @@ def test_a_text_that_is_none_is_one_line(content: bytes, message: str, tmp_path:
 
 
 def test_contestants_train_models_of_one_size() -> None:
-    sizes = {
-        "ours": sum(p.numel() for p in GPT(gpt2_config(TINY)).parameters()),
-        "transformers": sum(p.numel() for p in transformers_gpt2(TINY).parameters()),
-    }
-    assert len(set(sizes.values())) == 1, sizes
+    for shape in (TINY, TINY._replace(heads=4, kv_heads=2, ffn=24, form="llama")):
+        sizes = {
+            "ours": sum(p.numel() for p in GPT(gpt_config(shape)).parameters()),
+            "transformers": sum(p.numel() for p in transformers_model(shape).parameters()),
+        }
+        assert len(set(sizes.values())) == 1, sizes
 
 
 def test_the_share_of_the_limit() -> None:
     """A layer of width 16 has 12 * 256 weights in its matrices; the vocabulary 50 * 16."""
     weights = 2 * 12 * 256 + 50 * 16
     limit = Cost(flop=1e6, n_bytes=2e6)
-    train, generate = contest_of("train").cost, contest_of("generate").cost
-    assert train is not None and generate is not None
+    train, decode = contest_of("train").cost, contest_of("generate").cost
+    assert train is not None and decode is not None
     assert of_limit(train(TINY, OURS), 10.0, limit) == pytest.approx(10 * 6 * (weights + 2 * 16 * 16) / 1e6)
-    assert of_limit(generate(TINY._replace(batch=1), OURS), 10.0, limit) == pytest.approx(10 * 4 * weights / 2e6)
-    assert of_limit(generate(TINY, OURS), 10.0, limit) is None
+    assert of_limit(decode(TINY._replace(batch=1), OURS), 10.0, limit) == pytest.approx(10 * 4 * weights / 2e6)
+    assert of_limit(decode(TINY, OURS), 10.0, limit) is None
+    one, quantised = (decode(TINY._replace(batch=1), name) for name in (OURS, "llama.cpp, Q8_0"))
+    assert one is not None and quantised is not None
+    assert quantised.n_bytes / one.n_bytes == pytest.approx((32 + 2) / 128), "32 bytes and a half-precision scale"
+    assert set(BYTES_PER_WEIGHT) <= set(contest_of("generate").contestants)
 
 
 @pytest.mark.parametrize(
@@ -150,6 +241,8 @@ def test_the_share_of_the_limit() -> None:
     [
         ({"heads": 3}, "width 16 must be a multiple of heads 3"),
         ({"new": 13}, "must fit into context 16"),
+        ({"kv_heads": 1}, "kv_heads and ffn are sizes of the form llama"),
+        ({"form": "llama", "heads": 4, "kv_heads": 3}, "n_heads 4 must be a multiple of n_kv_heads 3"),
         ({"vocab": 10**8}, "vocab_size: input should be less than or equal to 16777216"),
     ],
 )
@@ -162,10 +255,10 @@ def test_the_command_line_knows_every_contest_and_size() -> None:
     """It names them itself, so that its help needs no torch."""
     for kind in KINDS:
         sizes = contest_of(kind).sizes._asdict()
-        words = [word for field, value in sizes.items() for word in (f"--{field}", str(value or 3))]
+        words = [word for field, value in sizes.items() for word in (f"--{field.replace('_', '-')}", str(value or 3))]
         args = build_parser().parse_args(["bench", kind, *words])
         assert {field: getattr(args, field) for field in sizes} == {field: value or 3 for field, value in sizes.items()}
-    assert set(BENCH_SIZES) == {field for kind in KINDS for field in contest_of(kind).sizes._fields}
+    assert set(BENCH_SIZES) == {field for kind in KINDS for field in contest_of(kind).sizes._fields} - {"form"}
 
 
 def test_a_size_of_another_contest_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -186,3 +279,16 @@ def test_only_those_named_take_part() -> None:
     assert list(found["results"]) == [OURS]
     with pytest.raises(InputError, match="nobody: takes no part in finetune; those who do: this project, transformers"):
         compare(contest_of("finetune"), TINY, 1, 0.0, print, only=["nobody"])
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("train --form llama", "--form llama: bench train has no other form than GPT-2's"),
+        ("generate --form llama --heads 5", "width 576 must be a multiple of heads 5"),
+        ("generate --heads 5", "width 768 must be a multiple of heads 5"),
+    ],
+)
+def test_a_form_brings_its_sizes(command: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", *command.split()]) == 1
+    assert message in capsys.readouterr().err

@@ -1,52 +1,244 @@
-"""The contest `generate`: each contestant builds its model and returns its turn."""
+"""The contest `generate`: prompts are continued, greedily, one alone or several together.
+
+Rows of a batch have prompts and continuations of different lengths, as they have in earnest. What counts is the tokens
+that were asked for: who cannot let a row end before the longest one makes the others too, in vain.
+
+Shapes: B rows still being continued, V vocab_size.
+"""
 
 from __future__ import annotations
 
+import math
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor, nn
 
-from llm.bench.contest import OURS, Contest, Turn
-from llm.bench.models import Shape, check_shape, decoding_cost, gpt2_config, transformers_gpt2
+from llm.bench.contest import OURS, Contest, Cost, LeftOut, Turn, apart
+from llm.bench.models import Shape, check_shape, gpt_config, matrix_weights, transformers_model
 from llm.generate import generate
+from llm.gguf_file import FileType, export_gguf
 from llm.model import GPT
+from llm.tokenizer import END_OF_TEXT, GPT2_PATTERN, Tokenizer
+
+END = 0  # the token that ends a row
+
+
+class Requests(NamedTuple):
+    prompts: list[list[int]]
+    new: list[int]  # tokens that each row is continued by
+
+
+def requests(shape: Shape) -> Requests:
+    """A single row has the whole prompt and continuation, those of a batch at least half of them."""
+    random = torch.Generator().manual_seed(0)
+
+    def lengths(longest: int) -> list[int]:
+        least = longest if shape.batch == 1 else (longest + 1) // 2
+        drawn: list[int] = torch.randint(least, longest + 1, (shape.batch,), generator=random).tolist()
+        return drawn
+
+    prompts = [torch.randint(0, shape.vocab, (n,), generator=random).tolist() for n in lengths(shape.prompt)]
+    return Requests(prompts, lengths(shape.new))
+
+
+# ---- this project ----------------------------------------------------------------------------------------------------
+
+
+class Endings:
+    """Has an output layer say END for each row when it has its tokens, and never before: random weights know no end.
+
+    To be called behind each call of the layer, with the rows that are still being continued, in their order.
+    """
+
+    def __init__(self, new: Sequence[int]) -> None:
+        self.new = list(new)
+        self.left: list[int] = []  # tokens that the rows still lack
+
+    def begin(self) -> None:
+        self.left = list(self.new)
+
+    def __call__(self, layer: nn.Module, inputs: object, logits: Tensor) -> None:
+        """Logits [B, V]."""
+        logits[:, END] = torch.tensor([-math.inf if left else math.inf for left in self.left])
+        self.left = [left - 1 for left in self.left if left]
 
 
 def generate_ours(shape: Shape) -> Turn:
-    model = GPT(gpt2_config(shape))
-    prompts = torch.randint(0, shape.vocab, (shape.batch, shape.prompt)).tolist()
-    return lambda: sum(map(len, generate(model, prompts, max_new_tokens=shape.new)))
-
-
-def generate_transformers(shape: Shape, cache: str = "dynamic") -> Turn:
-    model = transformers_gpt2(shape).eval()
-    prompts = torch.randint(0, shape.vocab, (shape.batch, shape.prompt))
+    model = GPT(gpt_config(shape))
+    prompts, new = requests(shape)
+    endings = Endings(new)
+    model.lm_head.register_forward_hook(endings)
 
     def turn() -> int:
-        found = model.generate(
-            prompts,
-            attention_mask=torch.ones_like(prompts),
-            max_new_tokens=shape.new,
-            min_new_tokens=shape.new,
-            do_sample=False,
-            pad_token_id=0,
-            cache_implementation=cache,
-            disable_compile=True,
-        )
-        return int(found.shape[0] * (found.shape[1] - shape.prompt))
+        endings.begin()
+        return sum(map(len, generate(model, prompts, max_new_tokens=max(new), stop={END})))
 
     return turn
 
 
+# ---- transformers ----------------------------------------------------------------------------------------------------
+
+
+def generate_transformers(shape: Shape, cache: str = "dynamic", compiled: bool = False) -> Turn:
+    """A batch is padded at the left and goes on until its longest row ends."""
+    model = transformers_model(shape).eval()
+    if compiled:
+        model.forward = torch.compile(model.forward)
+    prompts, new = requests(shape)
+    width = max(map(len, prompts))
+    idx = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])  # [B, T]
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])  # [B, T]
+
+    def turn() -> int:
+        found = model.generate(
+            idx,
+            attention_mask=mask,
+            max_new_tokens=max(new),
+            do_sample=False,
+            pad_token_id=0,
+            cache_implementation=cache,
+            disable_compile=True,  # by generate itself, which does it on GPUs only
+        )
+        assert found.shape == (len(new), width + max(new))
+        return sum(new)
+
+    if compiled:
+        try:
+            turn()
+        except Exception as error:  # of the compiler's many classes
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise LeftOut(f"torch.compile failed: {reason}") from None
+    return turn
+
+
+PAGE = 256  # tokens for which the cache of continuous batching has room in a block
+
+
+def generate_transformers_continuous(shape: Shape) -> Turn:
+    """Its continuous batching: a row that has its tokens leaves."""
+    import transformers
+
+    if shape.batch == 1:
+        raise LeftOut("a single row is no batch")
+    if not hasattr(transformers, "ContinuousBatchingConfig"):
+        raise LeftOut("this version of transformers has no continuous batching")
+    prompts, new = requests(shape)
+    model = transformers_model(shape).eval()
+    blocks = sum(math.ceil((len(prompt) + n) / PAGE) for prompt, n in zip(prompts, new, strict=True))
+    config = transformers.ContinuousBatchingConfig(
+        page_size=PAGE, num_blocks=blocks + 1, max_batch_tokens=sum(map(len, prompts)), allow_block_sharing=False
+    )
+    greedy = transformers.GenerationConfig(do_sample=False, pad_token_id=0, eos_token_id=-1, max_new_tokens=max(new))
+
+    def turn() -> int:
+        made: list[int] = []
+        with model.continuous_batching_context_manager(
+            greedy, continuous_batching_config=config, persistent_manager=True, warmup=False
+        ) as manager:
+            for prompt, n in zip(prompts, new, strict=True):
+                manager.add_request(prompt, max_new_tokens=n)
+            while len(made) < len(prompts):
+                row = manager.get_result(timeout=1)
+                if row is not None and row.error is not None:
+                    raise LeftOut(f"continuous batching failed: {row.error}")
+                if row is not None and row.is_finished():
+                    made.append(len(row.generated_tokens))
+                elif row is None and not manager.is_running():
+                    raise LeftOut("continuous batching does not run here; what it said stands above")
+        return sum(made)
+
+    return turn
+
+
+# ---- llama.cpp -------------------------------------------------------------------------------------------------------
+
+
+BYTES_ALONE = Tokenizer([*(bytes([byte]) for byte in range(256)), b"th"], GPT2_PATTERN, {END_OF_TEXT: 257})
+# A GGUF file must have a vocabulary with a merge; the rest of its tokens are spare.
+
+
+def write_gguf(shape: Shape, path: Path, weights: FileType) -> None:
+    """A model with random weights, by our own export."""
+    from llm.checkpoint import language_model
+
+    export_gguf(language_model(GPT(gpt_config(shape)), BYTES_ALONE, None, None), path, weights)
+
+
+def generate_llama_cpp(shape: Shape, weights: FileType) -> Turn:
+    """As its server does it: all rows at once, each with a place of its own; tokens come back as text."""
+    import gguf  # noqa: F401  (the export needs it)
+    import xllamacpp
+
+    if shape.vocab < BYTES_ALONE.vocab_size:
+        raise LeftOut(f"a GGUF file needs a vocabulary of {BYTES_ALONE.vocab_size}")
+    prompts, new = requests(shape)
+    path = Path(tempfile.mkdtemp()) / "model.gguf"
+    apart(write_gguf, shape, path, weights)
+    params = xllamacpp.CommonParams()
+    params.model.path = str(path)
+    params.n_parallel, params.n_ctx = shape.batch, shape.batch * (shape.prompt + shape.new + 1)
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
+    params.n_gpu_layers, params.fit_params, params.verbosity = 0, False, 0
+    server = xllamacpp.Server(params)
+    callers = ThreadPoolExecutor(shape.batch)
+
+    def complete(prompt: list[int], n: int) -> int:
+        request: dict[str, Any] = {"prompt": prompt, "n_predict": n, "ignore_eos": True, "cache_prompt": False}
+        reply = server.handle_completions({**request, "temperature": 0})
+        return int(reply["usage"]["completion_tokens"])
+
+    return lambda: sum(callers.map(complete, prompts, new))
+
+
+# ---- the contest -----------------------------------------------------------------------------------------------------
+
+
+BYTES_PER_WEIGHT = {"llama.cpp, Q8_0": 34 / 32}  # a block of 32 has a scale of two bytes; elsewhere fp32
+
+
+def decoding_cost(shape: Shape, name: str) -> Cost | None:
+    """A new token of a single row reads every weight once; rows of a batch share what they read."""
+    if shape.batch > 1:
+        return None
+    return Cost(n_bytes=BYTES_PER_WEIGHT.get(name, 4) * matrix_weights(gpt_config(shape)))
+
+
+FORMS = {  # GPT-2 124M's and SmolLM2-135M's
+    "gpt2": Shape(layers=12, width=768, heads=12, vocab=50257, context=1024, batch=1, prompt=64, new=256),
+    "llama": Shape(
+        layers=30,
+        width=576,
+        heads=9,
+        vocab=49152,
+        context=2048,
+        batch=1,
+        prompt=64,
+        new=256,
+        kv_heads=3,
+        ffn=1536,
+        form="llama",
+    ),
+}
 GENERATE = Contest(
     "generate",
     "tokens/s",
-    Shape(layers=12, width=768, heads=12, vocab=50257, context=1024, batch=1, prompt=64, new=256),
+    FORMS["gpt2"],
     {
         OURS: generate_ours,
         "transformers": generate_transformers,
         "transformers, static cache": partial(generate_transformers, cache="static"),
+        "transformers, compiled": partial(generate_transformers, cache="static", compiled=True),
+        "transformers, continuous": generate_transformers_continuous,
+        "llama.cpp, F32": partial(generate_llama_cpp, weights="f32"),
+        "llama.cpp, Q8_0": partial(generate_llama_cpp, weights="q8_0"),
     },
     check_shape,
     decoding_cost,
+    FORMS,
 )

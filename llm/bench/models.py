@@ -8,11 +8,14 @@ from pydantic import ValidationError
 
 from llm.bench.contest import Cost
 from llm.config import GPTConfig, InputError, explain
-from llm.weights import GPT2Form
+from llm.weights import GPT2Form, LlamaForm
 
 
 class Shape(NamedTuple):
-    """What all contestants run: GPT-2's form, `batch` rows of `context` tokens, `new` tokens behind `prompt` ones."""
+    """What all contestants run: `batch` rows of `context` tokens, `new` tokens behind `prompt` ones.
+
+    The form is GPT-2's or Llama's, of which alone `kv_heads` and `ffn` are; 0: `heads` and four times the width.
+    """
 
     layers: int
     width: int
@@ -22,36 +25,52 @@ class Shape(NamedTuple):
     batch: int
     prompt: int = 0
     new: int = 0
+    kv_heads: int = 0
+    ffn: int = 0
+    form: str = "gpt2"
 
 
-def gpt2_config(shape: Shape) -> GPTConfig:
-    """GPT-2's form, which all of them can take."""
-    form = GPT2Form(
+def open_form(shape: Shape) -> GPT2Form | LlamaForm:
+    """The form in transformers' words."""
+    if shape.form == "llama":
+        return LlamaForm(
+            model_type="llama",
+            vocab_size=shape.vocab,
+            max_position_embeddings=shape.context,
+            hidden_size=shape.width,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads,
+            num_key_value_heads=shape.kv_heads or shape.heads,
+            intermediate_size=shape.ffn or 4 * shape.width,
+            rms_norm_eps=1e-5,
+            rope_theta=100000.0,
+            tie_word_embeddings=True,
+        )
+    return GPT2Form(
+        model_type="gpt2",
         vocab_size=shape.vocab,
         n_positions=shape.context,
         n_embd=shape.width,
         n_layer=shape.layers,
         n_head=shape.heads,
     )
-    return form.gpt_config()
+
+
+def gpt_config(shape: Shape) -> GPTConfig:
+    return open_form(shape).gpt_config()
 
 
 def transformers_config(shape: Shape) -> Any:
     import transformers
 
-    return transformers.GPT2Config(
-        vocab_size=shape.vocab,
-        n_positions=shape.context,
-        n_embd=shape.width,
-        n_layer=shape.layers,
-        n_head=shape.heads,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
+    values = open_form(shape).model_dump(exclude_unset=True)
+    dropout: dict[str, Any] = (
+        {} if shape.form == "llama" else dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
     )
+    return transformers.AutoConfig.for_model(**values, **dropout, bos_token_id=None, eos_token_id=None)
 
 
-def transformers_gpt2(shape: Shape) -> Any:
+def transformers_model(shape: Shape) -> Any:
     import transformers
 
     config = transformers_config(shape)
@@ -63,8 +82,10 @@ def check_shape(shape: Shape) -> None:
         raise InputError(f"width {shape.width} must be a multiple of heads {shape.heads}")
     if shape.prompt + shape.new > shape.context:
         raise InputError(f"prompt {shape.prompt} and new {shape.new} must fit into context {shape.context}")
+    if shape.form == "gpt2" and (shape.kv_heads or shape.ffn):
+        raise InputError("kv_heads and ffn are sizes of the form llama; GPT-2's follow from heads and width")
     try:
-        gpt2_config(shape)
+        gpt_config(shape)
     except ValidationError as error:
         raise InputError(explain(error, "the shape")) from None
 
@@ -79,9 +100,4 @@ def matrix_weights(config: GPTConfig) -> int:
 def training_cost(shape: Shape, name: str) -> Cost:
     """A token costs 6 operations for each weight of a matrix, forward and backward, and in each layer's attention as
     many for each number of its width and each position of the context, half of which it sees."""
-    return Cost(flop=6 * (matrix_weights(gpt2_config(shape)) + shape.layers * shape.width * shape.context))
-
-
-def decoding_cost(shape: Shape, name: str) -> Cost | None:
-    """A new token of a single row reads every weight once; rows of a batch share what they read."""
-    return Cost(n_bytes=4 * matrix_weights(gpt2_config(shape))) if shape.batch == 1 else None
+    return Cost(flop=6 * (matrix_weights(gpt_config(shape)) + shape.layers * shape.width * shape.context))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llm.bench.contest import OURS, Contest, Turn
-from llm.bench.models import Shape, check_shape, gpt2_config, training_cost, transformers_config, transformers_gpt2
+from llm.bench.models import Shape, check_shape, gpt_config, training_cost, transformers_config, transformers_model
 from llm.data import Batch, Example, collate_labels, example_batches
 from llm.model import GPT, GPTClassifier
 from llm.train import keep_freed_memory, label_loss, next_token_loss
@@ -34,7 +34,7 @@ def training_turn(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], sh
 
 def train_ours(shape: Shape) -> Turn:
     keep_freed_memory()
-    model = GPT(gpt2_config(shape))
+    model = GPT(gpt_config(shape))
 
     def loss(idx: Tensor, targets: Tensor) -> Tensor:
         total, weight = next_token_loss(model, Batch(idx, targets, []))
@@ -44,7 +44,7 @@ def train_ours(shape: Shape) -> Turn:
 
 
 def train_transformers(shape: Shape) -> Turn:
-    model = transformers_gpt2(shape)
+    model = transformers_model(shape)
 
     def loss(idx: Tensor, targets: Tensor) -> Tensor:
         logits = model(idx, use_cache=False).logits
@@ -121,7 +121,7 @@ def last_block_trains(blocks: nn.ModuleList, *others: nn.Module) -> None:
 def finetune_ours(shape: Shape) -> Turn:
     keep_freed_memory()
     examples = messages(shape)
-    model = GPTClassifier(GPT(gpt2_config(shape)), LABELS)
+    model = GPTClassifier(GPT(gpt_config(shape)), LABELS)
     model.requires_grad_(False)
     last_block_trains(model.gpt.blocks, model.gpt.final_norm, model.head)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
