@@ -13,7 +13,7 @@ import torch
 from llm.__main__ import BENCH_SIZES, build_parser, main
 from llm.bench import KINDS, contest_of
 from llm.bench.contest import OURS, Cost, LeftOut, compare, draw, markdown, of_limit
-from llm.bench.decoding import BYTES_PER_WEIGHT, END, FORMS, Endings, requests
+from llm.bench.decoding import BYTES_PER_WEIGHT, FORMS, requests
 from llm.bench.models import Shape, check_shape, gpt_config, transformers_model
 from llm.bench.tokenizing import (
     Text,
@@ -24,7 +24,6 @@ from llm.bench.tokenizing import (
     tokenizers_encoder,
 )
 from llm.config import InputError
-from llm.generate import generate
 from llm.model import GPT
 from llm.tokenizer import Tokenizer
 
@@ -91,21 +90,6 @@ def test_rows_of_a_batch_have_different_lengths() -> None:
     assert requests(shape) == (prompts, new), "the same for every contestant"
     [prompt], [n] = requests(shape._replace(batch=1))
     assert (len(prompt), n) == (9, 6)
-
-
-def test_our_rows_end_when_they_have_their_tokens() -> None:
-    """Without the hook, a row that happened to say END would be short; the others are continued as they would be."""
-    model = GPT(gpt_config(TINY))
-    torch.nn.init.normal_(model.tok_emb.weight)  # all kinds of tokens
-    prompts, new = [[1, 2, 3], [4], [5, 6]], [2, 5, 1]
-    plain = generate(model, prompts, max_new_tokens=5)
-    assert all(END not in row for row in plain)
-    endings = Endings(new)
-    model.lm_head.register_forward_hook(endings)
-    for _ in range(2):
-        endings.begin()
-        found = generate(model, prompts, max_new_tokens=5, stop={END})
-        assert found == [row[:n] for row, n in zip(plain, new, strict=True)]
 
 
 def test_transformers_is_compiled_where_that_is_possible(monkeypatch: pytest.MonkeyPatch) -> None:

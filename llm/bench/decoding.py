@@ -3,30 +3,27 @@
 Rows of a batch have prompts and continuations of different lengths, as they have in earnest. What counts is the tokens
 that were asked for: who cannot let a row end before the longest one makes the others too, in vain.
 
-Shapes: B rows still being continued, V vocab_size.
+Shapes: B rows, T tokens of a prompt.
 """
 
 from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
 
 from llm.bench.contest import OURS, Contest, Cost, LeftOut, Turn, apart
 from llm.bench.models import Shape, check_shape, gpt_config, matrix_weights, transformers_model
 from llm.generate import generate
 from llm.gguf_file import FileType, export_gguf
+from llm.linear import to_int8
 from llm.model import GPT
 from llm.tokenizer import END_OF_TEXT, GPT2_PATTERN, Tokenizer
-
-END = 0  # the token that ends a row
 
 
 class Requests(NamedTuple):
@@ -50,36 +47,12 @@ def requests(shape: Shape) -> Requests:
 # ---- this project ----------------------------------------------------------------------------------------------------
 
 
-class Endings:
-    """Has an output layer say END for each row when it has its tokens, and never before: random weights know no end.
-
-    To be called behind each call of the layer, with the rows that are still being continued, in their order.
-    """
-
-    def __init__(self, new: Sequence[int]) -> None:
-        self.new = list(new)
-        self.left: list[int] = []  # tokens that the rows still lack
-
-    def begin(self) -> None:
-        self.left = list(self.new)
-
-    def __call__(self, layer: nn.Module, inputs: object, logits: Tensor) -> None:
-        """Logits [B, V]."""
-        logits[:, END] = torch.tensor([-math.inf if left else math.inf for left in self.left])
-        self.left = [left - 1 for left in self.left if left]
-
-
-def generate_ours(shape: Shape) -> Turn:
+def generate_ours(shape: Shape, int8: bool = False) -> Turn:
     model = GPT(gpt_config(shape))
+    if int8:
+        to_int8(model)
     prompts, new = requests(shape)
-    endings = Endings(new)
-    model.lm_head.register_forward_hook(endings)
-
-    def turn() -> int:
-        endings.begin()
-        return sum(map(len, generate(model, prompts, max_new_tokens=max(new), stop={END})))
-
-    return turn
+    return lambda: sum(map(len, generate(model, prompts, max_new_tokens=new)))
 
 
 # ---- transformers ----------------------------------------------------------------------------------------------------
@@ -199,7 +172,8 @@ def generate_llama_cpp(shape: Shape, weights: FileType) -> Turn:
 # ---- the contest -----------------------------------------------------------------------------------------------------
 
 
-BYTES_PER_WEIGHT = {"llama.cpp, Q8_0": 34 / 32}  # a block of 32 has a scale of two bytes; elsewhere fp32
+OURS_INT8 = f"{OURS}, int8"
+BYTES_PER_WEIGHT = {OURS_INT8: 1, "llama.cpp, Q8_0": 34 / 32}  # a block of 32 has a scale of two bytes; elsewhere fp32
 
 
 def decoding_cost(shape: Shape, name: str) -> Cost | None:
@@ -231,6 +205,7 @@ GENERATE = Contest(
     FORMS["gpt2"],
     {
         OURS: generate_ours,
+        OURS_INT8: partial(generate_ours, int8=True),
         "transformers": generate_transformers,
         "transformers, static cache": partial(generate_transformers, cache="static"),
         "transformers, compiled": partial(generate_transformers, cache="static", compiled=True),
