@@ -370,7 +370,8 @@ def test_asked_to_stop_in_an_evaluation_all_leave_it(pipeline: Path) -> None:
         "finetune-classify",
         "import os, signal\nif 'RANK' not in os.environ:\n"
         "    import llm.train\n    evaluate = llm.train.label_metrics\n"
-        "    llm.train.label_metrics = lambda *given: (os.kill(os.getpid(), signal.SIGTERM), evaluate(*given))[1]\n",
+        "    def stopped(*given, **more):\n        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "        return evaluate(*given, **more)\n    llm.train.label_metrics = stopped\n",
     )
     assert done.returncode == 143
     assert "finetune-classify: stopped by SIGTERM" in done.stderr
