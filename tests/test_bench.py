@@ -12,7 +12,7 @@ import torch
 
 from llm.__main__ import BENCH_SIZES, build_parser, main
 from llm.bench import KINDS, contest_of
-from llm.bench.contest import OURS, Cost, LeftOut, compare, draw, markdown, of_limit
+from llm.bench.contest import OURS, Cost, LeftOut, compare, draw, markdown, memory, of_limit
 from llm.bench.decoding import BYTES_PER_WEIGHT, FORMS, requests
 from llm.bench.models import Shape, check_shape, gpt_config, transformers_model
 from llm.bench.tokenizing import (
@@ -173,6 +173,7 @@ def test_memory_counts_the_child_processes(tiny: dict[str, Any]) -> None:
     one = f"{OURS}, one process"
     found = compare(contest, tiny["tokenize"], 1, 0.0, lambda line: None, only=[OURS, one])["results"]
     assert found[OURS]["memory"] > found[one]["memory"] + 2 * 20 * 2**20, "two more processes with numpy and tiktoken"
+    assert found[one]["memory"] < memory(), "it holds no torch, as this process does, which starts it"
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ import json
 import multiprocessing
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import psutil  # type: ignore[import-untyped]
 
 from llm.config import InputError
+from llm.display import table
 
 OURS = "this project"  # what the names of our own contestants begin with
 PATIENCE = 5  # seconds that a contestant has to end
@@ -251,13 +251,15 @@ def apart(work: Callable[..., object], *arguments: object) -> None:
 
 def memory() -> int:
     """The most that this process has held, and with it each of its children, in bytes."""
-    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    own = largest if sys.platform == "darwin" else largest * 1024
-    return own + sum(map(_most_held, psutil.Process().children(recursive=True)))
+    own = psutil.Process()
+    return sum(map(_most_held, [own, *own.children(recursive=True)]))
 
 
 def _most_held(process: psutil.Process) -> int:
-    """Where the system does not say, what it holds now."""
+    """Where the system does not say, what it holds now.
+
+    `getrusage` would count what the process was started from, before it became this program.
+    """
     status = Path(f"/proc/{process.pid}/status")
     if not status.is_file():
         return int(process.memory_info().rss)
@@ -274,25 +276,18 @@ def markdown(found: Mapping[str, Any]) -> str:
     peers = [result["median"] for name, result in results.items() if not name.startswith(OURS)]
     limits = found["limits"]
     header = ["", f"{found['unit']} (lowest to highest)", "to the best peer", *(["of the limit"] if limits else [])]
-    lines = [
-        f"`{found['kind']}`: " + ", ".join(size(key, value) for key, value in shape.items() if value),
-        "",
-        table_row(*header, "memory"),
-        "|---|" + "---:|" * len(header),
-    ]
+    rows = []
     for name, result in results.items():
         cells = [f"{result['median']:,.1f} ({min(result['rates']):,.1f} to {max(result['rates']):,.1f})"]
         cells.append(f"{result['median'] / max(peers):.2f}" if peers else "-")
         if limits:
             cells.append("-" if result["of_limit"] is None else f"{100 * result['of_limit']:.0f} %")
-        lines.append(table_row(name, *cells, f"{result['memory'] / 2**20:,.0f} MB"))
+        rows.append([name, *cells, f"{result['memory'] / 2**20:,.0f} MB"])
+    lines = [f"`{found['kind']}`: " + ", ".join(size(key, value) for key, value in shape.items() if value), ""]
+    lines += table([*header, "memory"], rows)
     if limits:
-        lines += ["", f"Limits: {limits['flop_per_s'] / 1e9:.0f} GFLOP/s, {limits['bytes_per_s'] / 1e9:.0f} GB/s."]
-    return "\n".join(lines) + "\n"
-
-
-def table_row(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"
+        lines += [f"Limits: {limits['flop_per_s'] / 1e9:.0f} GFLOP/s, {limits['bytes_per_s'] / 1e9:.0f} GB/s.", ""]
+    return "\n".join(lines)
 
 
 def size(name: str, value: int | str) -> str:
