@@ -247,7 +247,7 @@ def answering(folder: ModelFolder, model: GPT, args: argparse.Namespace) -> Call
     What a prompt begins with as the one before it did is not read again.
     """
     from llm.data import end_tokens
-    from llm.generate import Prefix, Sampling, stream, stream_text
+    from llm.generate import Prefix, Sampling, compile_step, stream, stream_text
 
     sampling = Sampling(
         repetition_penalty=args.repetition_penalty,
@@ -258,6 +258,11 @@ def answering(folder: ModelFolder, model: GPT, args: argparse.Namespace) -> Call
     )
     stop = end_tokens(folder.tokenizer, folder.config.template)
     prefix, draft = Prefix(), load_draft(args.draft, folder)
+    if args.compile:
+        note("compiling the step of a token")
+        for each in (model, draft):
+            if each is not None:
+                compile_step(each)
 
     def answer(prompt: list[int], seed: int) -> Iterator[str]:
         tokens = stream(
@@ -546,6 +551,7 @@ def add_sampling(command: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, metavar="N", help="same seed, same text (default: %(default)s)")
     add = command.add_argument_group("how fast it comes").add_argument
     add_int8(add)
+    add("--compile", action="store_true", help="compile the step of a token: some seconds at first, then much faster")
     add(
         "--draft",
         type=Path,

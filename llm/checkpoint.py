@@ -156,7 +156,8 @@ def stored_tensors(model: GPT | GPTClassifier) -> dict[str, Tensor]:
 
 class _NoInit(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is nn.init.normal_:  # which on the meta device draws nothing, but loads 75 MB of sympy to do so
+        # On the meta device they draw nothing, but take time, and load 75 MB of sympy.
+        if func in (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_):
             return kwargs["tensor"]
         return func(*args, **(kwargs or {}))
 

@@ -14,8 +14,9 @@ import codecs
 import contextlib
 import math
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -165,6 +166,33 @@ def stream(
     if draft.config.context_length < (needed := min(model.config.context_length, len(prompt) + max_new_tokens)):
         raise InputError(f"the draft reads {draft.config.context_length} tokens, and {needed} are needed")
     return _drafted(model, draft, rows[0], sampling, frozenset(stop), prefix)
+
+
+def compile_step(model: GPT) -> None:
+    """Has PyTorch's compiler make the step of a single row, in place: the same up to rounding, on a CPU much faster.
+
+    All but attention itself, which gets longer from step to step; batches and prompts run as before. Takes some
+    seconds, fewer the next time, as PyTorch keeps what it has made. Raises `InputError` where it cannot be done.
+    """
+    for block in model.blocks:
+        for name in ("before", "after"):
+            setattr(block, name, _compiled(getattr(block, name)))
+    model.lm_head.forward = _compiled(model.lm_head.forward)  # type: ignore[method-assign]
+    try:
+        list(stream(model, [0], max_new_tokens=1))
+    except RuntimeError as error:  # of the compiler's many classes
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise InputError(f"the step could not be compiled, for which a C++ compiler is needed: {reason}") from error
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function for inputs [1, 1, .] or [1, .] by the compiler, for others as it is."""
+    compiled = torch.compile(function, dynamic=False)
+
+    def call(x: Tensor, *others: Any) -> Any:
+        return (compiled if x.numel() == x.shape[-1] else function)(x, *others)
+
+    return call
 
 
 def stream_text(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:

@@ -144,9 +144,8 @@ class CausalSelfAttention(nn.Module):
             self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
             self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
 
-    def forward(
-        self, x: Tensor, angles: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache: KVCache | None
-    ) -> Tensor:
+    def heads(self, x: Tensor, angles: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, H, T, D], keys and values [B, K, T, D] of the normed stream [B, T, C]."""
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.config.head_dim)  # [B, T, H, D]
         k = self.k_proj(x).view(B, T, -1, self.config.head_dim)  # [B, T, K, D]
@@ -156,6 +155,11 @@ class CausalSelfAttention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, H or K, T, D]
         if angles is not None:
             q, k = rotate(q, *angles), rotate(k, *angles)
+        return q, k, v
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        """What each query finds: [B, T, H * D]."""
+        B, _, T, _ = q.shape
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # [B, K, S, D]
         y = F.scaled_dot_product_attention(
@@ -167,7 +171,7 @@ class CausalSelfAttention(nn.Module):
             dropout_p=self.dropout if self.training else 0.0,
             enable_gqa=self.config.n_kv_heads != self.config.n_heads,
         )  # [B, H, T, D]
-        return self.out_proj(y.transpose(1, 2).reshape(B, T, -1))  # [B, T, C]
+        return y.transpose(1, 2).reshape(B, T, -1)
 
 
 class FeedForward(nn.Module):
@@ -198,11 +202,19 @@ class TransformerBlock(nn.Module):
         self.ffn = FeedForward(config)
         self.drop = nn.Dropout(0.0)
 
+    def before(self, x: Tensor, angles: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+        """What attention needs of the residual stream [B, T, C]: queries, keys and values."""
+        return self.attn.heads(self.norm1(x), angles)
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        """The stream [B, T, C] behind this block, from the one before it and what attention found [B, T, H * D]."""
+        x = x + self.drop(self.attn.out_proj(y))
+        return x + self.drop(self.ffn(self.norm2(x)))
+
     def forward(
         self, x: Tensor, angles: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache: KVCache | None
     ) -> Tensor:
-        x = x + self.drop(self.attn(self.norm1(x), angles, mask, cache))
-        return x + self.drop(self.ffn(self.norm2(x)))
+        return self.after(x, self.attn.attend(*self.before(x, angles), mask, cache))
 
 
 class GPT(nn.Module):

@@ -371,11 +371,17 @@ def test_chat_says_what_the_system_is_and_stops_at_every_end(
     ]
 
 
-def test_weights_of_8_bits_and_a_draft(cli: Cli, folders: Folders, tmp_path: Path) -> None:
-    """The same greedy text with a draft; with 8 bits nearly the same bits per byte, and text all the same."""
+def test_weights_of_8_bits_a_draft_and_a_compiled_step(
+    cli: Cli, folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same greedy text with a draft, compiled or not; with 8 bits nearly the same bits per byte, and text."""
     plain = cli("generate", folders.base, "--prompt", "One")
     assert cli("generate", folders.base, "--prompt", "One", "--draft", folders.base).out == plain.out
     assert cli("generate", folders.base, "--prompt", "One", "--int8").out.startswith("One")
+    compiled: list[object] = []
+    monkeypatch.setattr("llm.generate.compile_step", compiled.append)
+    found = cli("generate", folders.base, "--prompt", "One", "--draft", folders.base, "--compile")
+    assert (found.out, found.err) == (plain.out, "compiling the step of a token\n") and len(compiled) == 2
     text = tmp_path / "text.txt"
     text.write_text("One morning the baker sold bread.")
     exact, rounded = (json.loads(cli("score", folders.base, text, *option).out) for option in ((), ("--int8",)))

@@ -6,7 +6,10 @@ should agree then agree on every token.
 
 from __future__ import annotations
 
+import copy
+import shutil
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +23,7 @@ from llm.generate import (
     GREEDY,
     Prefix,
     Sampling,
+    compile_step,
     filter_logits,
     generate,
     penalise,
@@ -28,6 +32,7 @@ from llm.generate import (
     stream,
     stream_text,
 )
+from llm.linear import Int8Linear, to_int8
 from llm.model import GPT, KVCache
 from llm.tokenizer import Tokenizer
 from tests.helpers import LLAMA_FORM, gpt_config
@@ -244,6 +249,86 @@ def test_a_draft_that_cannot_guess_is_refused(model: GPT) -> None:
     assert list(stream(model, [1], max_new_tokens=7, draft=short)) == without_cache(model, [1], 7)
     with pytest.raises(InputError, match="the draft reads 8 tokens, and 9 are needed"):
         stream(model, [1], max_new_tokens=8, draft=short)
+
+
+# ---- the compiled step -----------------------------------------------------------------------------------------------
+
+
+def as_it_is(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """In place of the compiler, what it would compile; returns the shapes that come to it."""
+    shapes: list[torch.Size] = []
+
+    def compiled(function: Any, dynamic: bool) -> Any:
+        def call(x: Tensor, *others: Any) -> Any:
+            shapes.append(x.shape)
+            with monkeypatch.context() as reading:
+                reading.setattr(torch.compiler, "is_compiling", lambda: True)
+                return function(x, *others)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    return shapes
+
+
+@pytest.mark.parametrize("config", [GPT2, MODERN], ids=["learned", "rotary"])
+def test_a_compiled_step_is_that_of_a_single_row(config: GPTConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same tokens, past the context too; prompts and batches run as before."""
+    model = make_model(config)
+    alone = [generate(model, [prompt], max_new_tokens=40)[0] for prompt in PROMPTS]
+    shapes = as_it_is(monkeypatch)
+    compile_step(model)
+    shapes.clear()
+    assert generate(model, PROMPTS[:1], max_new_tokens=5) == [alone[0][:5]]
+    parts = 2 * config.n_layers + 1
+    assert len(shapes) == 4 * parts + 1, "the prompt's last position, then four steps"
+    assert {shape.numel() for shape in shapes} <= {config.emb_dim, config.n_heads * config.head_dim}
+    assert [generate(model, [prompt], max_new_tokens=40)[0] for prompt in PROMPTS] == alone
+    shapes.clear()
+    assert generate(model, PROMPTS, max_new_tokens=40) == alone
+    assert not shapes
+
+
+def test_a_compiled_step_multiplies_weights_of_8_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exactly those rounded weights, without rounding its inputs."""
+    model = make_model(MODERN).float()
+    to_int8(model)
+    exact = copy.deepcopy(model)
+    for part in list(exact.modules()):
+        for name, child in list(part.named_children()):
+            if isinstance(child, Int8Linear):
+                layer = torch.nn.Linear(child.weight.shape[1], child.weight.shape[0], bias=child.bias is not None)
+                layer.weight.data, layer.bias = child.weight * child.scale.float()[:, None], child.bias
+                setattr(part, name, layer)
+    as_it_is(monkeypatch)
+    compile_step(model)
+    for token in range(8):  # of longer prompts the inputs are rounded
+        assert generate(model, [[token]], max_new_tokens=12) == generate(exact, [[token]], max_new_tokens=12)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the compiler needs g++")
+@pytest.mark.parametrize(("config", "rounded"), [(GPT2, False), (MODERN, True)], ids=["fp32", "8 bits"])
+def test_the_compiler_compiles_the_step(config: GPTConfig, rounded: bool) -> None:
+    model = make_model(config).float()
+    if rounded:
+        to_int8(model)
+    expected = generate(model, PROMPTS[:1], max_new_tokens=10)
+    compile_step(model)
+    compilations = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert generate(model, PROMPTS[:1], max_new_tokens=10) == expected
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compilations, "all was compiled at the call"
+
+
+def test_a_compiler_that_fails_is_named_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(function: Any, dynamic: bool) -> Any:
+        def call(*_: Any) -> None:
+            raise RuntimeError("no g++ here\nand more")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", failing)
+    with pytest.raises(InputError, match=r"^the step could not be compiled, .* is needed: no g\+\+ here$"):
+        compile_step(make_model(GPT2))
 
 
 def test_no_dropout_and_the_mode_is_kept() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llm.linear import FEW_ROWS, ONEDNN, Int8Linear, Linear, linear, product, to_int8
+from llm.linear import FEW_ROWS, ONEDNN, Int8Linear, Linear, PackedLinear, linear, product, to_int8, to_packed
 from llm.model import GPT
 from tests.helpers import gpt_config
 
@@ -94,6 +94,37 @@ def test_it_starts_as_its_parent_and_holds_the_same_tensors() -> None:
     assert {name: tensor.tolist() for name, tensor in ours.state_dict().items()} == {
         name: tensor.tolist() for name, tensor in theirs.state_dict().items()
     }
+
+
+# ---- packed weights --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not ONEDNN, reason="this PyTorch has no oneDNN")
+@pytest.mark.parametrize("size", [(1, 48), (3, 48), (16, 1, 48), (2, 60, 48), (48,)])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_packed_weights_give_the_plain_formula(size: tuple[int, ...], has_bias: bool) -> None:
+    torch.manual_seed(0)
+    layer = Linear(48, 31, bias=has_bias)
+    x = random(*size)
+    expected = (x.double()[..., None, :] * layer.weight.double()).sum(-1)
+    expected = expected + layer.bias.double() if has_bias else expected
+    with torch.inference_mode():
+        torch.testing.assert_close(PackedLinear(layer)(x).double(), expected, atol=3e-5, rtol=1e-5)
+
+
+def test_a_packed_model_predicts_the_same() -> None:
+    """Where oneDNN computes it, and otherwise as it did."""
+    torch.manual_seed(0)
+    model = GPT(gpt_config(vocab_size=64, context_length=32)).eval()
+    idx = torch.randint(64, (3, 20))
+    with torch.inference_mode():
+        expected = model(idx)
+        to_packed(model)
+        torch.testing.assert_close(model(idx), expected, atol=3e-5, rtol=1e-5)
+    assert (not [part for part in model.modules() if isinstance(part, nn.Linear)]) == ONEDNN
+    exact = GPT(gpt_config(vocab_size=64, context_length=32)).double()
+    to_packed(exact)
+    assert isinstance(exact.lm_head, Linear), "in float64 there is no other way"
 
 
 # ---- weights of 8 bits -----------------------------------------------------------------------------------------------

@@ -19,9 +19,10 @@ import torch
 
 from llm.bench.contest import OURS, Contest, Cost, LeftOut, Turn, apart
 from llm.bench.models import Shape, check_shape, gpt_config, matrix_weights, transformers_model
-from llm.generate import generate
+from llm.config import InputError
+from llm.generate import compile_step, generate
 from llm.gguf_file import FileType, export_gguf
-from llm.linear import to_int8
+from llm.linear import to_int8, to_packed
 from llm.model import GPT
 from llm.tokenizer import END_OF_TEXT, GPT2_PATTERN, Tokenizer
 
@@ -47,10 +48,19 @@ def requests(shape: Shape) -> Requests:
 # ---- this project ----------------------------------------------------------------------------------------------------
 
 
-def generate_ours(shape: Shape, int8: bool = False) -> Turn:
+def generate_ours(shape: Shape, int8: bool = False, packed: bool = False, compiled: bool = False) -> Turn:
+    if compiled and shape.batch > 1:
+        raise LeftOut("a single row's step is compiled, not that of a batch")
     model = GPT(gpt_config(shape))
     if int8:
         to_int8(model)
+    if packed:
+        to_packed(model)
+    if compiled:
+        try:
+            compile_step(model)
+        except InputError as error:
+            raise LeftOut(str(error)) from None
     prompts, new = requests(shape)
     return lambda: sum(map(len, generate(model, prompts, max_new_tokens=new)))
 
@@ -173,7 +183,12 @@ def generate_llama_cpp(shape: Shape, weights: FileType) -> Turn:
 
 
 OURS_INT8 = f"{OURS}, int8"
-BYTES_PER_WEIGHT = {OURS_INT8: 1, "llama.cpp, Q8_0": 34 / 32}  # a block of 32 has a scale of two bytes; elsewhere fp32
+OURS_INT8_COMPILED = f"{OURS}, int8, compiled"
+BYTES_PER_WEIGHT = {  # elsewhere fp32
+    OURS_INT8: 1,
+    OURS_INT8_COMPILED: 1,
+    "llama.cpp, Q8_0": 34 / 32,  # a block of 32 has a scale of two bytes
+}
 
 
 def decoding_cost(shape: Shape, name: str) -> Cost | None:
@@ -205,7 +220,10 @@ GENERATE = Contest(
     FORMS["gpt2"],
     {
         OURS: generate_ours,
+        f"{OURS}, packed": partial(generate_ours, packed=True),
+        f"{OURS}, compiled": partial(generate_ours, compiled=True),
         OURS_INT8: partial(generate_ours, int8=True),
+        OURS_INT8_COMPILED: partial(generate_ours, int8=True, compiled=True),
         "transformers": generate_transformers,
         "transformers, static cache": partial(generate_transformers, cache="static"),
         "transformers, compiled": partial(generate_transformers, cache="static", compiled=True),
