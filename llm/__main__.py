@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 BENCH_SIZES = {
     "megabytes": "of text (tokenize)",
     "processes": "that encode it together (tokenize)",
-    "text": "a text file in place of the sample (tokenize)",
+    "text": "a text file in place of the sample (tokenize, learn)",
+    "steps": "of the training that sets the target (learn)",
+    "our_steps": "that our schedule is made for (learn; default: as many)",
     "layers": "blocks",
     "width": "emb_dim",
     "heads": "of the attention",
@@ -184,18 +186,40 @@ def bench(args: argparse.Namespace) -> None:
     from llm.bench import contest_of
     from llm.bench.contest import compare, draw, markdown
 
+    if args.kind == "learn":
+        bench_learn(args)
+        return
     contest = contest_of(args.kind)
     if args.form is not None and args.form not in contest.forms:
         raise InputError(f"--form {args.form}: bench {args.kind} has no other form than GPT-2's")
+    sizes = with_sizes(args, contest.forms.get(args.form, contest.sizes))
+    found = compare(contest, sizes, args.rounds or 5, 5.0 if args.seconds is None else args.seconds, note, args.only)
+    show_bench(args, found, markdown, draw)
+
+
+def bench_learn(args: argparse.Namespace) -> None:
+    from llm.bench.learning import draw, learn, markdown, shipped
+
+    for name in ("form", "only", "rounds", "seconds"):
+        if getattr(args, name) is not None:
+            raise InputError(f"--{name} is no option of bench learn, which is one training after another")
+    params, lesson = shipped()
+    show_bench(args, learn(with_sizes(args, lesson), params, note), markdown, draw)
+
+
+def with_sizes(args: argparse.Namespace, sizes: Any) -> Any:
+    """The sizes, a NamedTuple, with those that the command line gives."""
     given = {name: value for name in BENCH_SIZES if (value := getattr(args, name)) is not None}
     for name in given:
-        if name not in contest.sizes._fields:
-            known = ", ".join(option(field) for field in contest.sizes._fields if field in BENCH_SIZES)
+        if name not in sizes._fields:
+            known = ", ".join(option(field) for field in sizes._fields if field in BENCH_SIZES)
             raise InputError(f"--{option(name)} is no size of bench {args.kind}; it has {known}")
     if args.out is not None:
-        args.out.mkdir(parents=True, exist_ok=True)
-    sizes = contest.forms.get(args.form, contest.sizes)._replace(**given)
-    found = compare(contest, sizes, args.rounds, args.seconds, note, args.only)
+        args.out.mkdir(parents=True, exist_ok=True)  # what is wrong with it shows now
+    return sizes._replace(**given)
+
+
+def show_bench(args: argparse.Namespace, found: dict[str, Any], markdown: Any, draw: Any) -> None:
     if args.out is not None:
         (args.out / f"{args.kind}.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
         draw(found, args.out / f"{args.kind}.png")
@@ -452,15 +476,18 @@ def build_parser() -> argparse.ArgumentParser:
         "measured in the same rounds, and the memory of the process. tokenize encodes the sample's text, as often as "
         "it takes, with one vocabulary; train and finetune make optimizer steps; generate continues prompts, with "
         "random weights: the rows of a batch have different lengths, at most --prompt and --new, and what was asked "
-        "for counts.",
+        "for counts. learn is no such contest: nanoGPT's recipe trains on the sample, at the best learning rate of a "
+        "small sweep, then ours from params.yaml with as many parameters until its loss on held-out text is as low; "
+        "the table says what each took.",
         "python -m llm bench train",
         "python -m llm bench train --vocab 50257 --rounds 7 --out bench",
         "python -m llm bench tokenize --megabytes 20 --text book.txt",
         "python -m llm bench generate --batch 16 --new 64",
+        "python -m llm bench learn --text book.txt --vocab 4096 --steps 500",
         'python -m llm bench generate --form llama --only "this project" --only "llama.cpp, Q8_0"',
         model_dir=False,
     )
-    command.add_argument("kind", choices=KINDS, help="what they do")
+    command.add_argument("kind", choices=[*KINDS, "learn"], help="what they do")
     sizes = command.add_argument_group("sizes, where they shall be others than those of the project's own figures")
     for name, meaning in BENCH_SIZES.items():
         if name == "text":
@@ -473,8 +500,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="of generate: GPT-2 124M's (default) or SmolLM2-135M's, sizes included",
     )
     command.add_argument("--only", action="append", metavar="NAME", help="a contestant; may be repeated (default: all)")
-    command.add_argument("--rounds", type=positive, default=5, metavar="N", help="turns of each (default: %(default)s)")
-    command.add_argument("--seconds", type=float, default=5.0, metavar="X", help="of a turn (default: %(default)s)")
+    command.add_argument("--rounds", type=positive, metavar="N", help="turns of each (default: 5)")
+    command.add_argument("--seconds", type=float, metavar="X", help="of a turn (default: 5)")
     command.add_argument("--out", type=Path, metavar="DIR", help="where to leave the figures as JSON and a picture")
     return parser
 

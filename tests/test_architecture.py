@@ -35,7 +35,7 @@ LAYERS = [
     {"weights"},
     {"evaluate", "mlflow_model", "peft", "bench/contest"},
     {"report", "bench/models", "bench/tokenizing"},
-    {"bench/training", "bench/decoding"},
+    {"bench/training", "bench/decoding", "bench/learning"},
     {"bench/__init__"},
     {"bench/__main__"},
     {"__main__"},

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,9 +13,10 @@ import pytest
 import torch
 
 from llm.__main__ import BENCH_SIZES, build_parser, main
-from llm.bench import KINDS, contest_of
+from llm.bench import KINDS, contest_of, learning
 from llm.bench.contest import OURS, Cost, LeftOut, compare, draw, markdown, memory, of_limit
 from llm.bench.decoding import BYTES_PER_WEIGHT, FORMS, requests
+from llm.bench.learning import FIRST_LR, NANOGPT, Learned, Lesson, best_of_sweep, learn, our_recipe, shipped
 from llm.bench.models import Shape, check_shape, gpt_config, transformers_model
 from llm.bench.tokenizing import (
     Text,
@@ -23,7 +26,7 @@ from llm.bench.tokenizing import (
     tokenize_ours,
     tokenizers_encoder,
 )
-from llm.config import InputError
+from llm.config import InputError, Params
 from llm.model import GPT
 from llm.tokenizer import Tokenizer
 
@@ -216,6 +219,14 @@ def test_a_text_that_is_none_is_one_line(content: bytes, message: str, tmp_path:
         read_documents(tmp_path / "text")
 
 
+def test_no_one_is_always_the_first() -> None:
+    said: list[str] = []
+    contest = contest_of("tokenize")
+    names = ["rustbpe, one core", "tiktoken, one core"]
+    compare(contest, Text(1, 300, 1, contest.sizes.text), 2, 0.0, said.append, only=names)
+    assert [line.split(": ")[0].split(", ", 1)[1] for line in said] == [*names, *reversed(names)]
+
+
 def test_contestants_train_models_of_one_size() -> None:
     for shape in (TINY, TINY._replace(heads=4, kv_heads=2, ffn=24, form="llama")):
         sizes = {
@@ -262,7 +273,8 @@ def test_the_command_line_knows_every_contest_and_size() -> None:
         words = [word for field, value in sizes.items() for word in (f"--{field.replace('_', '-')}", str(value or 3))]
         args = build_parser().parse_args(["bench", kind, *words])
         assert {field: getattr(args, field) for field in sizes} == {field: value or 3 for field, value in sizes.items()}
-    assert set(BENCH_SIZES) == {field for kind in KINDS for field in contest_of(kind).sizes._fields} - {"form"}
+    sizes_of_all = [*(contest_of(kind).sizes for kind in KINDS), shipped()[1]]
+    assert set(BENCH_SIZES) == {field for sizes in sizes_of_all for field in sizes._fields} - {"form"}
 
 
 def test_a_size_of_another_contest_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -291,8 +303,125 @@ def test_only_those_named_take_part() -> None:
         ("train --form llama", "--form llama: bench train has no other form than GPT-2's"),
         ("generate --form llama --heads 5", "width 576 must be a multiple of heads 5"),
         ("generate --heads 5", "width 768 must be a multiple of heads 5"),
+        ("learn --rounds 3", "--rounds is no option of bench learn"),
+        ("learn --form llama", "--form is no option of bench learn"),
+        ("learn --megabytes 3", "--megabytes is no size of bench learn; it has steps, our-steps, layers"),
+        ("learn --heads 3", "width 128 must be a multiple of heads 3"),
+        ("learn --vocab 20000000", "vocab_size: input should be less than or equal to 16777216"),
+        ("learn --width 2 --heads 1 --layers 100", "our model differs by"),
+        ("learn --text nowhere.txt", "nowhere.txt: not found"),
     ],
 )
-def test_a_form_brings_its_sizes(command: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_a_command_line_cannot_mean_is_one_line(
+    command: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["bench", *command.split()]) == 1
     assert message in capsys.readouterr().err
+
+
+# ---- bench learn -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def lesson(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Lesson:
+    monkeypatch.setattr(learning, "matrix_limit", lambda: 1e11)  # which takes longer than the trainings
+    text = tiny["tokenize"].text
+    return Lesson(steps=10, our_steps=100, layers=1, width=32, heads=2, vocab=300, context=16, batch=4, text=text)
+
+
+@pytest.fixture
+def params() -> Params:
+    """Those of the clone, with short evaluations."""
+    params, _ = shipped()
+    return params.model_copy(update={"pretrain": params.pretrain.model_copy(update={"eval_tokens": 256})})
+
+
+def test_ours_trains_until_it_is_as_good(
+    lesson: Lesson, params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that a step moves by one second and an evaluation by a thousand, which do not count."""
+    now = [0.0]
+
+    def moves(seconds: float, function: Callable[..., Any]) -> Callable[..., Any]:
+        def moved(*arguments: Any) -> Any:
+            now[0] += seconds
+            return function(*arguments)
+
+        return moved
+
+    batches = learning.window_batches
+    monkeypatch.setattr(learning, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(learning, "mean_loss", moves(1000, learning.mean_loss))
+    monkeypatch.setattr(learning, "window_batches", lambda *arguments: moves(1, batches(*arguments)))
+    said: list[str] = []
+    found = learn(lesson, params, said.append)
+
+    ours, theirs = found["results"][OURS], found["results"][NANOGPT]
+    assert (ours["optimizer"], theirs["optimizer"], theirs["schedule"]) == ("muon", "adamw", "cosine")
+    assert theirs["step"] == 10 and found["target"] == theirs["bits_per_byte"]
+    assert theirs["lr"] == found["sweep"][0]["lr"] and len(found["sweep"]) >= 3
+    assert found["target"] == min(each["bits_per_byte"] for each in found["sweep"])
+    assert found["reached"] and ours["step"] < 100
+    for result in (ours, theirs):
+        assert [row["seconds"] for row in result["curve"]] == [row["step"] for row in result["curve"]]
+        assert all(row["tokens"] == row["step"] * 4 * 16 for row in result["curve"])
+        assert result["curve"][0]["bits_per_byte"] > result["bits_per_byte"]
+    *before, last = [row["bits_per_byte"] for row in ours["curve"]]
+    assert last <= found["target"] < min(before), "it went on until then, and no further"
+    assert found["ratios"] == dict.fromkeys(("tokens", "seconds"), ours["step"] / 10)
+    assert abs(ours["parameters"] - theirs["parameters"]) <= 0.03 * theirs["parameters"]
+
+    assert json.loads(json.dumps(found)) == found
+    table = learning.markdown(found)
+    assert f"| {NANOGPT} | " in table and f"{ours['step'] / 10:.2f} of the tokens" in table
+    learning.draw(found, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
+def test_ours_may_not_get_as_far(lesson: Lesson, params: Params) -> None:
+    found = learn(lesson._replace(our_steps=1), params, lambda line: None)
+    assert not found["reached"] and found["ratios"] is None and found["results"][OURS]["step"] == 1
+    assert "Ours did not get as far" in learning.markdown(found)
+
+
+def test_our_recipe_is_that_of_the_params() -> None:
+    """But for the width of the feed-forward layers, which makes up for what GPT-2's block has more."""
+    params, lesson = shipped()
+    config, section = our_recipe(lesson, params)
+    expected = params.model.model_dump() | {"ffn_dim": config.ffn_dim, "vocab_size": lesson.vocab}
+    assert config.model_dump(exclude={"rope_scaling", "sliding_window"}) == expected
+    changed = {key for key, value in params.pretrain if getattr(section, key) != value}
+    assert changed <= {"eval_interval", "keep"}
+    reference = learning.nanogpt_recipe(lesson, params, 0.001).config
+    ours, theirs = learning.parameters(config), learning.parameters(reference)
+    assert abs(ours - theirs) <= 0.03 * theirs
+
+
+@pytest.mark.parametrize(("best", "tried"), [(4.0, [1, 2, 4, 8]), (1.0, [1, 2, 0.5]), (0.5, [1, 2, 0.5, 0.25])])
+def test_the_sweep_ends_where_it_gains_no_more(best: float, tried: list[float]) -> None:
+    asked: list[float] = []
+
+    def learned(lr: float) -> Learned:
+        asked.append(lr / FIRST_LR)
+        if asked[-1] == 8:
+            raise InputError("step 3: the loss exploded: lower lr")
+        recipe = learning.Recipe(gpt_config(TINY), shipped()[0].pretrain.model_copy(update={"lr": lr}))
+        return Learned(recipe, [{"bits_per_byte": abs(np.log(asked[-1] / best))}], 1.0)
+
+    found = best_of_sweep(learned)
+    assert asked == tried and found[0].recipe.params.lr == best * FIRST_LR
+    assert len(found) == len([lr for lr in tried if lr != 8])
+
+
+def test_a_sweep_that_only_explodes_is_one_line() -> None:
+    def explodes(lr: float) -> Learned:
+        raise InputError("step 3: the loss exploded: lower lr")
+
+    with pytest.raises(InputError, match="exploded at every learning rate"):
+        best_of_sweep(explodes)
+
+    def fails(lr: float) -> Learned:
+        raise InputError("corpus: too small")
+
+    with pytest.raises(InputError, match="too small"):
+        best_of_sweep(fails)

@@ -117,8 +117,10 @@ def compare(
             for number in range(rounds):
                 if contest.cost is not None:
                     limits.append((matrix_limit(), memory_limit()))
-                for name, worker in workers.items():
-                    say(f"round {number + 1} of {rounds}, {name}: {worker.turn(least):,.1f} {contest.unit}")
+                names = list(workers)
+                for name in names[number % len(names) :] + names[: number % len(names)]:  # no one is always the first
+                    rate = workers[name].turn(least)
+                    say(f"round {number + 1} of {rounds}, {name}: {rate:,.1f} {contest.unit}")
             memory = {name: worker.memory() for name, worker in workers.items()}
         finally:
             for worker in workers.values():
@@ -272,7 +274,7 @@ def _most_held(process: psutil.Process) -> int:
 
 def markdown(found: Mapping[str, Any]) -> str:
     """A contest as a table, the ratio to the best peer first."""
-    shape, results = found["shape"], found["results"]
+    results = found["results"]
     peers = [result["median"] for name, result in results.items() if not name.startswith(OURS)]
     limits = found["limits"]
     header = ["", f"{found['unit']} (lowest to highest)", "to the best peer", *(["of the limit"] if limits else [])]
@@ -283,11 +285,15 @@ def markdown(found: Mapping[str, Any]) -> str:
         if limits:
             cells.append("-" if result["of_limit"] is None else f"{100 * result['of_limit']:.0f} %")
         rows.append([name, *cells, f"{result['memory'] / 2**20:,.0f} MB"])
-    lines = [f"`{found['kind']}`: " + ", ".join(size(key, value) for key, value in shape.items() if value), ""]
+    lines = [title(found), ""]
     lines += table([*header, "memory"], rows)
     if limits:
         lines += [f"Limits: {limits['flop_per_s'] / 1e9:.0f} GFLOP/s, {limits['bytes_per_s'] / 1e9:.0f} GB/s.", ""]
     return "\n".join(lines)
+
+
+def title(found: Mapping[str, Any]) -> str:
+    return f"`{found['kind']}`: " + ", ".join(size(key, value) for key, value in found["shape"].items() if value)
 
 
 def size(name: str, value: int | str) -> str:

@@ -1,0 +1,311 @@
+"""`bench learn`: what it takes until a model has learned as much, by our recipe and by nanoGPT's.
+
+nanoGPT's (github.com/karpathy/nanoGPT) is GPT-2's block and AdamW with a cosine schedule, at the best learning rate of
+a small sweep. Its loss at the end is the target; ours, the block and the optimizers of `params.yaml`, trains until it
+is reached. Both are `GPT` and `fit` with the same number of parameters, and read the same batches of the same tokens.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from pydantic import ValidationError
+
+from llm.bench.contest import OURS, machine, matrix_limit, title, versions
+from llm.bench.tokenizing import SAMPLE, read_documents, write_records
+from llm.config import GPTConfig, InputError, Params, PretrainParams, explain, parse_params
+from llm.corpus import Workers, encode_corpus, plan_corpus, training_texts
+from llm.data import TokenShards, held_out_windows, window_batches
+from llm.display import table
+from llm.model import GPT
+from llm.tokenizer import Tokenizer
+from llm.train import fit, mean_loss, next_token_loss, pick_device
+from llm.weights import GPT2Form
+
+NANOGPT = "nanoGPT's recipe"
+FIRST_LR = 0.001  # of the sweep
+EVALUATIONS = 40  # in a training
+SAME_SIZE = 0.03  # by which the numbers of parameters may differ
+
+Row = dict[str, float]  # of a curve: step, tokens, seconds, val_loss, bits_per_byte
+
+
+class Lesson(NamedTuple):
+    """What both learn, and what with. Our schedule is made for `our_steps`; 0: as many as theirs."""
+
+    steps: int
+    our_steps: int
+    layers: int
+    width: int
+    heads: int
+    vocab: int
+    context: int
+    batch: int
+    text: str
+
+
+class Recipe(NamedTuple):
+    config: GPTConfig
+    params: PretrainParams
+
+
+class Learned(NamedTuple):
+    recipe: Recipe
+    curve: list[Row]  # a row for each evaluation
+    flop_per_s: float  # of the machine, just before
+
+    @property
+    def loss(self) -> float:
+        """In bits per byte, at the end; of a training that exploded worse than any other."""
+        return self.curve[-1]["bits_per_byte"] if self.curve else math.inf
+
+    def summary(self) -> dict[str, Any]:
+        keys = ("optimizer", "lr", "muon_lr", "min_lr", "warmup_steps", "schedule", "max_steps")
+        return {
+            "parameters": parameters(self.recipe.config),
+            **{key: getattr(self.recipe.params, key) for key in keys},
+            **self.curve[-1],
+            "flop_per_s": self.flop_per_s,
+            "curve": self.curve,
+        }
+
+
+def shipped() -> tuple[Params, Lesson]:
+    """`params.yaml` of this clone, and the lesson in it."""
+    import yaml
+
+    path = Path(__file__).resolve().parents[2] / "params.yaml"
+    try:
+        params = parse_params(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
+    except FileNotFoundError:
+        raise InputError(f"{path}: not found; bench learn takes our recipe from it: run it in a clone") from None
+    model, pretrain = params.model, params.pretrain
+    return params, Lesson(
+        steps=pretrain.max_steps,
+        our_steps=0,
+        layers=model.n_layers,
+        width=model.emb_dim,
+        heads=model.n_heads,
+        vocab=params.tokenize.tokenizer.vocab_size,
+        context=model.context_length,
+        batch=pretrain.batch_size,
+        text=str(SAMPLE),
+    )
+
+
+# ---- recipes ---------------------------------------------------------------------------------------------------------
+
+
+def nanogpt_recipe(lesson: Lesson, params: Params, lr: float) -> Recipe:
+    form = GPT2Form(
+        vocab_size=lesson.vocab,
+        n_positions=lesson.context,
+        n_embd=lesson.width,
+        n_layer=lesson.layers,
+        n_head=lesson.heads,
+    )
+    changes = {
+        "max_steps": lesson.steps,
+        "optimizer": "adamw",
+        "lr": lr,
+        "min_lr": 0.1,
+        "warmup_steps": lesson.steps // 50,
+        "schedule": "cosine",
+        "beta1": 0.9,
+        "beta2": 0.95,
+        "weight_decay": 0.1,
+        "grad_clip": 1.0,
+    }
+    return Recipe(form.gpt_config(), _training(params, lesson.batch, changes))
+
+
+def our_recipe(lesson: Lesson, params: Params) -> Recipe:
+    """The feed-forward layers are as wide as it takes for the number of parameters of the other one."""
+    values = params.model.model_dump() | {
+        "vocab_size": lesson.vocab,
+        "context_length": lesson.context,
+        "n_layers": lesson.layers,
+        "emb_dim": lesson.width,
+        "n_heads": lesson.heads,
+        "n_kv_heads": lesson.heads,
+        "head_dim": lesson.width // lesson.heads,
+    }
+    wanted = parameters(nanogpt_recipe(lesson, params, FIRST_LR).config)
+    narrow, wider = (parameters(GPTConfig(**values | {"ffn_dim": ffn})) for ffn in (8, 16))
+    steps = max(0, round((wanted - narrow) / (wider - narrow)))  # of 8, which suits matrix products
+    config = GPTConfig(**values | {"ffn_dim": 8 + 8 * steps})
+    if abs(found := parameters(config) - wanted) > SAME_SIZE * wanted:
+        raise InputError(
+            f"bench learn: our model differs by {found:+,} from the {wanted:,} parameters of the other one, by more "
+            f"than {100 * SAME_SIZE:.0f} %; take a larger width or vocabulary, or fewer layers"
+        )
+    return Recipe(config, _training(params, lesson.batch, {"max_steps": lesson.our_steps or lesson.steps}))
+
+
+def _training(params: Params, batch_size: int, changes: Mapping[str, Any]) -> PretrainParams:
+    """Ours but for the changes; evaluated often, from random weights, to the end."""
+    common = {"batch_size": batch_size, "grad_accum_steps": 1, "dropout": 0.0, "patience": 0, "keep": "last"}
+    interval = {"eval_interval": max(1, changes["max_steps"] // EVALUATIONS)}
+    return params.pretrain.model_copy(update={**common, "trainable": "all", **interval, **changes})
+
+
+def parameters(config: GPTConfig) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in GPT(config).parameters())
+
+
+# ---- trainings -------------------------------------------------------------------------------------------------------
+
+
+def encode(lesson: Lesson, params: Params, folder: Path) -> Path:
+    """The shards of the text, as the tokenize stage makes them."""
+    corpus, shards, vocabulary = folder / "corpus.jsonl", folder / "shards", folder / "tokenizer"
+    write_records(corpus, read_documents(Path(lesson.text)))
+    with Workers(1) as workers:
+        plan = plan_corpus(corpus, params.tokenize.corpus, params.seed, workers)
+        texts = training_texts(corpus, plan, params.tokenize.tokenizer.train_chars)
+        Tokenizer.train(texts, lesson.vocab).save(vocabulary)
+        encode_corpus(corpus, shards, plan, vocabulary, params.tokenize.shard_tokens, workers)
+    return shards
+
+
+def train(recipe: Recipe, shards: Path, params: Params, name: str, target: float | None = None) -> Learned:
+    """Trains to the end, or until `target` bits per byte. Seconds are those of the steps, evaluations left out."""
+    config, section = recipe
+    train_tokens, val_tokens = TokenShards(shards, "train"), TokenShards(shards, "val")
+    speed = matrix_limit()
+    torch.manual_seed(params.seed)
+    model = GPT(config).to(pick_device(params.runtime.device))
+    curve: list[Row] = []
+    trained, begun = 0.0, time.perf_counter()
+
+    def evaluate() -> dict[str, float]:
+        nonlocal trained, begun
+        trained += time.perf_counter() - begun if curve else 0.0
+        windows = held_out_windows(val_tokens, config.context_length, section.batch_size, section.eval_tokens)
+        loss = mean_loss(model, next_token_loss, windows)
+        begun = time.perf_counter()
+        return {"val/loss": loss, "val/bpb": loss / math.log(2) * val_tokens.n_tokens / val_tokens.n_bytes}
+
+    def log(metrics: Mapping[str, float], step: int) -> None:
+        if "val/bpb" in metrics:
+            row = {"step": step, "tokens": step * section.batch_size * config.context_length, "seconds": trained}
+            curve.append({**row, "val_loss": metrics["val/loss"], "bits_per_byte": metrics["val/bpb"]})
+
+    fit(
+        model,
+        next_token_loss,
+        window_batches(train_tokens, config.context_length, section.batch_size, 1, params.seed),
+        section,
+        params.runtime,
+        evaluate=evaluate,
+        log=log,
+        should_stop=lambda: target is not None and bool(curve) and curve[-1]["bits_per_byte"] <= target,
+        title=name,
+    )
+    return Learned(recipe, curve, speed)
+
+
+def best_of_sweep(learned: Callable[[float], Learned]) -> list[Learned]:
+    """Trainings at learning rates a factor of two apart, the best one first; one that explodes is none.
+
+    The sweep goes from `FIRST_LR` up, or down where that gains nothing, until the loss is higher again.
+    """
+    found: dict[float, Learned] = {}
+
+    def loss(lr: float) -> float:
+        try:
+            found[lr] = learned(lr)
+        except InputError as error:
+            if "lower lr" not in str(error):
+                raise
+            return math.inf
+        return found[lr].loss
+
+    lr, best, factor = FIRST_LR, loss(FIRST_LR), 2.0
+    if (doubled := loss(2 * lr)) < best:
+        lr, best = 2 * lr, doubled
+    else:
+        factor = 0.5
+    while (further := loss(factor * lr)) < best:
+        lr, best = factor * lr, further
+    if not found:
+        raise InputError(f"{NANOGPT}: exploded at every learning rate of the sweep; take other sizes")
+    return sorted(found.values(), key=lambda each: each.loss)
+
+
+def learn(lesson: Lesson, params: Params, say: Callable[[str], None]) -> dict[str, Any]:
+    """Both trainings and the sweep. Returns a JSON object; the ratios are None where ours did not reach the target."""
+    if lesson.width % lesson.heads:
+        raise InputError(f"width {lesson.width} must be a multiple of heads {lesson.heads}")
+    try:
+        ours = our_recipe(lesson, params)
+    except ValidationError as error:
+        raise InputError(explain(error, "the shape")) from None
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        shards = encode(lesson, params, Path(folder))
+
+        def reference(lr: float) -> Learned:
+            found = train(nanogpt_recipe(lesson, params, lr), shards, params, NANOGPT)
+            say(f"{NANOGPT}, lr {lr:g}: {found.loss:.4f} bits per byte in {found.curve[-1]['seconds']:,.1f} s")
+            return found
+
+        sweep = best_of_sweep(reference)
+        best, target = sweep[0], sweep[0].loss
+        found = train(ours, shards, params, OURS, target)
+    reached = found.loss <= target
+    say(f"{OURS}: {found.loss:.4f} bits per byte in {found.curve[-1]['seconds']:,.1f} s")
+    end, theirs = found.curve[-1], best.curve[-1]
+    return {
+        "kind": "learn",
+        "shape": lesson._asdict(),
+        "machine": machine(),
+        "versions": versions(),
+        "target": target,
+        "reached": reached,
+        "ratios": {key: end[key] / theirs[key] for key in ("tokens", "seconds")} if reached else None,
+        "results": {OURS: found.summary(), NANOGPT: best.summary()},
+        "sweep": [{"lr": each.recipe.params.lr, "bits_per_byte": each.loss} for each in sweep],
+    }
+
+
+# ---- for people ------------------------------------------------------------------------------------------------------
+
+
+def markdown(found: Mapping[str, Any]) -> str:
+    header = ["", "parameters", "bits per byte", "steps", "tokens", "seconds", "the machine"]
+    rows = []
+    for name, result in found["results"].items():
+        cells = [f"{result['parameters']:,}", f"{result['bits_per_byte']:.4f}", f"{result['step']:,}"]
+        cells += [f"{result['tokens']:,}", f"{result['seconds']:,.1f}", f"{result['flop_per_s'] / 1e9:.0f} GFLOP/s"]
+        rows.append([name, *cells])
+    tried: Sequence[Mapping[str, float]] = found["sweep"]
+    rates = ", ".join(f"{each['lr']:g} ({each['bits_per_byte']:.4f})" for each in tried)
+    if ratios := found["ratios"]:
+        said = f"{ratios['tokens']:.2f} of the tokens and {ratios['seconds']:.2f} of the seconds until it was as good."
+    else:
+        said = "Ours did not get as far."
+    return "\n".join([title(found), "", *table(header, rows), said, "", f"{NANOGPT} at learning rates {rates}."]) + "\n"
+
+
+def draw(found: Mapping[str, Any], path: Path) -> None:
+    """Both curves over the tokens and over the seconds, and the target."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    for axes, key in zip(figure.subplots(1, 2, sharey=True), ("tokens", "seconds"), strict=True):
+        for name, result in found["results"].items():
+            rows = result["curve"]
+            axes.plot([row[key] for row in rows], [row["bits_per_byte"] for row in rows], ".-", label=name)
+        axes.axhline(found["target"], color="0.6", linewidth=1)
+        axes.set_xlabel(key)
+        axes.set_yscale("log")
+    figure.axes[0].set_ylabel("bits per byte of val")
+    figure.axes[0].legend()
+    figure.savefig(path, dpi=120)
