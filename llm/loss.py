@@ -16,7 +16,8 @@ from torch import Tensor
 
 from llm.linear import product
 
-CHUNK_LOGITS = 8_000_000  # numbers in the logits of a chunk: 32 MB in fp32, which glibc just still keeps for the next
+CHUNK_LOGITS = 4_000_000  # numbers in the logits of a chunk: 16 MB in fp32
+PART_LOGITS = 1_000_000  # of which the softmax is computed at a time
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -44,7 +45,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             chunk = slice(start, start + rows)
             h, t = hidden[chunk], targets[chunk, None]  # [n, C], [n, 1]
             logits = product(h, w).float()  # [n, V]
-            log_total = logits.logsumexp(-1, keepdim=True)  # [n, 1]
+            parts = logits.split(max(1, PART_LOGITS // weight.shape[0]))  # each takes as much memory again
+            log_total = torch.cat([part.logsumexp(-1, keepdim=True) for part in parts])  # [n, 1]
             loss += (log_total - logits.gather(1, t)).sum()
             if grad_hidden is None and grad_weight is None:
                 continue

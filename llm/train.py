@@ -215,7 +215,7 @@ def keep_freed_memory() -> None:
     """Has glibc keep what a step frees for the next one, which would have to be given it again page by page."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, at its largest: blocks below it come from the heap
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block is a mapping of its own, which would go back to the system
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: as much free heap stays
 
 
