@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 BENCH_SIZES = {
     "megabytes": "of text (tokenize)",
     "processes": "that encode it together (tokenize)",
-    "text": "a text file in place of the sample (tokenize, learn)",
+    "text": "a text file in place of the sample (tokenize, learn, scale)",
+    "tokens": "for each parameter (scale)",
     "steps": "of the training that sets the target (learn)",
     "our_steps": "that our schedule is made for (learn; default: as many)",
     "layers": "blocks",
@@ -186,8 +187,8 @@ def bench(args: argparse.Namespace) -> None:
     from llm.bench import contest_of
     from llm.bench.contest import compare, draw, markdown
 
-    if args.kind == "learn":
-        bench_learn(args)
+    if args.kind not in KINDS:
+        bench_alone(args)
         return
     contest = contest_of(args.kind)
     if args.form is not None and args.form not in contest.forms:
@@ -197,14 +198,21 @@ def bench(args: argparse.Namespace) -> None:
     show_bench(args, found, markdown, draw)
 
 
-def bench_learn(args: argparse.Namespace) -> None:
-    from llm.bench.learning import draw, learn, markdown, shipped
+def bench_alone(args: argparse.Namespace) -> None:
+    """Those that are no contest, but one training after another."""
+    from llm.bench import learning, scaling
 
     for name in ("form", "only", "rounds", "seconds"):
         if getattr(args, name) is not None:
-            raise InputError(f"--{name} is no option of bench learn, which is one training after another")
-    params, lesson = shipped()
-    show_bench(args, learn(with_sizes(args, lesson), params, note), markdown, draw)
+            raise InputError(f"--{name} is no option of bench {args.kind}, which is one training after another")
+    if args.kind == "learn":
+        params, lesson = learning.shipped()
+        found = learning.learn(with_sizes(args, lesson), params, note)
+        show_bench(args, found, learning.markdown, learning.draw)
+    else:
+        params, ladder = scaling.shipped_ladder()
+        found = scaling.scale(with_sizes(args, ladder), params, note)
+        show_bench(args, found, scaling.markdown, scaling.draw)
 
 
 def with_sizes(args: argparse.Namespace, sizes: Any) -> Any:
@@ -478,16 +486,18 @@ def build_parser() -> argparse.ArgumentParser:
         "random weights: the rows of a batch have different lengths, at most --prompt and --new, and what was asked "
         "for counts. learn is no such contest: nanoGPT's recipe trains on the sample, at the best learning rate of a "
         "small sweep, then ours from params.yaml with as many parameters until its loss on held-out text is as low; "
-        "the table says what each took.",
+        "the table says what each took. scale trains four small models by our recipe, fits a power law to their "
+        "losses, says what the model of --width will reach, and then trains it.",
         "python -m llm bench train",
         "python -m llm bench train --vocab 50257 --rounds 7 --out bench",
         "python -m llm bench tokenize --megabytes 20 --text book.txt",
         "python -m llm bench generate --batch 16 --new 64",
         "python -m llm bench learn --text book.txt --vocab 4096 --steps 500",
+        "python -m llm bench scale --text book.txt --vocab 4096 --tokens 2",
         'python -m llm bench generate --form llama --only "this project" --only "llama.cpp, Q8_0"',
         model_dir=False,
     )
-    command.add_argument("kind", choices=[*KINDS, "learn"], help="what they do")
+    command.add_argument("kind", choices=[*KINDS, "learn", "scale"], help="what they do")
     sizes = command.add_argument_group("sizes, where they shall be others than those of the project's own figures")
     for name, meaning in BENCH_SIZES.items():
         if name == "text":

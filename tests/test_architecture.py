@@ -36,6 +36,7 @@ LAYERS = [
     {"evaluate", "mlflow_model", "peft", "bench/contest"},
     {"report", "bench/models", "bench/tokenizing"},
     {"bench/training", "bench/decoding", "bench/learning"},
+    {"bench/scaling"},
     {"bench/__init__"},
     {"bench/__main__"},
     {"__main__"},

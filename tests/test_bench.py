@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,11 +14,12 @@ import pytest
 import torch
 
 from llm.__main__ import BENCH_SIZES, build_parser, main
-from llm.bench import KINDS, contest_of, learning
+from llm.bench import KINDS, contest_of, learning, scaling
 from llm.bench.contest import OURS, Cost, LeftOut, compare, draw, markdown, memory, of_limit
 from llm.bench.decoding import BYTES_PER_WEIGHT, FORMS, requests
 from llm.bench.learning import FIRST_LR, NANOGPT, Learned, Lesson, best_of_sweep, learn, our_recipe, shipped
 from llm.bench.models import Shape, check_shape, gpt_config, transformers_model
+from llm.bench.scaling import Ladder, law, recipes, scale, shipped_ladder
 from llm.bench.tokenizing import (
     Text,
     read_documents,
@@ -273,7 +275,7 @@ def test_the_command_line_knows_every_contest_and_size() -> None:
         words = [word for field, value in sizes.items() for word in (f"--{field.replace('_', '-')}", str(value or 3))]
         args = build_parser().parse_args(["bench", kind, *words])
         assert {field: getattr(args, field) for field in sizes} == {field: value or 3 for field, value in sizes.items()}
-    sizes_of_all = [*(contest_of(kind).sizes for kind in KINDS), shipped()[1]]
+    sizes_of_all = [*(contest_of(kind).sizes for kind in KINDS), shipped()[1], shipped_ladder()[1]]
     assert set(BENCH_SIZES) == {field for sizes in sizes_of_all for field in sizes._fields} - {"form"}
 
 
@@ -306,6 +308,10 @@ def test_only_those_named_take_part() -> None:
         ("learn --rounds 3", "--rounds is no option of bench learn"),
         ("learn --form llama", "--form is no option of bench learn"),
         ("learn --megabytes 3", "--megabytes is no size of bench learn; it has steps, our-steps, layers"),
+        ("scale --rounds 3", "--rounds is no option of bench scale"),
+        ("scale --steps 3", "--steps is no size of bench scale; it has tokens, layers"),
+        ("scale --width 100", "width 100 must be a multiple of 16 times heads"),
+        ("scale --vocab 20000000", "vocab_size: input should be less than or equal to 16777216"),
         ("learn --heads 3", "width 128 must be a multiple of heads 3"),
         ("learn --vocab 20000000", "vocab_size: input should be less than or equal to 16777216"),
         ("learn --width 2 --heads 1 --layers 100", "our model differs by"),
@@ -425,3 +431,62 @@ def test_a_sweep_that_only_explodes_is_one_line() -> None:
 
     with pytest.raises(InputError, match="too small"):
         best_of_sweep(fails)
+
+
+# ---- bench scale -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ladder(lesson: Lesson) -> Ladder:
+    values = {name: value for name, value in lesson._asdict().items() if name in Ladder._fields}
+    return Ladder(tokens=1, **values)._replace(batch=16, width=64)
+
+
+def test_a_law_of_four_models_is_said_before_the_fifth(
+    ladder: Ladder, params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(learning, "EVALUATIONS", 1)
+    said: list[str] = []
+    found = scale(ladder, params, said.append)
+    rows = found["results"]
+    assert [row["width"] for row in rows] == [16, 24, 32, 48, 64]
+    for row in rows:
+        assert row["tokens"] == math.ceil(row["parameters"] / 256) * 256, "whole steps of 16 rows of 16"
+    logarithms = np.log([[row["parameters"], row["bits_per_byte"]] for row in rows[:4]])
+    errors = logarithms[:, 1] - np.log([row["law"] for row in rows[:4]])
+    assert abs(errors.sum()) < 1e-9 and abs(errors @ logarithms[:, 0]) < 1e-9, "least squares"
+    order = [line.split(" bits")[0] for line in said]
+    assert order[-2] == f"width 64: {rows[-1]['law']:.4f}" and "predicted" in said[-2]
+    assert order[-1] == f"width 64: {rows[-1]['bits_per_byte']:.4f}" and "predicted" not in said[-1]
+    assert json.loads(json.dumps(found)) == found
+    assert f"{rows[-1]['law']:.4f} was said before" in scaling.markdown(found)
+    scaling.draw(found, tmp_path / "law.png")
+    assert (tmp_path / "law.png").stat().st_size > 1000
+
+
+def test_a_law_is_found_again(ladder: Ladder, params: Params, monkeypatch: pytest.MonkeyPatch) -> None:
+    def trained(recipe: learning.Recipe, shards: Path, params: Params, name: str) -> Learned:
+        size = learning.parameters(recipe.config)
+        end = {"step": 1, "tokens": 64, "seconds": 1.0, "val_loss": 1.0, "bits_per_byte": 9 * size**-0.25}
+        return Learned(recipe, [end], 1.0)
+
+    monkeypatch.setattr(scaling, "train", trained)
+    found = scale(ladder, params, lambda line: None)
+    assert found["exponent"] == pytest.approx(-0.25)
+    assert law(found["exponent"], found["logarithm"], 10**6) == pytest.approx(9 * 10**-1.5)
+    assert "what it reached is +0.0 % off" in scaling.markdown(found).replace("-0.0", "+0.0")
+
+
+def test_the_ladder_ends_with_the_model_of_the_params() -> None:
+    params, ladder = shipped_ladder()
+    *smaller, last = recipes(ladder, params)
+    assert (
+        last.config.model_dump() == params.gpt_config(ladder.vocab).model_dump()
+        if hasattr(params, "gpt_config")
+        else True
+    )
+    sizes = [learning.parameters(recipe.config) for recipe in (*smaller, last)]
+    assert sizes == sorted(sizes) and all(
+        recipe.params.max_steps == math.ceil(size / (ladder.batch * ladder.context))
+        for recipe, size in zip((*smaller, last), sizes, strict=True)
+    )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from llm.bench.contest import Contest
 
-KINDS = ("tokenize", "train", "finetune", "generate")  # in turns; `bench learn` is no such contest: see learning.py
+KINDS = ("tokenize", "train", "finetune", "generate")  # not learn and scale: trainings
 
 
 def contest_of(kind: str) -> Contest[Any]:

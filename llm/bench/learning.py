@@ -84,7 +84,7 @@ def shipped() -> tuple[Params, Lesson]:
     try:
         params = parse_params(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
     except FileNotFoundError:
-        raise InputError(f"{path}: not found; bench learn takes our recipe from it: run it in a clone") from None
+        raise InputError(f"{path}: not found; our recipe is taken from it: run this in a clone") from None
     model, pretrain = params.model, params.pretrain
     return params, Lesson(
         steps=pretrain.max_steps,
@@ -122,12 +122,25 @@ def nanogpt_recipe(lesson: Lesson, params: Params, lr: float) -> Recipe:
         "weight_decay": 0.1,
         "grad_clip": 1.0,
     }
-    return Recipe(form.gpt_config(), _training(params, lesson.batch, changes))
+    return Recipe(form.gpt_config(), training(params, lesson.batch, changes))
 
 
 def our_recipe(lesson: Lesson, params: Params) -> Recipe:
     """The feed-forward layers are as wide as it takes for the number of parameters of the other one."""
-    values = params.model.model_dump() | {
+    wanted = parameters(nanogpt_recipe(lesson, params, FIRST_LR).config)
+    narrow, wider = (parameters(our_config(lesson, params, ffn)) for ffn in (8, 16))
+    steps = max(0, round((wanted - narrow) / (wider - narrow)))  # of 8, which suits matrix products
+    config = our_config(lesson, params, 8 + 8 * steps)
+    if abs(found := parameters(config) - wanted) > SAME_SIZE * wanted:
+        raise InputError(
+            f"bench learn: our model differs by {found:+,} from the {wanted:,} parameters of the other one, by more "
+            f"than {100 * SAME_SIZE:.0f} %; take a larger width or vocabulary, or fewer layers"
+        )
+    return Recipe(config, training(params, lesson.batch, {"max_steps": lesson.our_steps or lesson.steps}))
+
+
+def our_config(lesson: Lesson, params: Params, ffn_dim: int) -> GPTConfig:
+    values = {
         "vocab_size": lesson.vocab,
         "context_length": lesson.context,
         "n_layers": lesson.layers,
@@ -135,20 +148,12 @@ def our_recipe(lesson: Lesson, params: Params) -> Recipe:
         "n_heads": lesson.heads,
         "n_kv_heads": lesson.heads,
         "head_dim": lesson.width // lesson.heads,
+        "ffn_dim": ffn_dim,
     }
-    wanted = parameters(nanogpt_recipe(lesson, params, FIRST_LR).config)
-    narrow, wider = (parameters(GPTConfig(**values | {"ffn_dim": ffn})) for ffn in (8, 16))
-    steps = max(0, round((wanted - narrow) / (wider - narrow)))  # of 8, which suits matrix products
-    config = GPTConfig(**values | {"ffn_dim": 8 + 8 * steps})
-    if abs(found := parameters(config) - wanted) > SAME_SIZE * wanted:
-        raise InputError(
-            f"bench learn: our model differs by {found:+,} from the {wanted:,} parameters of the other one, by more "
-            f"than {100 * SAME_SIZE:.0f} %; take a larger width or vocabulary, or fewer layers"
-        )
-    return Recipe(config, _training(params, lesson.batch, {"max_steps": lesson.our_steps or lesson.steps}))
+    return GPTConfig(**params.model.model_dump() | values)
 
 
-def _training(params: Params, batch_size: int, changes: Mapping[str, Any]) -> PretrainParams:
+def training(params: Params, batch_size: int, changes: Mapping[str, Any]) -> PretrainParams:
     """Ours but for the changes; evaluated often, from random weights, to the end."""
     common = {"batch_size": batch_size, "grad_accum_steps": 1, "dropout": 0.0, "patience": 0, "keep": "last"}
     interval = {"eval_interval": max(1, changes["max_steps"] // EVALUATIONS)}
