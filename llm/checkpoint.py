@@ -84,10 +84,13 @@ def load_model_folder(
     `dtype` None leaves the weights in the one that they are stored in.
     """
     config, tokenizer = read_model_folder(folder)
+    path = folder / "model.safetensors"
+    found = stored_shapes(path)
+    check_layers(path, len(found), config.gpt)
     with without_weights():
         gpt = GPT(config.gpt)
         model = GPTClassifier(gpt, len(config.labels)) if config.labels else gpt
-    load_weights(model, folder / "model.safetensors", torch.device(device), dtype)
+    load_weights(model, path, found, torch.device(device), dtype)
     return ModelFolder(model.eval(), tokenizer, config)
 
 
@@ -111,23 +114,44 @@ def read_model_folder(folder: Path) -> tuple[ModelFolderConfig, Tokenizer]:
     return config, tokenizer
 
 
-def load_weights(model: GPT | GPTClassifier, path: Path, device: torch.device, dtype: torch.dtype | None) -> None:
+def stored_shapes(path: Path) -> dict[str, list[int]]:
+    """The shapes of all tensors of a safetensors file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise unreadable(path, error) from None
+
+
+def check_layers(path: Path, n_tensors: int, config: GPTConfig) -> None:
+    """Before a model is built, which takes long for the thousand layers that a small file may ask for."""
+    if n_tensors < config.n_layers:
+        raise InputError(
+            f"{path}: {n_tensors} tensors are too few for a model of {config.n_layers} layers; make or copy it again"
+        )
+
+
+def load_weights(
+    model: GPT | GPTClassifier,
+    path: Path,
+    found: dict[str, list[int]],
+    device: torch.device,
+    dtype: torch.dtype | None,
+) -> None:
     """Fills a model on the meta device strictly: each tensor used once, shapes equal; else what is wrong is named.
 
     Tensor by tensor, with the file closed in between: the memory it is mapped to never adds up to a second model. The
     largest come first, while the memory is still empty.
     """
     expected = {name: list(tensor.shape) for name, tensor in stored_tensors(model).items()}
+    for name, shape in expected.items():
+        if name not in found:
+            raise InputError(f"{path}: tensor {name} is missing; the file does not belong to this config.json")
+        if found[name] != shape:
+            raise InputError(f"{path}: tensor {name} has shape {found[name]}, config.json asks for {shape}")
+    if extra := sorted(set(found) - set(expected)):
+        raise InputError(f"{path}: tensor {extra[0]} has no place in the model ({len(extra)} left over)")
     try:
-        with safe_open(path, framework="pt") as file:
-            found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (not a dict)
-        for name, shape in expected.items():
-            if name not in found:
-                raise InputError(f"{path}: tensor {name} is missing; the file does not belong to this config.json")
-            if found[name] != shape:
-                raise InputError(f"{path}: tensor {name} has shape {found[name]}, config.json asks for {shape}")
-        if extra := sorted(set(found) - set(expected)):
-            raise InputError(f"{path}: tensor {extra[0]} has no place in the model ({len(extra)} left over)")
         for name in sorted(expected, key=lambda name: -math.prod(expected[name])):
             with safe_open(path, framework="pt") as file:
                 tensor = file.get_tensor(name)

@@ -29,7 +29,15 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from llm.checkpoint import ModelFolder, assign_tensor, language_model, stored_tensors, tie_head, without_weights
+from llm.checkpoint import (
+    ModelFolder,
+    assign_tensor,
+    check_layers,
+    language_model,
+    stored_tensors,
+    tie_head,
+    without_weights,
+)
 from llm.config import MAX_SIZE, GPTConfig, InputError, RopeScaling, explain
 from llm.model import GPT, rotary_frequencies
 from llm.tokenizer_files import ImportedTokenizer, gguf_tokenizer_fields, tokenizer_from_gguf
@@ -104,6 +112,7 @@ def read_gguf(path: Path, dtype: torch.dtype | None) -> ModelFolder:
             f"{path}: the tokenizer has {n_tokens} tokens, token_embd.weight {config.vocab_size} rows; "
             "they do not belong together"
         )
+    check_layers(path, len(header.tensors), config)
     with without_weights():
         model = GPT(config)
     _check_tensors(path, header, model)

@@ -23,6 +23,7 @@ from torch import Tensor
 from llm.checkpoint import (
     ModelFolder,
     assign_tensor,
+    check_layers,
     language_model,
     load_model_folder,
     read_model_folder,
@@ -82,9 +83,11 @@ def import_model(source: str, dtype: torch.dtype | None = None) -> ModelFolder:
             f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the embedding only {config.vocab_size}; "
             "they do not belong together"
         )
+    found = stored_in(path)
+    check_layers(path, len(found), config)
     with without_weights():
         model = GPT(config)
-    read_weights(model, path, NAMES[form.model_type], dtype)
+    read_weights(model, path, found, NAMES[form.model_type], dtype)
     return language_model(model, tokenizer, template, system)
 
 
@@ -470,9 +473,10 @@ class StoredTensor(NamedTuple):
     dtype: str
 
 
-def read_weights(model: GPT, folder: Path, names: dict[str, str], dtype: torch.dtype | None) -> None:
+def read_weights(
+    model: GPT, folder: Path, found: dict[str, StoredTensor], names: dict[str, str], dtype: torch.dtype | None
+) -> None:
     """Fills a model on the meta device strictly: each tensor used once, shapes equal; else what is wrong is named."""
-    found = stored_in(folder)
     ours = stored_tensors(model)
     prefix = names["tok_emb"].split(".")[0] + "."
     if not any(name.startswith(prefix) for name in found):  # saved without the head, as OpenAI's GPT-2 was

@@ -725,6 +725,9 @@ MODEL_FOLDERS: dict[str, Case] = {
         r"tensor lm_head\.weight has no place",
     ),
     "more layers than weights": Case(config(CONFIG, n_layers=3), SCORE, r"tensor blocks\.2\.\S+ is missing"),
+    "a thousand layers in a small file": Case(
+        config(CONFIG, n_layers=1000), SCORE, r"\d+ tensors are too few for a model of 1000 layers"
+    ),
     "fewer layers than weights": Case(
         config(CONFIG, n_layers=1), SCORE, r"tensor blocks\.1\.\S+ has no place in the model"
     ),
@@ -797,6 +800,11 @@ FOREIGN_FOLDERS: dict[str, Case] = {
     ),
     "layers without end": Case(
         config(THEIR_CONFIG, num_hidden_layers=10**12), IMPORT, r"num_hidden_layers: .*less than or equal to 1000"
+    ),
+    "a thousand layers in a small file": Case(
+        config(THEIR_CONFIG, num_hidden_layers=1000),
+        IMPORT,
+        r"theirs: \d+ tensors are too few for a model of 1000 layers",
     ),
     "vocabulary without end": Case(
         config(THEIR_CONFIG, vocab_size=10**18), IMPORT, r"vocab_size: .*less than or equal to 16777216"

@@ -503,6 +503,7 @@ VECTOR = (np.ones(64, np.float32), F32)
         ({"split.count": 3}, {}, "one of 3 parts"),
         ({"llama.block_count": None}, {}, r"llama\.block_count: expected .*found None"),
         ({"llama.block_count": 3}, {}, r"tensor blk\.2\.attn_norm\.weight is missing"),
+        ({"llama.block_count": 1000}, {}, r"tensors are too few for a model of 1000 layers"),
         ({"llama.block_count": 1}, {}, r"tensor 'blk\.1\.\S+' has no place in a llama model \(9 left over\)"),
         ({"llama.block_count": 10**6}, {}, "n_layers: .*less than or equal to 1000, found 1000000"),
         ({"llama.embedding_length": 2**31}, {}, r"llama\.embedding_length: expected a number from 1"),
