@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llm import parallel
 from llm.config import TrainParams
 
 
@@ -71,7 +72,8 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose update is made orthogonal, for matrices (Jordan et al. 2024, github.com/KellerJordan/Muon).
 
     `torch.optim.Muon` iterates in bf16, which CPUs without bf16 units run two orders of magnitude slower than fp32;
-    here the iteration has the gradient's own dtype on CPUs. Matrices of one shape go through it together.
+    here the iteration has the gradient's own dtype on CPUs. Matrices of one shape go through it together, several
+    processes share them.
     """
 
     def __init__(self, params: list[dict[str, Any]], lr: float, weight_decay: float, momentum: float = 0.95) -> None:
@@ -86,7 +88,7 @@ class Muon(torch.optim.Optimizer):
                     same_shape[p.shape].append(p)
             for shape, parameters in same_shape.items():
                 updates = torch.stack([self._momentum(p, group["momentum"]) for p in parameters])  # [n, rows, columns]
-                updates = orthogonalize(updates)
+                updates = parallel.spread(orthogonalize, updates)
                 # A wide matrix's orthogonal update is as strong as a square one's; a tall one's has to be scaled up.
                 scale = max(1.0, shape[0] / shape[1]) ** 0.5
                 for p, update in zip(parameters, updates, strict=True):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -50,6 +51,21 @@ def total(values: Tensor) -> Tensor:
         values = values.clone()
         dist.all_reduce(values)
     return values
+
+
+def spread(function: Callable[[Tensor], Tensor], items: Tensor) -> Tensor:
+    """`function(items)` [n, .] where that treats each item by itself: every process computes some and has all."""
+    if world_size() == 1:
+        return function(items)
+    results = torch.empty_like(items)
+    parts = results.tensor_split(world_size())
+    mine = items.tensor_split(world_size())[rank()]
+    if len(mine):
+        parts[rank()].copy_(function(mine))
+    sent = [dist.broadcast(part, source, async_op=True) for source, part in enumerate(parts) if len(part)]
+    for each in sent:
+        each.wait()
+    return results
 
 
 def anywhere(flag: bool) -> bool:

@@ -26,9 +26,9 @@ FIRST_PARTY = ("llm", "stages")
 
 # `llm` from the ground up: a module may import those of the lines above its own. A new module is placed here.
 LAYERS = [
-    {"display", "chat_template", "figures"},
+    {"display", "parallel", "chat_template", "figures"},
     {"config", "linear"},
-    {"model", "loss", "optim", "parallel", "tokenizer", "fetch", "records"},
+    {"model", "loss", "optim", "tokenizer", "fetch", "records"},
     {"sources", "data", "generate", "metrics", "corpus", "labelled", "checkpoint"},
     {"baselines", "lora", "classify", "datacard", "tokenizer_files"},
     {"train", "gguf_file"},

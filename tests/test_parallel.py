@@ -10,7 +10,9 @@ import sys
 from typing import Any
 
 import pytest
+import torch
 
+from llm.optim import Muon
 from tests.conftest import ROOT
 
 PROGRAM = """
@@ -20,6 +22,7 @@ import torch
 from llm import parallel
 from llm.data import Batch
 from llm.model import GPT
+from llm.optim import Muon
 from llm.train import fit, mean_loss, next_token_loss
 from tests.helpers import gpt_config, runtime_params, train_params
 from tests.test_train import random_batch
@@ -55,7 +58,22 @@ def run(name, stop=(None, None, None)):
     return result.steps, result.stopped, len(result.history), saved, hashlib.md5(weights).hexdigest()
 
 
-answers = {"undisturbed": [run("undisturbed")]}
+computed = []
+
+
+def doubled(part):
+    computed.append(len(part))
+    return part * 2
+
+
+items = torch.arange(30.0).view(5, 2, 3)
+spread = [parallel.spread(doubled, items[:n]).equal(items[:n] * 2) for n in (5, 2, 1)]
+muon = [torch.nn.Parameter(items[i : i + 1].view(2, 3).clone()) for i in range(5)]
+for i, p in enumerate(muon):
+    p.grad = (p.detach() - 10 * i).sin()
+Muon([{"params": muon, "lr": 0.1}], 0.1, 0.0).step()
+answers = {"spread": spread, "computed": computed, "muon": [p.tolist() for p in muon]}
+answers["undisturbed"] = [run("undisturbed")]
 for stop in json.loads(sys.argv[2]):
     answers[str(stop)] = [run(str(stop), tuple(stop)), run(str(stop))]
 (folder / f"answers-{rank}.json").write_text(json.dumps(answers))
@@ -100,3 +118,18 @@ def test_stopped_between_batches_of_an_evaluation_both_leave_it_and_go_on(
         assert went_on[4] == answer["undisturbed"][0][4]
     assert answers[0][str(list(stop))][0][3] == [f"step-{stop[1]:08d}"], "rank 0 has saved where it was"
     assert answers[1][str(list(stop))][0][4] == answers[0][str(list(stop))][0][4]
+
+
+def test_each_process_computes_some_items_and_has_all(answers: list[dict[str, Any]]) -> None:
+    assert [answer["spread"] for answer in answers] == [[True] * 3] * 2
+    assert [answer["computed"] for answer in answers] == [[3, 1, 1], [2, 1]], "of 5, 2 and 1"
+
+
+def test_muon_is_that_of_one_process(answers: list[dict[str, Any]]) -> None:
+    items = torch.arange(30.0).view(5, 2, 3)
+    alone = [torch.nn.Parameter(item.clone()) for item in items]
+    for i, p in enumerate(alone):
+        p.grad = (p.detach() - 10 * i).sin()
+    Muon([{"params": alone, "lr": 0.1}], 0.1, 0.0).step()
+    for answer in answers:
+        torch.testing.assert_close(torch.tensor(answer["muon"]), torch.stack(alone).detach(), rtol=1e-5, atol=1e-5)
