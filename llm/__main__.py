@@ -17,12 +17,13 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from llm.bench import KINDS
+from llm.bench import KINDS, TRAININGS
 from llm.config import InputError
 from llm.display import CONTROLS, one_line, visible
 
 if TYPE_CHECKING:
     from llm.checkpoint import ModelFolder
+    from llm.config import Params
     from llm.model import GPT
 
 BENCH_SIZES = {
@@ -43,6 +44,7 @@ BENCH_SIZES = {
     "prompt": "tokens that are continued (generate)",
     "new": "tokens of the continuation (generate)",
 }
+ROUNDS, SECONDS = 5, 5.0  # of a contest
 CLASSIFY_BATCH = 32  # texts classified together: no answer depends on it, only speed and memory
 
 
@@ -187,32 +189,46 @@ def bench(args: argparse.Namespace) -> None:
     from llm.bench import contest_of
     from llm.bench.contest import compare, draw, markdown
 
-    if args.kind not in KINDS:
-        bench_alone(args)
+    if args.kind in TRAININGS:
+        bench_trainings(args)
         return
     contest = contest_of(args.kind)
     if args.form is not None and args.form not in contest.forms:
         raise InputError(f"--form {args.form}: bench {args.kind} has no other form than GPT-2's")
     sizes = with_sizes(args, contest.forms.get(args.form, contest.sizes))
-    found = compare(contest, sizes, args.rounds or 5, 5.0 if args.seconds is None else args.seconds, note, args.only)
+    found = compare(
+        contest, sizes, args.rounds or ROUNDS, SECONDS if args.seconds is None else args.seconds, note, args.only
+    )
     show_bench(args, found, markdown, draw)
 
 
-def bench_alone(args: argparse.Namespace) -> None:
+def bench_trainings(args: argparse.Namespace) -> None:
     """Those that are no contest, but one training after another."""
     from llm.bench import learning, scaling
 
     for name in ("form", "only", "rounds", "seconds"):
         if getattr(args, name) is not None:
             raise InputError(f"--{name} is no option of bench {args.kind}, which is one training after another")
+    params = shipped_params()
     if args.kind == "learn":
-        params, lesson = learning.shipped()
-        found = learning.learn(with_sizes(args, lesson), params, note)
+        found = learning.learn(with_sizes(args, learning.lesson_of(params)), params, note)
         show_bench(args, found, learning.markdown, learning.draw)
     else:
-        params, ladder = scaling.shipped_ladder()
-        found = scaling.scale(with_sizes(args, ladder), params, note)
+        found = scaling.scale(with_sizes(args, scaling.ladder_of(params)), params, note)
         show_bench(args, found, scaling.markdown, scaling.draw)
+
+
+def shipped_params() -> Params:
+    """`params.yaml` of this clone."""
+    import yaml
+
+    from llm.config import parse_params
+
+    path = Path(__file__).resolve().parents[1] / "params.yaml"
+    try:
+        return parse_params(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
+    except FileNotFoundError:
+        raise InputError(f"{path}: not found; our recipe is taken from it: run this in a clone") from None
 
 
 def with_sizes(args: argparse.Namespace, sizes: Any) -> Any:
@@ -497,7 +513,7 @@ def build_parser() -> argparse.ArgumentParser:
         'python -m llm bench generate --form llama --only "this project" --only "llama.cpp, Q8_0"',
         model_dir=False,
     )
-    command.add_argument("kind", choices=[*KINDS, "learn", "scale"], help="what they do")
+    command.add_argument("kind", choices=[*KINDS, *TRAININGS], help="what they do")
     sizes = command.add_argument_group("sizes, where they shall be others than those of the project's own figures")
     for name, meaning in BENCH_SIZES.items():
         if name == "text":
@@ -510,8 +526,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="of generate: GPT-2 124M's (default) or SmolLM2-135M's, sizes included",
     )
     command.add_argument("--only", action="append", metavar="NAME", help="a contestant; may be repeated (default: all)")
-    command.add_argument("--rounds", type=positive, metavar="N", help="turns of each (default: 5)")
-    command.add_argument("--seconds", type=float, metavar="X", help="of a turn (default: 5)")
+    command.add_argument("--rounds", type=positive, metavar="N", help=f"turns of each (default: {ROUNDS})")
+    command.add_argument("--seconds", type=float, metavar="X", help=f"of a turn (default: {SECONDS})")
     command.add_argument("--out", type=Path, metavar="DIR", help="where to leave the figures as JSON and a picture")
     return parser
 

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-from llm.__main__ import BENCH_SIZES, build_parser, main
+from llm.__main__ import BENCH_SIZES, build_parser, main, shipped_params
 from llm.bench import KINDS, contest_of, learning, scaling
 from llm.bench.contest import OURS, Cost, LeftOut, compare, draw, markdown, memory, of_limit
 from llm.bench.decoding import BYTES_PER_WEIGHT, FORMS, requests
-from llm.bench.learning import FIRST_LR, NANOGPT, Learned, Lesson, best_of_sweep, learn, our_recipe, shipped
+from llm.bench.learning import FIRST_LR, NANOGPT, Learned, Lesson, best_of_sweep, learn, lesson_of, our_recipe
 from llm.bench.models import Shape, check_shape, gpt_config, transformers_model
-from llm.bench.scaling import Ladder, law, recipes, scale, shipped_ladder
+from llm.bench.scaling import Ladder, ladder_of, law, recipes, scale
 from llm.bench.tokenizing import (
     Text,
     read_documents,
@@ -28,7 +28,7 @@ from llm.bench.tokenizing import (
     tokenize_ours,
     tokenizers_encoder,
 )
-from llm.config import InputError, Params
+from llm.config import GPTConfig, InputError, Params
 from llm.model import GPT
 from llm.tokenizer import Tokenizer
 
@@ -275,7 +275,7 @@ def test_the_command_line_knows_every_contest_and_size() -> None:
         words = [word for field, value in sizes.items() for word in (f"--{field.replace('_', '-')}", str(value or 3))]
         args = build_parser().parse_args(["bench", kind, *words])
         assert {field: getattr(args, field) for field in sizes} == {field: value or 3 for field, value in sizes.items()}
-    sizes_of_all = [*(contest_of(kind).sizes for kind in KINDS), shipped()[1], shipped_ladder()[1]]
+    sizes_of_all = [*(contest_of(kind).sizes for kind in KINDS), Lesson, Ladder]
     assert set(BENCH_SIZES) == {field for sizes in sizes_of_all for field in sizes._fields} - {"form"}
 
 
@@ -338,7 +338,7 @@ def lesson(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Lesson:
 @pytest.fixture
 def params() -> Params:
     """Those of the clone, with short evaluations."""
-    params, _ = shipped()
+    params = shipped_params()
     return params.model_copy(update={"pretrain": params.pretrain.model_copy(update={"eval_tokens": 256})})
 
 
@@ -392,7 +392,8 @@ def test_ours_may_not_get_as_far(lesson: Lesson, params: Params) -> None:
 
 def test_our_recipe_is_that_of_the_params() -> None:
     """But for the width of the feed-forward layers, which makes up for what GPT-2's block has more."""
-    params, lesson = shipped()
+    params = shipped_params()
+    lesson = lesson_of(params)
     config, section = our_recipe(lesson, params)
     expected = params.model.model_dump() | {"ffn_dim": config.ffn_dim, "vocab_size": lesson.vocab}
     assert config.model_dump(exclude={"rope_scaling", "sliding_window"}) == expected
@@ -411,7 +412,7 @@ def test_the_sweep_ends_where_it_gains_no_more(best: float, tried: list[float]) 
         asked.append(lr / FIRST_LR)
         if asked[-1] == 8:
             raise InputError("step 3: the loss exploded: lower lr")
-        recipe = learning.Recipe(gpt_config(TINY), shipped()[0].pretrain.model_copy(update={"lr": lr}))
+        recipe = learning.Recipe(gpt_config(TINY), shipped_params().pretrain.model_copy(update={"lr": lr}))
         return Learned(recipe, [{"bits_per_byte": abs(np.log(asked[-1] / best))}], 1.0)
 
     found = best_of_sweep(learned)
@@ -478,13 +479,10 @@ def test_a_law_is_found_again(ladder: Ladder, params: Params, monkeypatch: pytes
 
 
 def test_the_ladder_ends_with_the_model_of_the_params() -> None:
-    params, ladder = shipped_ladder()
+    params = shipped_params()
+    ladder = ladder_of(params)
     *smaller, last = recipes(ladder, params)
-    assert (
-        last.config.model_dump() == params.gpt_config(ladder.vocab).model_dump()
-        if hasattr(params, "gpt_config")
-        else True
-    )
+    assert last.config == GPTConfig(**params.model.model_dump(), vocab_size=ladder.vocab)
     sizes = [learning.parameters(recipe.config) for recipe in (*smaller, last)]
     assert sizes == sorted(sizes) and all(
         recipe.params.max_steps == math.ceil(size / (ladder.batch * ladder.context))

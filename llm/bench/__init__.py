@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from llm.bench.contest import Contest
 
-KINDS = ("tokenize", "train", "finetune", "generate")  # not learn and scale: trainings
+KINDS = ("tokenize", "train", "finetune", "generate")
+TRAININGS = ("learn", "scale")  # no contests, but one training after another
 
 
 def contest_of(kind: str) -> Contest[Any]:

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from llm.bench.contest import OURS, machine, matrix_limit, title, versions
 from llm.bench.tokenizing import SAMPLE, read_documents, write_records
-from llm.config import GPTConfig, InputError, Params, PretrainParams, explain, parse_params
+from llm.config import GPTConfig, InputError, Params, PretrainParams, explain
 from llm.corpus import Workers, encode_corpus, plan_corpus, training_texts
 from llm.data import TokenShards, held_out_windows, window_batches
 from llm.display import table
@@ -76,17 +76,10 @@ class Learned(NamedTuple):
         }
 
 
-def shipped() -> tuple[Params, Lesson]:
-    """`params.yaml` of this clone, and the lesson in it."""
-    import yaml
-
-    path = Path(__file__).resolve().parents[2] / "params.yaml"
-    try:
-        params = parse_params(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
-    except FileNotFoundError:
-        raise InputError(f"{path}: not found; our recipe is taken from it: run this in a clone") from None
+def lesson_of(params: Params) -> Lesson:
+    """With the sizes of the params, on the sample."""
     model, pretrain = params.model, params.pretrain
-    return params, Lesson(
+    return Lesson(
         steps=pretrain.max_steps,
         our_steps=0,
         layers=model.n_layers,
@@ -168,14 +161,14 @@ def parameters(config: GPTConfig) -> int:
 # ---- trainings -------------------------------------------------------------------------------------------------------
 
 
-def encode(lesson: Lesson, params: Params, folder: Path) -> Path:
+def encode(text: str, vocab: int, params: Params, folder: Path) -> Path:
     """The shards of the text, as the tokenize stage makes them."""
     corpus, shards, vocabulary = folder / "corpus.jsonl", folder / "shards", folder / "tokenizer"
-    write_records(corpus, read_documents(Path(lesson.text)))
+    write_records(corpus, read_documents(Path(text)))
     with Workers(1) as workers:
         plan = plan_corpus(corpus, params.tokenize.corpus, params.seed, workers)
         texts = training_texts(corpus, plan, params.tokenize.tokenizer.train_chars)
-        Tokenizer.train(texts, lesson.vocab).save(vocabulary)
+        Tokenizer.train(texts, vocab).save(vocabulary)
         encode_corpus(corpus, shards, plan, vocabulary, params.tokenize.shard_tokens, workers)
     return shards
 
@@ -254,7 +247,7 @@ def learn(lesson: Lesson, params: Params, say: Callable[[str], None]) -> dict[st
     except ValidationError as error:
         raise InputError(explain(error, "the shape")) from None
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        shards = encode(lesson, params, Path(folder))
+        shards = encode(lesson.text, lesson.vocab, params, Path(folder))
 
         def reference(lr: float) -> Learned:
             found = train(nanogpt_recipe(lesson, params, lr), shards, params, NANOGPT)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from llm.bench.contest import machine, title, versions
-from llm.bench.learning import Lesson, Recipe, encode, our_config, parameters, shipped, train, training
+from llm.bench.learning import Lesson, Recipe, encode, lesson_of, our_config, parameters, train, training
 from llm.config import InputError, Params, explain
 from llm.data import TokenShards
 from llm.display import table
@@ -39,11 +39,10 @@ class Ladder(NamedTuple):
     text: str
 
 
-def shipped_ladder() -> tuple[Params, Ladder]:
-    """`params.yaml` of this clone, and the models up to its own."""
-    params, lesson = shipped()
-    values = {name: value for name, value in lesson._asdict().items() if name in Ladder._fields}
-    return params, Ladder(tokens=1, **values)
+def ladder_of(params: Params) -> Ladder:
+    """Up to the model of the params, on the sample."""
+    sizes = lesson_of(params)._asdict()
+    return Ladder(tokens=1, **{name: value for name, value in sizes.items() if name in Ladder._fields})
 
 
 def recipes(ladder: Ladder, params: Params) -> list[Recipe]:
@@ -52,8 +51,9 @@ def recipes(ladder: Ladder, params: Params) -> list[Recipe]:
         raise InputError(f"width {ladder.width} must be a multiple of 16 times heads {ladder.heads}, for its fractions")
     found = []
     for width in (*(ladder.width * eighths // 8 for eighths in SMALLER), ladder.width):
-        values = {name: value for name, value in ladder._asdict().items() if name in Lesson._fields}
-        lesson = Lesson(steps=1, our_steps=0, **values | {"width": width})
+        sizes = ladder._replace(width=width)._asdict()
+        del sizes["tokens"]
+        lesson = Lesson(steps=1, our_steps=0, **sizes)  # its steps are made of the number of parameters, below
         config = our_config(lesson, params, params.model.ffn_dim * width // params.model.emb_dim)
         steps = math.ceil(ladder.tokens * parameters(config) / (ladder.batch * ladder.context))
         changes = {"max_steps": steps, "warmup_steps": math.ceil(WARMUP * steps), "decay_steps": math.ceil(steps / 2)}
@@ -70,8 +70,7 @@ def scale(ladder: Ladder, params: Params, say: Callable[[str], None]) -> dict[st
     rows: list[dict[str, float]] = []
     exponent = logarithm = math.nan
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        lesson = Lesson(steps=1, our_steps=0, **{k: v for k, v in ladder._asdict().items() if k in Lesson._fields})
-        shards = encode(lesson, params, Path(folder))
+        shards = encode(ladder.text, ladder.vocab, params, Path(folder))
         n_tokens = TokenShards(shards, "train").n_tokens
         for recipe in models:
             width, size = recipe.config.emb_dim, parameters(recipe.config)
