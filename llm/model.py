@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from llm.attention import causal_attention
 from llm.config import GPTConfig
 from llm.linear import Linear
 
@@ -80,9 +81,17 @@ class KVCache:
         self.values[..., max(0, n) : self.length, :] = self.values[..., kept, :].clone()
 
 
+class RMSNorm(nn.RMSNorm):
+    """As PyTorch's, whose fast form wants weights of the input's dtype, also where products are made in bf16."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.weight is not None
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 def make_norm(config: GPTConfig, size: int) -> nn.Module:
     if config.norm == "rmsnorm":
-        return nn.RMSNorm(size, eps=config.norm_eps)
+        return RMSNorm(size, eps=config.norm_eps)
     return nn.LayerNorm(size, eps=config.norm_eps, bias=config.bias)
 
 
@@ -141,8 +150,8 @@ class CausalSelfAttention(nn.Module):
         self.v_proj = Linear(config.emb_dim, kv_dim, bias=config.qkv_bias)
         self.out_proj = Linear(config.n_heads * config.head_dim, config.emb_dim, bias=config.bias)
         if config.qk_norm:
-            self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
-            self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
+            self.q_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
 
     def heads(self, x: Tensor, angles: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B, H, T, D], keys and values [B, K, T, D] of the normed stream [B, T, C]."""
@@ -162,15 +171,19 @@ class CausalSelfAttention(nn.Module):
         B, _, T, _ = q.shape
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # [B, K, S, D]
-        y = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            is_causal=mask is None and T > 1,
-            dropout_p=self.dropout if self.training else 0.0,
-            enable_gqa=self.config.n_kv_heads != self.config.n_heads,
-        )  # [B, H, T, D]
+        causal, dropout = mask is None and T > 1, self.dropout if self.training else 0.0
+        if causal and not dropout and q.device.type == "cpu" and q.dtype == torch.bfloat16:
+            y = causal_attention(q, k, v)  # [B, H, T, D]
+        else:
+            y = F.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=mask,
+                is_causal=causal,
+                dropout_p=dropout,
+                enable_gqa=self.config.n_kv_heads != self.config.n_heads,
+            )  # [B, H, T, D]
         return y.transpose(1, 2).reshape(B, T, -1)
 
 

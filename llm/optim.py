@@ -72,8 +72,8 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose update is made orthogonal, for matrices (Jordan et al. 2024, github.com/KellerJordan/Muon).
 
     `torch.optim.Muon` iterates in bf16, which CPUs without bf16 units run two orders of magnitude slower than fp32;
-    here the iteration has the gradient's own dtype on CPUs. Matrices of one shape go through it together, several
-    processes share them.
+    here the iteration has the dtype of autocast where it is on, else the gradient's own. Matrices of one shape go
+    through it together, several processes share them.
     """
 
     def __init__(self, params: list[dict[str, Any]], lr: float, weight_decay: float, momentum: float = 0.95) -> None:
@@ -111,7 +111,8 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
     Its coefficients maximise the slope at zero: singular values end between about 0.7 and 1.2, not exactly at 1.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrices.bfloat16() if matrices.is_cuda else matrices
+    device = matrices.device.type
+    x = matrices.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else matrices
     tall = x.shape[1] > x.shape[2]
     if tall:
         x = x.mT

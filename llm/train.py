@@ -152,7 +152,12 @@ def frozen_blocks(model: GPT | GPTClassifier) -> int:
 
 
 def keep_lower(
-    model: GPT | GPTClassifier, examples: Sequence[Example], collate: Collate, params: TrainParams, reads: int
+    model: GPT | GPTClassifier,
+    examples: Sequence[Example],
+    collate: Collate,
+    params: TrainParams,
+    runtime: RuntimeParams,
+    reads: int,
 ) -> Collate:
     """A `collate` for these examples whose batches also hold what the frozen lower blocks make of them.
 
@@ -175,7 +180,7 @@ def keep_lower(
     _say(f"{what} is computed once and kept: {size / 1e6:,.1f} MB in each process")
     device = gpt.tok_emb.weight.device
     kept: dict[int, Tensor] = {}
-    with torch.no_grad(), precision(device):
+    with torch.no_grad(), precision(device, runtime):
         for batch in batches_by_length(examples, collate, params.batch_size):
             assert batch.lengths is not None
             lower = gpt.stream(batch.idx.to(device), n).cpu()  # [B, T, C]
@@ -201,14 +206,35 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def precision(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """bf16 matrix products on CUDA, whose units are made for them; fp32 elsewhere."""
-    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
+def precision(device: torch.device, runtime: RuntimeParams) -> contextlib.AbstractContextManager[Any]:
+    """Matrix products in bf16 where `mixes` says so, with weights and all else in fp32."""
+    return torch.autocast(device.type, torch.bfloat16) if mixes(device, runtime) else contextlib.nullcontext()
 
 
-def base_dtype(device: torch.device) -> torch.dtype | None:
+def mixes(device: torch.device, runtime: RuntimeParams) -> bool:
+    """Whether products are made in bf16: on CUDA if nothing else is said, on a CPU where it is asked for.
+
+    A CPU without units for them would take a hundred times as long: there it is refused.
+    """
+    if runtime.precision == "auto":
+        return device.type == "cuda"
+    if runtime.precision == "bf16" and not (device.type == "cuda" or (device.type == "cpu" and has_bf16_units())):
+        raise InputError(
+            f"runtime.precision: bf16 was asked for, but this {device.type} device has no units for it; "
+            "use auto or fp32"
+        )
+    return runtime.precision == "bf16"
+
+
+def has_bf16_units() -> bool:
+    """Of this CPU: x86's AVX512 or AMX, or ARM's."""
+    found = torch.cpu.get_capabilities()
+    return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def base_dtype(device: torch.device, runtime: RuntimeParams) -> torch.dtype | None:
     """What a finetuning loads its base in: None, as it is stored, where `precision` mixes dtypes; fp32 elsewhere."""
-    return None if device.type == "cuda" else torch.float32
+    return None if mixes(device, runtime) else torch.float32
 
 
 def keep_freed_memory() -> None:
@@ -293,7 +319,7 @@ def fit(
             if state.step % params.eval_interval == 0 or state.step == params.max_steps:
                 try:
                     with phase("evaluation"):
-                        _evaluate(state, model, params, evaluate, sample, log, should_stop, title)
+                        _evaluate(state, model, params, runtime, evaluate, sample, log, should_stop, title)
                 except _StoppedError:
                     if state_dir is not None:
                         with phase("saving"):
@@ -309,10 +335,12 @@ def fit(
             with phase("training"):
                 parts = [batch.part(rank, n_processes).to(device) for batch in micro_batches]
                 set_lr(optimizers, lr_factor(state.step, params))
-                loss, grad_norm = _step(objective, parts, optimizers, params.grad_clip, device)
+                mixed = precision(device, runtime)
+                loss, grad_norm = _step(objective, parts, optimizers, params.grad_clip, device, mixed)
                 _guard(state, loss, grad_norm, micro_batches)
-                for optimizer in optimizers:
-                    optimizer.step()
+                with precision(device, runtime):  # Muon makes products too
+                    for optimizer in optimizers:
+                        optimizer.step()
                 stopping = parallel.anywhere(should_stop())
             state.step += 1
             state.losses.append(loss)
@@ -363,6 +391,7 @@ def _step(
     optimizers: list[torch.optim.Optimizer],
     grad_clip: float,
     device: torch.device,
+    mixed: contextlib.AbstractContextManager[Any],
 ) -> tuple[float, float]:
     """Gradients of the mean loss over all micro-batches, clipped; returns that loss and the norm before clipping.
 
@@ -376,7 +405,7 @@ def _step(
     for number, batch in enumerate(micro_batches, 1):
         unsent = isinstance(objective, DistributedDataParallel) and number < len(micro_batches)
         with cast(DistributedDataParallel, objective).no_sync() if unsent else contextlib.nullcontext():
-            with precision(device):
+            with mixed:
                 loss, batch_weight = objective(batch)
             loss.backward()
         total += loss.detach()
@@ -408,6 +437,7 @@ def _evaluate(
     state: _State,
     model: nn.Module,
     params: TrainParams,
+    runtime: RuntimeParams,
     evaluate: Callable[[], Mapping[str, float]],
     sample: Callable[[], str] | None,
     log: Callable[[Mapping[str, float], int], None],
@@ -419,7 +449,8 @@ def _evaluate(
     Raises `_StoppedError` when `should_stop()` says so meanwhile, and `InputError` when val/loss is not finite.
     """
     model.eval()
-    with torch.no_grad(), precision(next(model.parameters()).device), _stopped_by(should_stop, model):
+    device = next(model.parameters()).device
+    with torch.no_grad(), precision(device, runtime), _stopped_by(should_stop, model):
         metrics = dict(evaluate())
         with torch.compiler.set_stance("force_eager"):  # a sample's many shapes would each be compiled
             text = sample() if sample is not None else None

@@ -76,7 +76,7 @@ def train(
     params = run.params
     torch.manual_seed(params.seed)
     device = pick_device(params.runtime.device)
-    base = load_model_folder(Path("models/base"), device, base_dtype(device))
+    base = load_model_folder(Path("models/base"), device, base_dtype(device, params.runtime))
     if not from_base:
         base = base._replace(model=GPT(base.config.gpt).to(device))
     task = make_task(run, base)
@@ -84,8 +84,8 @@ def train(
     trained = trained_parameters(task.model)
     size, accumulate = section.batch_size, section.grad_accum_steps
     reads = section.max_steps * accumulate * size
-    train_collate = keep_lower(task.model, task.train_set, task.collate, section, reads)
-    val_collate = keep_lower(task.model, task.val_set, task.collate, section, reads=len(task.val_set))
+    train_collate = keep_lower(task.model, task.train_set, task.collate, section, params.runtime, reads)
+    val_collate = keep_lower(task.model, task.val_set, task.collate, section, params.runtime, len(task.val_set))
     with run.graceful():
         result = fit(
             task.model,

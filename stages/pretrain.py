@@ -33,7 +33,7 @@ def pretrain(run: Run) -> None:
         config = GPTConfig(**params.model.model_dump(), vocab_size=tokenizer.vocab_size)
         content = language_model(GPT(config).to(device), tokenizer, template=None, system=None)
     else:
-        content = open_weights(section, tokenizer, device)
+        content = open_weights(section, tokenizer, device, base_dtype(device, params.runtime))
     model = content.model
     assert isinstance(model, GPT)
     config, window = model.config, min(params.model.context_length, model.config.context_length)
@@ -86,9 +86,11 @@ def pretrain(run: Run) -> None:
     )
 
 
-def open_weights(section: PretrainParams, tokenizer: Tokenizer, device: torch.device) -> ModelFolder:
+def open_weights(
+    section: PretrainParams, tokenizer: Tokenizer, device: torch.device, dtype: torch.dtype | None
+) -> ModelFolder:
     """What `pretrain.init` names; `tokenizer` is what the corpus was encoded with."""
-    imported = import_model(section.init, base_dtype(device))
+    imported = import_model(section.init, dtype)
     if not isinstance(imported.model, GPT):
         raise InputError(f"pretrain.init: {section.init} is a classifier; name a language model")
     if imported.tokenizer != tokenizer:

@@ -80,6 +80,7 @@ def train_params(**changes: Any) -> TrainParams:
 def runtime_params(**changes: Any) -> RuntimeParams:
     values: dict[str, Any] = {
         "device": "cpu",
+        "precision": "auto",
         "compile": False,
         "activation_checkpointing": False,
         "workers": 1,

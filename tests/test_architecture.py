@@ -27,7 +27,7 @@ FIRST_PARTY = ("llm", "stages")
 # `llm` from the ground up: a module may import those of the lines above its own. A new module is placed here.
 LAYERS = [
     {"display", "parallel", "chat_template", "figures"},
-    {"config", "linear"},
+    {"config", "linear", "attention"},
     {"model", "loss", "optim", "tokenizer", "fetch", "records"},
     {"sources", "data", "generate", "metrics", "corpus", "labelled", "checkpoint"},
     {"baselines", "lora", "classify", "datacard", "tokenizer_files"},

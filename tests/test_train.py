@@ -20,11 +20,14 @@ from llm.checkpoint import load_state
 from llm.config import InputError, TrainParams
 from llm.data import IGNORE, Batch, Example, batches_by_length, collate_labels, collate_pairs, example_batches
 from llm.generate import generate
-from llm.model import GPT, GPTClassifier
+from llm.linear import Linear
+from llm.model import GPT, GPTClassifier, RMSNorm
+from llm.optim import orthogonalize
 from llm.train import (
     FitResult,
     _Objective,
     _step,
+    base_dtype,
     fit,
     freeze,
     frozen_blocks,
@@ -34,6 +37,7 @@ from llm.train import (
     mean_loss,
     next_token_loss,
     pick_device,
+    precision,
     trained_parameters,
 )
 from tests.helpers import GPT2_FORM, SHIPPED_FORM, gpt_config, randomize, runtime_params, train_params
@@ -170,7 +174,7 @@ def gradients_of_step(model: nn.Module, loss: Any, batches: list[Batch], grad_cl
     """The gradients that a step uses; also that the loss and norm which it reports are theirs."""
     model = copy.deepcopy(model)
     optimizer = torch.optim.SGD(model.parameters())
-    _, norm = _step(_Objective(model, loss), batches, [optimizer], grad_clip, CPU)
+    _, norm = _step(_Objective(model, loss), batches, [optimizer], grad_clip, CPU, contextlib.nullcontext())
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     total = math.sqrt(sum(gradient.double().square().sum().item() for gradient in gradients.values()))
     assert total == pytest.approx(min(norm, grad_clip) if grad_clip else norm, rel=1e-5)
@@ -299,8 +303,8 @@ def test_what_cannot_be_trained_is_named() -> None:
 
 @pytest.mark.parametrize("trainable", ["head", "last_blocks", "lora", "all"])
 def test_a_bf16_base_stays_bf16_where_nothing_is_trained(trainable: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With autocast, as on CUDA; what is trained is fp32, learns, and everything else keeps its bits."""
-    monkeypatch.setattr("llm.train.precision", lambda device: torch.autocast("cpu", torch.bfloat16))
+    """With products in bf16; what is trained is fp32, learns, and everything else keeps its bits."""
+    monkeypatch.setattr("llm.train.has_bf16_units", lambda: True)
     gpt = new_gpt(**SHIPPED_FORM).to(torch.bfloat16)
     model = GPTClassifier(gpt, 3) if trainable == "head" else gpt
     loss: Any = label_loss if trainable == "head" else next_token_loss
@@ -314,7 +318,7 @@ def test_a_bf16_base_stays_bf16_where_nothing_is_trained(trainable: str, monkeyp
         loss,
         lambda step: [batch],
         params,
-        runtime_params(),
+        runtime_params(precision="bf16"),
         evaluate=lambda: {"val/loss": mean_loss(model, loss, [batch])},
         sample=lambda: str(generate(gpt, [[1, 2], [3]], max_new_tokens=20)),
     )
@@ -373,7 +377,7 @@ def test_what_frozen_blocks_make_of_an_example_is_kept_and_changes_no_loss_or_gr
     randomize(model, std=0.15)
     examples = ragged_examples()
     counts = rows_read(model)
-    kept = keep_lower(model, examples, collate, params, reads=8)
+    kept = keep_lower(model, examples, collate, params, runtime_params(), reads=8)
     assert frozen_blocks(model) == frozen
     assert [counts[i] for i in range(3)] == [8] * frozen + [0] * (3 - frozen), "each example once"
 
@@ -405,7 +409,7 @@ def finetuning(
     """A training on the ragged examples; stopped after a step, or before the second batch of an evaluation."""
     model, loss, collate, params = with_frozen_blocks(kind, SHIPPED_FORM, max_steps=8, eval_interval=4, **changes)
     examples, made, read = ragged_examples(), 0, 0
-    batches = keep_lower(model, examples, collate, params, reads=24) if keep else collate
+    batches = keep_lower(model, examples, collate, params, runtime_params(), reads=24) if keep else collate
 
     def train_batches(step: int) -> list[Batch]:
         nonlocal made
@@ -470,7 +474,7 @@ def test_a_training_on_what_is_kept_continues_with_the_same_bits(
 )
 def test_nothing_is_kept_where_it_changes_or_would_not_be_read_again(changes: dict[str, Any], reads: int) -> None:
     model, _, collate, params = with_frozen_blocks("classifier", GPT2_FORM, **changes)
-    assert keep_lower(model, ragged_examples(), collate, params, reads) is collate
+    assert keep_lower(model, ragged_examples(), collate, params, runtime_params(), reads) is collate
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -482,21 +486,21 @@ def test_what_would_take_too_much_memory_is_not_kept(
     size = sum(len(example.ids) for example in examples) * 16 * 4
     monkeypatch.setattr("llm.parallel.world_size", lambda: processes)
     monkeypatch.setattr("llm.train.KEPT_BYTES", processes * size)
-    assert keep_lower(model, examples, collate, params, reads=8) is not collate
+    assert keep_lower(model, examples, collate, params, runtime_params(), reads=8) is not collate
     assert "the lower 2 of 3 blocks make of 8 examples is computed once and kept" in capsys.readouterr().err
     monkeypatch.setattr("llm.train.KEPT_BYTES", processes * size - 1)
-    assert keep_lower(model, examples, collate, params, reads=8) is collate
+    assert keep_lower(model, examples, collate, params, runtime_params(), reads=8) is collate
     assert "it is computed again at every step" in capsys.readouterr().err
 
 
 def test_a_bf16_base_is_kept_as_it_computes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With autocast, as on CUDA."""
-    monkeypatch.setattr("llm.train.precision", lambda device: torch.autocast("cpu", torch.bfloat16))
+    """With products in bf16."""
+    monkeypatch.setattr("llm.train.has_bf16_units", lambda: True)
     model = new_gpt(**SHIPPED_FORM | {"n_layers": 3}).to(torch.bfloat16)
     params = train_params(trainable="last_blocks")
     freeze(model, params)
     examples = ragged_examples()
-    kept = keep_lower(model, examples, collate_pairs, params, reads=8)
+    kept = keep_lower(model, examples, collate_pairs, params, runtime_params(precision="bf16"), reads=8)
     lower = kept(examples, [0]).lower
     assert lower is not None and lower.dtype == torch.bfloat16
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
@@ -1033,3 +1037,76 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     assert pick_device("auto") == torch.device("mps")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert pick_device("auto") == torch.device("cuda")
+
+
+# ---- precision -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", [GPT2_FORM, SHIPPED_FORM], ids=["gpt2", "shipped"])
+def test_products_in_bf16_train_as_those_in_fp32(form: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llm.train.has_bf16_units", lambda: True)
+    batches = [random_batch(seed) for seed in range(3)]
+    seen: list[tuple[str, torch.dtype]] = []
+
+    def losses(asked: str) -> list[float]:
+        model = new_gpt(**form)
+        for name, module in model.named_modules():
+            if isinstance(module, Linear | RMSNorm):
+                module.register_forward_hook(lambda m, args, out, name=name: seen.append((name, out.dtype)))
+        result = fit(
+            model,
+            next_token_loss,
+            lambda step: [batches[step % 3]],
+            train_params(max_steps=20, eval_interval=5, optimizer="muon"),
+            runtime_params(precision=asked),
+            evaluate=lambda: {"val/loss": mean_loss(model, next_token_loss, batches)},
+        )
+        assert all(p.dtype == torch.float32 for p in model.parameters())
+        return [row["val/loss"] for row in result.history]
+
+    plain = losses("auto")
+    assert losses("fp32") == plain
+    assert {dtype for _, dtype in seen} == {torch.float32}
+    seen.clear()
+    mixed = losses("bf16")
+    assert all(dtype == torch.bfloat16 for name, dtype in seen if name.endswith(("_proj", "q_norm", "k_norm")))
+    assert mixed != plain
+    assert mixed == pytest.approx(plain, rel=0.01)
+    assert mixed[-1] < mixed[0] - 0.5
+
+
+def test_muon_iterates_in_the_dtype_of_the_products() -> None:
+    matrices = torch.randn(2, 12, 20, generator=torch.Generator().manual_seed(0))
+    plain = orthogonalize(matrices)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = orthogonalize(matrices)
+    assert (plain.dtype, mixed.dtype) == (torch.float32, torch.bfloat16)
+    torch.testing.assert_close(mixed.float(), plain, atol=0.05, rtol=0)
+
+
+def test_bf16_is_refused_where_nothing_is_made_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llm.train.has_bf16_units", lambda: False)
+    runtime = runtime_params(precision="bf16")
+    for device in (CPU, torch.device("mps")):
+        with pytest.raises(
+            InputError, match=rf"^runtime.precision: bf16 was .* this {device} device has no units for it"
+        ):
+            precision(device, runtime)
+
+
+@pytest.mark.parametrize(
+    ("device", "asked", "mixed"),
+    [
+        ("cpu", "auto", False),
+        ("cuda", "auto", True),
+        ("mps", "auto", False),
+        ("cuda", "fp32", False),
+        ("cpu", "bf16", True),
+    ],
+)
+def test_where_products_are_in_bf16_a_base_keeps_its_dtype(
+    device: str, asked: str, mixed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llm.train.has_bf16_units", lambda: True)
+    found = base_dtype(torch.device(device), runtime_params(precision=asked))
+    assert found == (None if mixed else torch.float32)
