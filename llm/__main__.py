@@ -13,7 +13,8 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 BENCH_SIZES = {
     "megabytes": "of text (tokenize)",
     "processes": "that encode it together (tokenize)",
-    "text": "a text file in place of the sample (tokenize, learn, scale)",
+    "text": "a text file, or data/raw/corpus.jsonl, in place of the sample (tokenize, learn, scale)",
     "tokens": "for each parameter (scale)",
     "steps": "of the training that sets the target (learn)",
     "our_steps": "that our schedule is made for (learn; default: as many)",
@@ -192,6 +193,8 @@ def bench(args: argparse.Namespace) -> None:
     if args.kind in TRAININGS:
         bench_trainings(args)
         return
+    if args.set_param:
+        raise InputError(f"--set-param is no option of bench {args.kind}, which does not use params.yaml")
     contest = contest_of(args.kind)
     if args.form is not None and args.form not in contest.forms:
         raise InputError(f"--form {args.form}: bench {args.kind} has no other form than GPT-2's")
@@ -209,7 +212,7 @@ def bench_trainings(args: argparse.Namespace) -> None:
     for name in ("form", "only", "rounds", "seconds"):
         if getattr(args, name) is not None:
             raise InputError(f"--{name} is no option of bench {args.kind}, which is one training after another")
-    params = shipped_params()
+    params = shipped_params(args.set_param)
     if args.kind == "learn":
         found = learning.learn(with_sizes(args, learning.lesson_of(params)), params, note)
         show_bench(args, found, learning.markdown, learning.draw)
@@ -218,17 +221,30 @@ def bench_trainings(args: argparse.Namespace) -> None:
         show_bench(args, found, scaling.markdown, scaling.draw)
 
 
-def shipped_params() -> Params:
-    """`params.yaml` of this clone."""
+def shipped_params(changes: Sequence[str] = ()) -> Params:
+    """`params.yaml` of this clone, with changes as `dvc exp run -S` takes them: `key=value`."""
     import yaml
 
     from llm.config import parse_params
 
     path = Path(__file__).resolve().parents[1] / "params.yaml"
     try:
-        return parse_params(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: not found; our recipe is taken from it: run this in a clone") from None
+    for change in changes:
+        key, equals, value = change.partition("=")
+        *names, last = key.split(".")
+        section = reduce(lambda found, name: found.get(name) if isinstance(found, dict) else None, names, values)
+        if not equals or not isinstance(section, dict) or last not in section:
+            raise InputError(
+                f"--set-param {change}: expected KEY=VALUE with a key of params.yaml, as pretrain.lr=0.004"
+            )
+        try:
+            section[last] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise InputError(f"--set-param {change}: the value is not valid YAML") from None
+    return parse_params(values, str(path))
 
 
 def with_sizes(args: argparse.Namespace, sizes: Any) -> Any:
@@ -508,7 +524,7 @@ def build_parser() -> argparse.ArgumentParser:
         "python -m llm bench train --vocab 50257 --rounds 7 --out bench",
         "python -m llm bench tokenize --megabytes 20 --text book.txt",
         "python -m llm bench generate --batch 16 --new 64",
-        "python -m llm bench learn --text book.txt --vocab 4096 --steps 500",
+        "python -m llm bench learn --text book.txt --vocab 4096 --steps 500 -S pretrain.lr=0.004",
         "python -m llm bench scale --text book.txt --vocab 4096 --tokens 2",
         'python -m llm bench generate --form llama --only "this project" --only "llama.cpp, Q8_0"',
         model_dir=False,
@@ -524,6 +540,14 @@ def build_parser() -> argparse.ArgumentParser:
         "--form",
         choices=["gpt2", "llama"],
         help="of generate: GPT-2 124M's (default) or SmolLM2-135M's, sizes included",
+    )
+    command.add_argument(
+        "-S",
+        "--set-param",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="of learn and scale: a value in place of that of params.yaml, as in `dvc exp run`; may be repeated",
     )
     command.add_argument("--only", action="append", metavar="NAME", help="a contestant; may be repeated (default: all)")
     command.add_argument("--rounds", type=positive, metavar="N", help=f"turns of each (default: {ROUNDS})")

@@ -17,7 +17,17 @@ from llm.__main__ import BENCH_SIZES, build_parser, main, shipped_params
 from llm.bench import KINDS, contest_of, learning, scaling
 from llm.bench.contest import OURS, Cost, LeftOut, compare, draw, markdown, memory, of_limit
 from llm.bench.decoding import BYTES_PER_WEIGHT, FORMS, requests
-from llm.bench.learning import FIRST_LR, NANOGPT, Learned, Lesson, best_of_sweep, learn, lesson_of, our_recipe
+from llm.bench.learning import (
+    FIRST_LR,
+    NANOGPT,
+    OURS_IN_BF16,
+    Learned,
+    Lesson,
+    best_of_sweep,
+    learn,
+    lesson_of,
+    our_recipe,
+)
 from llm.bench.models import Shape, check_shape, gpt_config, transformers_model
 from llm.bench.scaling import Ladder, ladder_of, law, recipes, scale
 from llm.bench.tokenizing import (
@@ -212,6 +222,18 @@ def test_what_a_contestant_finds_wrong_is_one_line(changed: dict[str, Any], mess
         compare(contest_of("tokenize"), tiny["tokenize"]._replace(**changed), 1, 0.0, print, only=[OURS])
 
 
+def test_the_corpus_of_a_download_is_a_text_too(tmp_path: Path) -> None:
+    records = [(0, "One.\n\n\n"), (0, "Still one."), (1, " \n"), (2, "Two.")]
+    path = tmp_path / "corpus.jsonl"
+    path.write_text("".join(json.dumps({"doc": doc, "text": text}) + "\n" for doc, text in records))
+    assert read_documents(path) == ["One.\n\n\nStill one.", "Two."]
+    path.write_text('{"doc": 0}\n')
+    with pytest.raises(InputError, match=r"corpus.jsonl: at byte 0: .*'text'"):
+        read_documents(path)
+    with pytest.raises(InputError, match=r"other.jsonl: not found; name a text file with --text"):
+        read_documents(tmp_path / "other.jsonl")
+
+
 @pytest.mark.parametrize(
     ("content", "message"), [(b"\xff", "not valid UTF-8"), (b" \n", "empty; name a file with text")]
 )
@@ -313,6 +335,12 @@ def test_only_those_named_take_part() -> None:
         ("scale --width 100", "width 100 must be a multiple of 16 times heads"),
         ("scale --vocab 20000000", "vocab_size: input should be less than or equal to 16777216"),
         ("learn --heads 3", "width 128 must be a multiple of heads 3"),
+        ("train -S pretrain.lr=1", "--set-param is no option of bench train"),
+        ("learn -S pretrain.rate=1", "--set-param pretrain.rate=1: expected KEY=VALUE with a key of params.yaml"),
+        ("learn -S pretrain.lr.x=1", "--set-param pretrain.lr.x=1: expected KEY=VALUE"),
+        ("learn -S pretrain.lr", "--set-param pretrain.lr: expected KEY=VALUE"),
+        ("learn -S pretrain.lr=[", "--set-param pretrain.lr=[: the value is not valid YAML"),
+        ("learn -S pretrain.lr=fast", "pretrain.lr: input should be a valid number"),
         ("learn --vocab 20000000", "vocab_size: input should be less than or equal to 16777216"),
         ("learn --width 2 --heads 1 --layers 100", "our model differs by"),
         ("learn --text nowhere.txt", "nowhere.txt: not found"),
@@ -331,6 +359,7 @@ def test_what_a_command_line_cannot_mean_is_one_line(
 @pytest.fixture
 def lesson(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Lesson:
     monkeypatch.setattr(learning, "matrix_limit", lambda: 1e11)  # which takes longer than the trainings
+    monkeypatch.setattr(learning, "has_bf16_units", lambda: False)
     text = tiny["tokenize"].text
     return Lesson(steps=10, our_steps=100, layers=1, width=32, heads=2, vocab=300, context=16, batch=4, text=text)
 
@@ -367,27 +396,49 @@ def test_ours_trains_until_it_is_as_good(
     assert theirs["step"] == 10 and found["target"] == theirs["bits_per_byte"]
     assert theirs["lr"] == found["sweep"][0]["lr"] and len(found["sweep"]) >= 3
     assert found["target"] == min(each["bits_per_byte"] for each in found["sweep"])
-    assert found["reached"] and ours["step"] < 100
+    assert ours["step"] < 100
     for result in (ours, theirs):
         assert [row["seconds"] for row in result["curve"]] == [row["step"] for row in result["curve"]]
         assert all(row["tokens"] == row["step"] * 4 * 16 for row in result["curve"])
         assert result["curve"][0]["bits_per_byte"] > result["bits_per_byte"]
     *before, last = [row["bits_per_byte"] for row in ours["curve"]]
     assert last <= found["target"] < min(before), "it went on until then, and no further"
-    assert found["ratios"] == dict.fromkeys(("tokens", "seconds"), ours["step"] / 10)
+    assert found["ratios"] == {OURS: dict.fromkeys(("tokens", "seconds"), ours["step"] / 10)}
     assert abs(ours["parameters"] - theirs["parameters"]) <= 0.03 * theirs["parameters"]
 
     assert json.loads(json.dumps(found)) == found
     table = learning.markdown(found)
-    assert f"| {NANOGPT} | " in table and f"{ours['step'] / 10:.2f} of the tokens" in table
+    assert f"| {NANOGPT} | " in table and f"{OURS}: {ours['step'] / 10:.2f} of the tokens" in table
     learning.draw(found, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 1000
 
 
 def test_ours_may_not_get_as_far(lesson: Lesson, params: Params) -> None:
     found = learn(lesson._replace(our_steps=1), params, lambda line: None)
-    assert not found["reached"] and found["ratios"] is None and found["results"][OURS]["step"] == 1
-    assert "Ours did not get as far" in learning.markdown(found)
+    assert found["ratios"] == {} and found["results"][OURS]["step"] == 1
+    assert f"{OURS}: did not get as far" in learning.markdown(found)
+
+
+def test_ours_trains_in_bf16_too_where_there_are_units_for_it(
+    lesson: Lesson, params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(learning, "has_bf16_units", lambda: True)
+    monkeypatch.setattr("llm.train.has_bf16_units", lambda: True)
+    autocast: list[tuple[str, bool]] = []
+    hidden = GPT.hidden
+
+    def seen(model: GPT, *arguments: Any, **more: Any) -> torch.Tensor:
+        autocast.append((model.config.activation, model.training and torch.is_autocast_enabled("cpu")))
+        assert model.training or not torch.is_autocast_enabled("cpu"), "evaluated in fp32"
+        return hidden(model, *arguments, **more)
+
+    monkeypatch.setattr(GPT, "hidden", seen)
+    found = learn(lesson, params, lambda line: None)
+    assert list(found["results"]) == [OURS, OURS_IN_BF16, NANOGPT]
+    assert {activation for activation, mixed in autocast if mixed} == {params.model.activation}, "nanoGPT's in fp32"
+    plain, mixed = (found["results"][name]["curve"] for name in (OURS, OURS_IN_BF16))
+    assert mixed[1:] and mixed[1]["bits_per_byte"] != plain[1]["bits_per_byte"]
+    assert mixed[1]["bits_per_byte"] == pytest.approx(plain[1]["bits_per_byte"], rel=0.01)
 
 
 def test_our_recipe_is_that_of_the_params() -> None:
@@ -402,6 +453,13 @@ def test_our_recipe_is_that_of_the_params() -> None:
     reference = learning.nanogpt_recipe(lesson, params, 0.001).config
     ours, theirs = learning.parameters(config), learning.parameters(reference)
     assert abs(ours - theirs) <= 0.03 * theirs
+
+
+def test_params_change_as_in_an_experiment() -> None:
+    params = shipped_params(["pretrain.lr=0.004", "tokenize.corpus.split=book"])
+    assert (params.pretrain.lr, params.tokenize.corpus.split) == (0.004, "book")
+    changed = params.model_copy(update={"pretrain": shipped_params().pretrain, "tokenize": shipped_params().tokenize})
+    assert changed == shipped_params() != params
 
 
 @pytest.mark.parametrize(("best", "tried"), [(4.0, [1, 2, 4, 8]), (1.0, [1, 2, 0.5]), (0.5, [1, 2, 0.5, 0.25])])
@@ -446,7 +504,6 @@ def ladder(lesson: Lesson) -> Ladder:
 def test_a_law_of_four_models_is_said_before_the_fifth(
     ladder: Ladder, params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(learning, "EVALUATIONS", 1)
     said: list[str] = []
     found = scale(ladder, params, said.append)
     rows = found["results"]
@@ -466,7 +523,7 @@ def test_a_law_of_four_models_is_said_before_the_fifth(
 
 
 def test_a_law_is_found_again(ladder: Ladder, params: Params, monkeypatch: pytest.MonkeyPatch) -> None:
-    def trained(recipe: learning.Recipe, shards: Path, params: Params, name: str) -> Learned:
+    def trained(recipe: learning.Recipe, shards: Path, *more: Any) -> Learned:
         size = learning.parameters(recipe.config)
         end = {"step": 1, "tokens": 64, "seconds": 1.0, "val_loss": 1.0, "bits_per_byte": 9 * size**-0.25}
         return Learned(recipe, [end], 1.0)

@@ -3,6 +3,7 @@
 nanoGPT's (github.com/karpathy/nanoGPT) is GPT-2's block and AdamW with a cosine schedule, at the best learning rate of
 a small sweep. Its loss at the end is the target; ours, the block and the optimizers of `params.yaml`, trains until it
 is reached. Both are `GPT` and `fit` with the same number of parameters, and read the same batches of the same tokens.
+nanoGPT trains in fp32 on a CPU. Where that has units for bf16, ours trains once more with products in bf16.
 """
 
 from __future__ import annotations
@@ -19,18 +20,20 @@ from pydantic import ValidationError
 
 from llm.bench.contest import OURS, machine, matrix_limit, title, versions
 from llm.bench.tokenizing import SAMPLE, read_documents, write_records
-from llm.config import GPTConfig, InputError, Params, PretrainParams, explain
+from llm.config import GPTConfig, InputError, Params, PretrainParams, RuntimeParams, explain
 from llm.corpus import Workers, encode_corpus, plan_corpus, training_texts
 from llm.data import TokenShards, held_out_windows, window_batches
 from llm.display import table
 from llm.model import GPT
 from llm.tokenizer import Tokenizer
-from llm.train import fit, mean_loss, next_token_loss, pick_device
+from llm.train import fit, has_bf16_units, mean_loss, mixes, next_token_loss, pick_device
 from llm.weights import GPT2Form
 
 NANOGPT = "nanoGPT's recipe"
+OURS_IN_BF16 = f"{OURS}, bf16"
 FIRST_LR = 0.001  # of the sweep
-EVALUATIONS = 40  # in a training
+OUR_EVALUATIONS = 40  # in a training, which ends with the first one that is good enough
+THEIR_EVALUATIONS = 10  # of which the last one counts
 SAME_SIZE = 0.03  # by which the numbers of parameters may differ
 
 Row = dict[str, float]  # of a curve: step, tokens, seconds, val_loss, bits_per_byte
@@ -115,7 +118,7 @@ def nanogpt_recipe(lesson: Lesson, params: Params, lr: float) -> Recipe:
         "weight_decay": 0.1,
         "grad_clip": 1.0,
     }
-    return Recipe(form.gpt_config(), training(params, lesson.batch, changes))
+    return Recipe(form.gpt_config(), training(params, lesson.batch, changes, THEIR_EVALUATIONS))
 
 
 def our_recipe(lesson: Lesson, params: Params) -> Recipe:
@@ -129,7 +132,8 @@ def our_recipe(lesson: Lesson, params: Params) -> Recipe:
             f"bench learn: our model differs by {found:+,} from the {wanted:,} parameters of the other one, by more "
             f"than {100 * SAME_SIZE:.0f} %; take a larger width or vocabulary, or fewer layers"
         )
-    return Recipe(config, training(params, lesson.batch, {"max_steps": lesson.our_steps or lesson.steps}))
+    changes = {"max_steps": lesson.our_steps or lesson.steps}
+    return Recipe(config, training(params, lesson.batch, changes, OUR_EVALUATIONS))
 
 
 def our_config(lesson: Lesson, params: Params, ffn_dim: int) -> GPTConfig:
@@ -146,10 +150,10 @@ def our_config(lesson: Lesson, params: Params, ffn_dim: int) -> GPTConfig:
     return GPTConfig(**params.model.model_dump() | values)
 
 
-def training(params: Params, batch_size: int, changes: Mapping[str, Any]) -> PretrainParams:
-    """Ours but for the changes; evaluated often, from random weights, to the end."""
+def training(params: Params, batch_size: int, changes: Mapping[str, Any], evaluations: int) -> PretrainParams:
+    """Ours but for the changes; from random weights, to the end."""
     common = {"batch_size": batch_size, "grad_accum_steps": 1, "dropout": 0.0, "patience": 0, "keep": "last"}
-    interval = {"eval_interval": max(1, changes["max_steps"] // EVALUATIONS)}
+    interval = {"eval_interval": max(1, changes["max_steps"] // evaluations)}
     return params.pretrain.model_copy(update={**common, "trainable": "all", **interval, **changes})
 
 
@@ -173,13 +177,19 @@ def encode(text: str, vocab: int, params: Params, folder: Path) -> Path:
     return shards
 
 
-def train(recipe: Recipe, shards: Path, params: Params, name: str, target: float | None = None) -> Learned:
-    """Trains to the end, or until `target` bits per byte. Seconds are those of the steps, evaluations left out."""
+def train(
+    recipe: Recipe, shards: Path, runtime: RuntimeParams, seed: int, name: str, target: float | None = None
+) -> Learned:
+    """Trains to the end, or until `target` bits per byte, which are of the model in fp32.
+
+    Seconds are those of the steps, evaluations left out.
+    """
     config, section = recipe
     train_tokens, val_tokens = TokenShards(shards, "train"), TokenShards(shards, "val")
     speed = matrix_limit()
-    torch.manual_seed(params.seed)
-    model = GPT(config).to(pick_device(params.runtime.device))
+    torch.manual_seed(seed)
+    device = pick_device(runtime.device)
+    model = GPT(config).to(device)
     curve: list[Row] = []
     trained, begun = 0.0, time.perf_counter()
 
@@ -187,7 +197,8 @@ def train(recipe: Recipe, shards: Path, params: Params, name: str, target: float
         nonlocal trained, begun
         trained += time.perf_counter() - begun if curve else 0.0
         windows = held_out_windows(val_tokens, config.context_length, section.batch_size, section.eval_tokens)
-        loss = mean_loss(model, next_token_loss, windows)
+        with torch.autocast(device.type, enabled=False):
+            loss = mean_loss(model, next_token_loss, windows)
         begun = time.perf_counter()
         return {"val/loss": loss, "val/bpb": loss / math.log(2) * val_tokens.n_tokens / val_tokens.n_bytes}
 
@@ -199,9 +210,9 @@ def train(recipe: Recipe, shards: Path, params: Params, name: str, target: float
     fit(
         model,
         next_token_loss,
-        window_batches(train_tokens, config.context_length, section.batch_size, 1, params.seed),
+        window_batches(train_tokens, config.context_length, section.batch_size, 1, seed),
         section,
-        params.runtime,
+        runtime,
         evaluate=evaluate,
         log=log,
         should_stop=lambda: target is not None and bool(curve) and curve[-1]["bits_per_byte"] <= target,
@@ -239,7 +250,7 @@ def best_of_sweep(learned: Callable[[float], Learned]) -> list[Learned]:
 
 
 def learn(lesson: Lesson, params: Params, say: Callable[[str], None]) -> dict[str, Any]:
-    """Both trainings and the sweep. Returns a JSON object; the ratios are None where ours did not reach the target."""
+    """All trainings and the sweep. Returns a JSON object; it has no ratios where ours did not reach the target."""
     if lesson.width % lesson.heads:
         raise InputError(f"width {lesson.width} must be a multiple of heads {lesson.heads}")
     try:
@@ -250,27 +261,40 @@ def learn(lesson: Lesson, params: Params, say: Callable[[str], None]) -> dict[st
         shards = encode(lesson.text, lesson.vocab, params, Path(folder))
 
         def reference(lr: float) -> Learned:
-            found = train(nanogpt_recipe(lesson, params, lr), shards, params, NANOGPT)
+            recipe = nanogpt_recipe(lesson, params, lr)
+            found = train(recipe, shards, params.runtime, params.seed, f"{NANOGPT}, lr {lr:g}")
             say(f"{NANOGPT}, lr {lr:g}: {found.loss:.4f} bits per byte in {found.curve[-1]['seconds']:,.1f} s")
             return found
 
         sweep = best_of_sweep(reference)
         best, target = sweep[0], sweep[0].loss
-        found = train(ours, shards, params, OURS, target)
-    reached = found.loss <= target
-    say(f"{OURS}: {found.loss:.4f} bits per byte in {found.curve[-1]['seconds']:,.1f} s")
-    end, theirs = found.curve[-1], best.curve[-1]
+        found: dict[str, Learned] = {}
+        for name, precision in precisions(params.runtime).items():
+            runtime = params.runtime.model_copy(update={"precision": precision})
+            found[name] = train(ours, shards, runtime, params.seed, name, target)
+            say(f"{name}: {found[name].loss:.4f} bits per byte in {found[name].curve[-1]['seconds']:,.1f} s")
+    theirs = best.curve[-1]
     return {
         "kind": "learn",
         "shape": lesson._asdict(),
         "machine": machine(),
         "versions": versions(),
         "target": target,
-        "reached": reached,
-        "ratios": {key: end[key] / theirs[key] for key in ("tokens", "seconds")} if reached else None,
-        "results": {OURS: found.summary(), NANOGPT: best.summary()},
+        "ratios": {
+            name: {key: learned.curve[-1][key] / theirs[key] for key in ("tokens", "seconds")}
+            for name, learned in found.items()
+            if learned.loss <= target
+        },
+        "results": {name: learned.summary() for name, learned in {**found, NANOGPT: best}.items()},
         "sweep": [{"lr": each.recipe.params.lr, "bits_per_byte": each.loss} for each in sweep],
     }
+
+
+def precisions(runtime: RuntimeParams) -> Mapping[str, str]:
+    """The trainings of ours, and `runtime.precision` of each."""
+    device = pick_device(runtime.device)
+    could_mix = device.type == "cpu" and has_bf16_units() and not mixes(device, runtime)
+    return {OURS: runtime.precision} | ({OURS_IN_BF16: "bf16"} if could_mix else {})
 
 
 # ---- for people ------------------------------------------------------------------------------------------------------
@@ -285,11 +309,12 @@ def markdown(found: Mapping[str, Any]) -> str:
         rows.append([name, *cells])
     tried: Sequence[Mapping[str, float]] = found["sweep"]
     rates = ", ".join(f"{each['lr']:g} ({each['bits_per_byte']:.4f})" for each in tried)
-    if ratios := found["ratios"]:
-        said = f"{ratios['tokens']:.2f} of the tokens and {ratios['seconds']:.2f} of the seconds until it was as good."
-    else:
-        said = "Ours did not get as far."
-    return "\n".join([title(found), "", *table(header, rows), said, "", f"{NANOGPT} at learning rates {rates}."]) + "\n"
+    said = [
+        f"{name}: {ratios['tokens']:.2f} of the tokens and {ratios['seconds']:.2f} of the seconds until it was as good."
+        for name, ratios in found["ratios"].items()
+    ]
+    said += [f"{name}: did not get as far." for name in found["results"] if name not in {*found["ratios"], NANOGPT}]
+    return "\n".join([title(found), "", *table(header, rows), *said, f"{NANOGPT} at learning rates {rates}."]) + "\n"
 
 
 def draw(found: Mapping[str, Any], path: Path) -> None:
@@ -303,7 +328,6 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
             axes.plot([row[key] for row in rows], [row["bits_per_byte"] for row in rows], ".-", label=name)
         axes.axhline(found["target"], color="0.6", linewidth=1)
         axes.set_xlabel(key)
-        axes.set_yscale("log")
     figure.axes[0].set_ylabel("bits per byte of val")
     figure.axes[0].legend()
     figure.savefig(path, dpi=120)

@@ -57,7 +57,7 @@ def recipes(ladder: Ladder, params: Params) -> list[Recipe]:
         config = our_config(lesson, params, params.model.ffn_dim * width // params.model.emb_dim)
         steps = math.ceil(ladder.tokens * parameters(config) / (ladder.batch * ladder.context))
         changes = {"max_steps": steps, "warmup_steps": math.ceil(WARMUP * steps), "decay_steps": math.ceil(steps / 2)}
-        found.append(Recipe(config, training(params, ladder.batch, changes)))
+        found.append(Recipe(config, training(params, ladder.batch, changes, evaluations=1)))
     return found
 
 
@@ -78,7 +78,7 @@ def scale(ladder: Ladder, params: Params, say: Callable[[str], None]) -> dict[st
                 sizes, losses = ([math.log(row[key]) for row in rows] for key in ("parameters", "bits_per_byte"))
                 exponent, logarithm = statistics.linear_regression(sizes, losses)
                 say(f"width {width}: {law(exponent, logarithm, size):.4f} bits per byte predicted")
-            end = train(recipe, shards, params, f"width {width}").curve[-1]
+            end = train(recipe, shards, params.runtime, params.seed, f"width {width}").curve[-1]
             rows.append({"width": width, "parameters": size, "epochs": end["tokens"] / n_tokens, **end})
             say(f"width {width}: {end['bits_per_byte']:.4f} bits per byte in {end['seconds']:,.1f} s")
     return {

@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import NamedTuple
 
 from llm.bench.contest import OURS, Contest, Turn, apart
 from llm.config import CorpusSplit, InputError
-from llm.corpus import Workers, encode_corpus, plan_corpus
+from llm.corpus import Batch, Workers, batch_records, encode_corpus, plan_corpus
 from llm.records import normalise
 from llm.tokenizer import GPT2_PATTERN, SPECIAL_TOKENS, Tokenizer
 
@@ -44,16 +45,24 @@ class Text(NamedTuple):
 
 
 def read_documents(path: Path) -> list[str]:
-    """The documents of a text file, cleaned as a download's are."""
+    """The documents of a text file, or of the records of a download stage; cleaned as that stage cleans them."""
     try:
-        text = path.read_text(encoding="utf-8")
+        parts = stored_documents(path) if path.suffix == ".jsonl" else path.read_text(encoding="utf-8").split(SEPARATOR)
     except FileNotFoundError:
         raise InputError(f"{path}: not found; name a text file with --text") from None
     except UnicodeDecodeError:
         raise InputError(f"{path}: not valid UTF-8; convert it first") from None
-    if documents := [document for part in text.split(SEPARATOR) if (document := normalise(part)).strip()]:
+    if documents := [document for part in parts if (document := normalise(part)).strip()]:
         return documents
     raise InputError(f"{path}: empty; name a file with text")
+
+
+def stored_documents(path: Path) -> list[str]:
+    """Those of a `corpus.jsonl`, each whole."""
+    documents: dict[int, str] = defaultdict(str)
+    for number, piece in batch_records(path, Batch(0, path.stat().st_size)):
+        documents[number] += piece
+    return list(documents.values())
 
 
 def write_records(path: Path, documents: Iterable[str]) -> None:
