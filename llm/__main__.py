@@ -14,7 +14,6 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -235,7 +234,9 @@ def shipped_params(changes: Sequence[str] = ()) -> Params:
     for change in changes:
         key, equals, value = change.partition("=")
         *names, last = key.split(".")
-        section = reduce(lambda found, name: found.get(name) if isinstance(found, dict) else None, names, values)
+        section = values
+        for name in names:
+            section = section.get(name) if isinstance(section, dict) else None
         if not equals or not isinstance(section, dict) or last not in section:
             raise InputError(
                 f"--set-param {change}: expected KEY=VALUE with a key of params.yaml, as pretrain.lr=0.004"
