@@ -46,11 +46,17 @@ class Batch(NamedTuple):
     def to(self, device: torch.device) -> Batch:
         if device.type == "cpu":
             return self
+
+        def moved(tensor: Tensor) -> Tensor:
+            if device.type == "cuda":
+                tensor = tensor.pin_memory()  # from other memory a copy waits for the GPU's work before it
+            return tensor.to(device, non_blocking=True)
+
         return self._replace(
-            idx=self.idx.to(device, non_blocking=True),
-            targets=self.targets.to(device, non_blocking=True),
-            lengths=None if self.lengths is None else self.lengths.to(device, non_blocking=True),
-            lower=None if self.lower is None else self.lower.to(device, non_blocking=True),
+            idx=moved(self.idx),
+            targets=moved(self.targets),
+            lengths=None if self.lengths is None else moved(self.lengths),
+            lower=None if self.lower is None else moved(self.lower),
         )
 
 

@@ -14,8 +14,9 @@ import codecs
 import contextlib
 import math
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm.config import InputError
-from llm.model import GPT, KVCache
+from llm.model import GPT, KVCache, TransformerBlock
 from llm.tokenizer import Tokenizer
 
 
@@ -174,10 +175,24 @@ def compile_step(model: GPT) -> None:
     All but attention itself, which gets longer from step to step; batches and prompts run as before. Takes some
     seconds, fewer the next time, as PyTorch keeps what it has made. Raises `InputError` where it cannot be done.
     """
-    for block in model.blocks:
-        for name in ("before", "after"):
-            setattr(block, name, _compiled(getattr(block, name)))
-    model.lm_head.forward = _compiled(model.lm_head.forward)  # type: ignore[method-assign]
+    before, between, after, head = (
+        torch.compile(function, dynamic=False)
+        for function in (TransformerBlock.before, _between, TransformerBlock.after, type(model.lm_head).forward)
+    )
+    plain_through, plain_head = model.through, model.lm_head.forward
+
+    def through(blocks: Sequence[Any], x: Tensor, angles: Any, mask: Tensor | None, cache: KVCache | None) -> Any:
+        if x.numel() > x.shape[-1]:
+            return plain_through(blocks, x, angles, mask, cache)
+        q, k, v = before(blocks[0], x, angles)
+        for block, following in pairwise(blocks):
+            x, q, k, v = between(block, following, x, block.attn.attend(q, k, v, mask, cache), angles)
+        return after(blocks[-1], x, blocks[-1].attn.attend(q, k, v, mask, cache))
+
+    def lm_head(x: Tensor) -> Any:
+        return plain_head(x) if x.numel() > x.shape[-1] else head(model.lm_head, x)
+
+    model.through, model.lm_head.forward = through, lm_head  # type: ignore[method-assign]
     try:
         list(stream(model, [0], max_new_tokens=1))
     except RuntimeError as error:  # of the compiler's many classes
@@ -185,14 +200,12 @@ def compile_step(model: GPT) -> None:
         raise InputError(f"the step could not be compiled, for which a C++ compiler is needed: {reason}") from error
 
 
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function for inputs [1, 1, .] or [1, .] by the compiler, for others as it is."""
-    compiled = torch.compile(function, dynamic=False)
-
-    def call(x: Tensor, *others: Any) -> Any:
-        return (compiled if x.numel() == x.shape[-1] else function)(x, *others)
-
-    return call
+def _between(
+    block: TransformerBlock, following: TransformerBlock, x: Tensor, y: Tensor, angles: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What is computed between the attention of two blocks: the stream, queries, keys and values."""
+    x = block.after(x, y)
+    return x, *following.before(x, angles)
 
 
 def stream_text(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:

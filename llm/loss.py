@@ -12,12 +12,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from llm.linear import product
 
-CHUNK_LOGITS = 4_000_000  # numbers in the logits of a chunk: 16 MB in fp32
-PART_LOGITS = 1_000_000  # of which the softmax is computed at a time
+CHUNK_LOGITS = {"cpu": 4_000_000, "cuda": 200_000_000}  # numbers in those of a chunk: 16 and 800 MB in fp32
+MULTIPLE = {"cuda": 64}  # of which V shall be one: GPUs multiply such matrices faster (nanoGPT pads its vocabulary)
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -39,27 +40,33 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = torch.zeros_like(weight) if wants_weight else None
         loss = torch.zeros((), device=hidden.device)
+        V, device = len(weight), hidden.device.type
         w = weight.to(hidden.dtype)  # [V, C]
-        rows = max(1, CHUNK_LOGITS // weight.shape[0])
+        if padding := -V % MULTIPLE.get(device, 1):
+            w = F.pad(w, (0, 0, 0, padding))  # [V + padding, C]
+        rows = max(1, CHUNK_LOGITS.get(device, CHUNK_LOGITS["cpu"]) // len(w))
         for start in range(0, len(targets), rows):
             chunk = slice(start, start + rows)
             h, t = hidden[chunk], targets[chunk, None]  # [n, C], [n, 1]
-            logits = product(h, w).float()  # [n, V]
-            parts = logits.split(max(1, PART_LOGITS // weight.shape[0]))  # each takes as much memory again
-            log_total = torch.cat([part.logsumexp(-1, keepdim=True) for part in parts])  # [n, 1]
-            loss += (log_total - logits.gather(1, t)).sum()
+            logits = product(h, w).float()  # [n, V + padding]
+            logits[:, V:] = -torch.inf
+            largest = logits.amax(-1, keepdim=True)  # [n, 1]
+            right = logits.gather(1, t) - largest  # [n, 1]
+            exps = logits.sub_(largest).exp_()  # each takes the place of the one before it
+            total = exps.sum(-1, keepdim=True)  # [n, 1]
+            loss += (total.log() - right).sum()
             if grad_hidden is None and grad_weight is None:
                 continue
-            # The gradient of the logits is softmax minus one at the target; it takes the logits' place.
-            error = logits.sub_(log_total).exp_()  # [n, V]
-            error.scatter_add_(1, t, torch.full_like(log_total, -1.0))
+            # The gradient of the logits is softmax minus one at the target.
+            error = exps.div_(total)
+            error.scatter_add_(1, t, torch.full_like(total, -1.0))
             error = error.to(hidden.dtype)
             if grad_hidden is not None:
                 grad_hidden[chunk] = product(error, w.T)
             if grad_weight is not None and weight.dtype == hidden.dtype:
-                grad_weight.addmm_(error.T, h)
+                grad_weight.addmm_(error[:, :V].T, h)
             elif grad_weight is not None:
-                grad_weight += error.T @ h
+                grad_weight += error[:, :V].T @ h
         ctx.gradients = grad_hidden, grad_weight
         return loss
 

@@ -308,13 +308,25 @@ class GPT(nn.Module):
             if self.config.positions == "learned":
                 x = x + self.pos_emb(positions)
             x = self.drop(x)
-        for block in islice(self.blocks, n_lower, n_blocks):
+        x = self.through(list(islice(self.blocks, n_lower, n_blocks)), x, angles, mask, cache)
+        if cache is not None:
+            cache.length += T
+        return x
+
+    def through(
+        self,
+        blocks: Sequence[nn.Module],
+        x: Tensor,
+        angles: tuple[Tensor, Tensor] | None,
+        mask: Tensor | None,
+        cache: KVCache | None,
+    ) -> Tensor:
+        """The residual stream [B, T, C] behind some of the blocks, from the one before them."""
+        for block in blocks:
             if self.activation_checkpointing and self.training:
                 x = checkpoint(block, x, angles, mask, None, use_reentrant=False)
             else:
                 x = block(x, angles, mask, cache)
-        if cache is not None:
-            cache.length += T
         return x
 
     def _mask(self, positions: Tensor, n_keys: int, pad: Tensor | None) -> Tensor:

@@ -294,6 +294,7 @@ def fit(
                 for block in module:
                     block.compile()
     objective = parallel.replicated(_Objective(model, loss_function))
+    mixed = precision(device, runtime)
     if n_processes > 1:
         _say(f"{title}: {n_processes} processes train together")
 
@@ -335,10 +336,9 @@ def fit(
             with phase("training"):
                 parts = [batch.part(rank, n_processes).to(device) for batch in micro_batches]
                 set_lr(optimizers, lr_factor(state.step, params))
-                mixed = precision(device, runtime)
                 loss, grad_norm = _step(objective, parts, optimizers, params.grad_clip, device, mixed)
                 _guard(state, loss, grad_norm, micro_batches)
-                with precision(device, runtime):  # Muon makes products too
+                with mixed:  # Muon makes products too
                     for optimizer in optimizers:
                         optimizer.step()
                 stopping = parallel.anywhere(should_stop())

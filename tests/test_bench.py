@@ -518,6 +518,9 @@ def test_a_law_of_four_models_is_said_before_the_fifth(
     assert order[-1] == f"width 64: {rows[-1]['bits_per_byte']:.4f}" and "predicted" not in said[-1]
     assert json.loads(json.dumps(found)) == found
     assert f"{rows[-1]['law']:.4f} was said before" in scaling.markdown(found)
+    for epochs, told in ((1.0, False), (2.5, True)):  # of the largest model
+        rows[-1]["epochs"] = epochs
+        assert ("It read the text 2.5 times" in scaling.markdown(found)) == told
     scaling.draw(found, tmp_path / "law.png")
     assert (tmp_path / "law.png").stat().st_size > 1000
 

@@ -120,6 +120,8 @@ def markdown(found: Mapping[str, Any]) -> str:
         f"Bits per byte go with the number of parameters to the power of {found['exponent']:.3f}, by all but the last "
         f"model; of that one, {last['law']:.4f} was said before it was trained: what it reached is {missed:+.1f} % off."
     )
+    if last["epochs"] > 1:
+        said += f" It read the text {last['epochs']:.1f} times, and what is read again teaches less: take a longer one."
     return "\n".join([title(found), "", *table(header, rows), said]) + "\n"
 
 
