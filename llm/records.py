@@ -22,6 +22,7 @@ TRAIN, VAL, TEST = range(3)
 
 LINE_ENDS = re.compile("[\r\v\f\x85\u2028\u2029]")
 CONTROLS = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\ufeff\ud800-\udfff]")  # also byte order marks and lone surrogates
+CLEAN = re.compile("[\t\n -~\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\U0010ffff]*")  # without any of them
 NO_LETTERS_OR_DIGITS = re.compile(r"[\W_]+")
 
 
@@ -31,7 +32,9 @@ def normalise(text: str) -> str:
     >>> normalise("\\ufeffcafe\\u0301\\r\\n")
     'café\\n'
     """
-    return unicodedata.normalize("NFC", CONTROLS.sub("", LINE_ENDS.sub("\n", text.replace("\r\n", "\n"))))
+    if not CLEAN.fullmatch(text):  # most texts are clean, which takes a fifth of the time that mending takes
+        text = CONTROLS.sub("", LINE_ENDS.sub("\n", text.replace("\r\n", "\n")))
+    return unicodedata.normalize("NFC", text)
 
 
 def leak_key(text: str) -> str:

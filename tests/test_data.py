@@ -454,6 +454,17 @@ def test_a_batch_on_the_cpu_stays_as_it_is() -> None:
     assert batch.to(torch.device("cpu")) is batch
 
 
+def test_a_batch_for_a_gpu_is_copied_from_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each of its tensors the pinned copy is sent, without waiting."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 100)
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device, non_blocking: tensor * (-1 if non_blocking else 1))
+    sent = Batch(torch.tensor([[1]]), torch.tensor([2]), [0], torch.tensor([3]), torch.tensor([[[4.0]]]), 5).to(
+        torch.device("cuda")
+    )
+    assert [sent.idx, sent.targets, sent.lengths, sent.lower] == [-101, -102, -103, -104]
+    assert sent.rows == [0] and sent.n_lower == 5
+
+
 # ---- several processes -----------------------------------------------------------------------------------------------
 
 

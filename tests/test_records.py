@@ -12,7 +12,7 @@ import pytest
 
 from llm import records
 from llm.config import InputError
-from llm.records import key_hash, leak_key, normalise, read_records
+from llm.records import CLEAN, CONTROLS, LINE_ENDS, key_hash, leak_key, normalise, read_records
 from tests.datasets import write_lines
 
 
@@ -24,6 +24,11 @@ def test_normalise() -> None:
     assert normalise("\ufeffcafe\u0301\r\nb\rc\u2028d\x0ce\tf\x00\x1b[0m") == "café\nb\nc\nd\ne\tf[0m"
     assert normalise("a\ud800b") == "ab"
     assert normalise("👩\u200d👧") == "👩\u200d👧"  # joiners carry meaning
+
+
+def test_a_clean_text_has_no_character_that_would_be_mended() -> None:
+    for character in map(chr, range(0x110000)):
+        assert bool(CLEAN.fullmatch(character)) != bool(CONTROLS.match(character) or LINE_ENDS.match(character))
 
 
 def test_normalise_is_idempotent() -> None:
