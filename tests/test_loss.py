@@ -32,6 +32,15 @@ def test_loss_and_gradients_are_those_of_torch(monkeypatch: pytest.MonkeyPatch, 
     torch.testing.assert_close(found, (hidden.grad, weight.grad), rtol=1e-5, atol=1e-6)
 
 
+def test_the_vocabulary_is_padded_to_a_multiple(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = []
+    product = loss.product
+    monkeypatch.setattr(loss, "MULTIPLE", {"cpu": 8})
+    monkeypatch.setattr(loss, "product", lambda x, weight: shapes.append(tuple(weight.shape)) or product(x, weight))
+    linear_cross_entropy(*problem(vocab_size=13))
+    assert set(shapes) == {(16, 6), (6, 16)}, "logits, and the gradient of what they were made from"
+
+
 def test_no_chunk_holds_more_logits_than_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight, targets = problem(n=50)
     monkeypatch.setattr(loss, "CHUNK_LOGITS", {"cpu": 3 * len(weight) + 1})
