@@ -629,7 +629,7 @@ def add_sampling(command: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, metavar="N", help="same seed, same text (default: %(default)s)")
     add = command.add_argument_group("how fast it comes").add_argument
     add_int8(add)
-    add("--compile", action="store_true", help="compile the step of a token: some seconds at first, then much faster")
+    add("--compile", action="store_true", help="compile the step of a token: half a minute at first, then much faster")
     add(
         "--draft",
         type=Path,

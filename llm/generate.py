@@ -16,7 +16,7 @@ import math
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -172,40 +172,100 @@ def stream(
 def compile_step(model: GPT) -> None:
     """Has PyTorch's compiler make the step of a single row, in place: the same up to rounding, on a CPU much faster.
 
-    All but attention itself, which gets longer from step to step; batches and prompts run as before. Takes some
-    seconds, fewer the next time, as PyTorch keeps what it has made. Raises `InputError` where it cannot be done.
+    Batches and prompts run as before. From then on the model must keep its layers, their dtype and their device, as
+    looking for changes would take a tenth of each step. Takes up to half a minute, less the next time, as PyTorch keeps
+    what it has made. Raises `InputError` where it cannot be done.
     """
-    before, between, after, head = (
-        torch.compile(function, dynamic=False)
-        for function in (TransformerBlock.before, _between, TransformerBlock.after, type(model.lm_head).forward)
-    )
+    warming = True  # the lengths of the first call are no constants
+    blocks_of_row, head = (_compiled(function) for function in (_blocks_of_row, type(model.lm_head).forward))
     plain_through, plain_head = model.through, model.lm_head.forward
 
+    def alone(x: Tensor) -> bool:
+        return x.numel() == x.shape[-1] and not torch.is_grad_enabled()
+
     def through(blocks: Sequence[Any], x: Tensor, angles: Any, mask: Tensor | None, cache: KVCache | None) -> Any:
-        if x.numel() > x.shape[-1]:
+        # No length that changes is 0 or 1 to the compiler; in a full cache there is no place.
+        if not alone(x) or cache is None or not 2 <= cache.length < cache.max_length:
             return plain_through(blocks, x, angles, mask, cache)
-        q, k, v = before(blocks[0], x, angles)
-        for block, following in pairwise(blocks):
-            x, q, k, v = between(block, following, x, block.attn.attend(q, k, v, mask, cache), angles)
-        return after(blocks[-1], x, blocks[-1].attn.attend(q, k, v, mask, cache))
+        keys, values = (part.unbind() for part in cache.part(0, 0, cache.max_length))  # layers x [K, max_length, D]
+        seen = x.new_ones(cache.length, dtype=torch.bool) if mask is None else mask.flatten()[:-1]  # [S]
+        if warming:
+            for part in (*keys, *values):
+                torch._dynamo.mark_dynamic(part, 1)
+            torch._dynamo.mark_dynamic(seen, 0)
+        x, k, v = blocks_of_row(blocks, x, angles, seen, keys, values)
+        cache.put(0, cache.length, k, v)
+        return x
 
     def lm_head(x: Tensor) -> Any:
-        return plain_head(x) if x.numel() > x.shape[-1] else head(model.lm_head, x)
+        return head(model.lm_head, x) if alone(x) else plain_head(x)
 
     model.through, model.lm_head.forward = through, lm_head  # type: ignore[method-assign]
     try:
-        list(stream(model, [0], max_new_tokens=1))
+        list(stream(model, [0, 0, 0], max_new_tokens=2))
     except RuntimeError as error:  # of the compiler's many classes
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise InputError(f"the step could not be compiled, for which a C++ compiler is needed: {reason}") from error
+    warming = False
 
 
-def _between(
-    block: TransformerBlock, following: TransformerBlock, x: Tensor, y: Tensor, angles: tuple[Tensor, Tensor] | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What is computed between the attention of two blocks: the stream, queries, keys and values."""
-    x = block.after(x, y)
-    return x, *following.before(x, angles)
+def _compiled(function: Any) -> Any:
+    """What was made is kept by the function's code: a copy of that, as it would be taken for other models' layers too.
+
+    Nothing checks that they are the ones for which it was made.
+    """
+    own = FunctionType(function.__code__.replace(), function.__globals__, closure=function.__closure__)
+    skip = torch.compiler.skip_guard_on_all_nn_modules_unsafe
+    options: dict[str, Any] = {"guard_filter_fn": skip, "size_asserts": False}
+    return torch.compile(own, fullgraph=True, dynamic=False, options=options)
+
+
+def _blocks_of_row(
+    blocks: Sequence[TransformerBlock],
+    x: Tensor,
+    angles: tuple[Tensor, Tensor] | None,
+    seen: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What is behind the blocks, [1, 1, C], and each one's new key and value, 2 x [layers, K, 1, D].
+
+    `keys` and `values` are each layer's cached ones, [K, max_length, D], of which the first S are filled and those that
+    are True in `seen` [S] may be looked at.
+    """
+    new: list[tuple[Tensor, Tensor]] = []
+    for block, some_keys, some_values in zip(blocks, keys, values, strict=True):
+        x, k, v = _block_of_row(block, x, angles, seen, some_keys, some_values)
+        new.append((k, v))
+    return x, torch.cat([k for k, _ in new]), torch.cat([v for _, v in new])
+
+
+@torch.compiler.nested_compile_region  # compiled once for all blocks
+def _block_of_row(
+    block: TransformerBlock,
+    x: Tensor,
+    angles: tuple[Tensor, Tensor] | None,
+    seen: Tensor,
+    keys: Tensor,
+    values: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = block.before(x, angles)  # [1, H, 1, D], 2 x [1, K, 1, D]
+    return block.after(x, _attend_row(q, k[0], v[0], seen, keys, values)), k, v
+
+
+def _attend_row(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Attention of one query [1, H, 1, D] to the cached keys that are `seen` and to its own [K, 1, D]: [1, 1, H * D].
+
+    As sums, of which PyTorch's compiler makes loops in the same call as all else.
+    """
+    (K, _, D), S = keys.shape, len(seen)
+    q = (q * D**-0.5).view(K, -1, 1, D)  # [K, G, 1, D], with G queries to a key
+    old = (q * keys[:, None, :S]).sum(-1).masked_fill(~seen, -torch.inf)  # [K, G, S]
+    new = (q[:, :, 0] * k).sum(-1, keepdim=True)  # [K, G, 1]
+    largest = torch.maximum(old.amax(-1, keepdim=True), new)
+    old, new = (old - largest).exp(), (new - largest).exp()
+    y = (old[..., None] * values[:, None, :S]).sum(2) + new * v  # [K, G, D]
+    return (y / (old.sum(-1, keepdim=True) + new)).view(1, 1, -1)
 
 
 def stream_text(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:

@@ -40,6 +40,7 @@ from tests.test_model import gpt2_weights
 
 GPT2 = gpt_config(vocab_size=61, context_length=24, emb_dim=32, head_dim=8, ffn_dim=64)
 MODERN = gpt_config(**GPT2.model_dump() | LLAMA_FORM | {"n_kv_heads": 2, "qk_norm": True, "tie_embeddings": False})
+NARROW = gpt_config(**MODERN.model_dump() | {"sliding_window": 5})
 VOCAB_SIZE = GPT2.vocab_size
 PROMPTS = [[5, 17, 3, 44], [9], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10], [60, 0], [12, 30, 31]]
 
@@ -258,7 +259,7 @@ def as_it_is(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     """In place of the compiler, what it would compile; returns the shapes that come to it."""
     shapes: list[torch.Size] = []
 
-    def compiled(function: Any, dynamic: bool) -> Any:
+    def compiled(function: Any, **_: Any) -> Any:
         def call(*arguments: Any) -> Any:
             shapes.append(next(each.shape for each in arguments if isinstance(each, Tensor)))
             with monkeypatch.context() as reading:
@@ -271,7 +272,7 @@ def as_it_is(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     return shapes
 
 
-@pytest.mark.parametrize("config", [GPT2, MODERN], ids=["learned", "rotary"])
+@pytest.mark.parametrize("config", [GPT2, MODERN, NARROW], ids=["learned", "rotary", "sliding window"])
 def test_a_compiled_step_is_that_of_a_single_row(config: GPTConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same tokens, past the context too; prompts and batches run as before."""
     model = make_model(config)
@@ -280,13 +281,55 @@ def test_a_compiled_step_is_that_of_a_single_row(config: GPTConfig, monkeypatch:
     compile_step(model)
     shapes.clear()
     assert generate(model, PROMPTS[:1], max_new_tokens=5) == [alone[0][:5]]
-    parts = config.n_layers + 2  # before the first attention, behind each, the output layer
-    assert len(shapes) == 4 * parts + 1, "the prompt's last position, then four steps"
+    assert len(shapes) == 4 * 2 + 1, "the output layer for the prompt, then four steps of blocks and output layer"
     assert {shape.numel() for shape in shapes} == {config.emb_dim}
     assert [generate(model, [prompt], max_new_tokens=40)[0] for prompt in PROMPTS] == alone
     shapes.clear()
     assert generate(model, PROMPTS, max_new_tokens=40) == alone
     assert not shapes
+    # The last row of a batch goes on alone, with padding before it.
+    shapes.clear()
+    assert generate(model, PROMPTS[1:3], max_new_tokens=[40, 3]) == [alone[1], alone[2][:3]]
+    assert len(shapes) >= 10
+
+
+@pytest.mark.parametrize("config", [GPT2, MODERN, NARROW], ids=["learned", "rotary", "sliding window"])
+@torch.no_grad()
+def test_a_compiled_step_has_the_hidden_states_and_the_cache_of_a_plain_one(
+    config: GPTConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = make_model(config)
+    model = copy.deepcopy(plain)
+    shapes = as_it_is(monkeypatch)
+    compile_step(model)
+    shapes.clear()
+    caches = [KVCache(config, 1, 12, dtype=torch.float64) for _ in range(2)]
+    for tokens in ([7, 8, 9], [10], [11], [12], [13], [14]):
+        idx = torch.tensor([tokens])
+        expected, found = (each.hidden(idx, cache) for each, cache in zip((plain, model), caches, strict=True))
+        torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
+    assert len(shapes) == 5
+    assert caches[1].length == caches[0].length == 8
+    torch.testing.assert_close(caches[1].keys, caches[0].keys, atol=1e-12, rtol=0)
+    torch.testing.assert_close(caches[1].values, caches[0].values, atol=1e-12, rtol=0)
+    full = KVCache(config, 1, 3, dtype=torch.float64)
+    model.hidden(torch.tensor([[7, 8, 9]]), full)
+    with pytest.raises(ValueError, match="the cache holds 3 tokens, 4 were asked for"):
+        model.hidden(torch.tensor([[10]]), full)
+
+
+def test_gradients_are_not_those_of_a_compiled_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(GPT2)
+    shapes = as_it_is(monkeypatch)
+    compile_step(model)
+    shapes.clear()
+    model(torch.tensor([[10]])).sum().backward()
+    with torch.no_grad():
+        cache = KVCache(GPT2, 1, 12, dtype=torch.float64)
+        model(torch.tensor([[7, 8, 9]]), cache)
+    model(torch.tensor([[10]]), cache)
+    assert not shapes
+    assert all(parameter.grad is not None for parameter in model.blocks.parameters())
 
 
 def test_a_compiled_step_multiplies_weights_of_8_bits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,20 +350,22 @@ def test_a_compiled_step_multiplies_weights_of_8_bits(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the compiler needs g++")
-@pytest.mark.parametrize(("config", "rounded"), [(GPT2, False), (MODERN, True)], ids=["fp32", "8 bits"])
-def test_the_compiler_compiles_the_step(config: GPTConfig, rounded: bool) -> None:
-    model = make_model(config).float()
-    if rounded:
-        to_int8(model)
-    expected = generate(model, PROMPTS[:1], max_new_tokens=10)
-    compile_step(model)
+def test_the_compiler_compiles_the_step() -> None:
+    """Of several models in one process, of equal and of other sizes, for caches of any size."""
+    models = [make_model(config).float() for config in (GPT2, NARROW, MODERN)]
+    models.append(copy.deepcopy(models[-1]))
+    to_int8(models[-1])
+    expected = [[generate(model, PROMPTS[:1], max_new_tokens=n) for n in (10, 17, 40)] for model in models]
+    for model in models:
+        compile_step(model)
     compilations = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    assert generate(model, PROMPTS[:1], max_new_tokens=10) == expected
+    found = [[generate(model, PROMPTS[:1], max_new_tokens=n) for n in (10, 17, 40)] for model in models]
+    assert found == expected
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compilations, "all was compiled at the call"
 
 
 def test_a_compiler_that_fails_is_named_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    def failing(function: Any, dynamic: bool) -> Any:
+    def failing(function: Any, **_: Any) -> Any:
         def call(*_: Any) -> None:
             raise RuntimeError("no g++ here\nand more")
 
