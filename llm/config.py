@@ -356,7 +356,7 @@ class RuntimeParams(Strict):
     """What changes speed and comfort but no result that is compared: no stage lists this section in `dvc.yaml`."""
 
     device: Literal["auto", "cpu", "cuda", "mps"]
-    precision: Literal["auto", "fp32", "bf16"]
+    precision: Literal["auto", "fp32", "tf32", "bf16"]
     compile: bool
     activation_checkpointing: bool
     workers: NonNegative

@@ -13,17 +13,21 @@ from __future__ import annotations
 import codecs
 import contextlib
 import math
+import warnings
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch._higher_order_ops.while_loop import while_loop
+from torch.func import functional_call
 
 from llm.config import InputError
+from llm.linear import PackedLinear
 from llm.model import GPT, KVCache, TransformerBlock
 from llm.tokenizer import Tokenizer
 
@@ -170,102 +174,195 @@ def stream(
 
 
 def compile_step(model: GPT) -> None:
-    """Has PyTorch's compiler make the step of a single row, in place: the same up to rounding, on a CPU much faster.
+    """Makes the step of a single row one call, in place: the same up to rounding, and much faster.
 
-    Batches and prompts run as before. From then on the model must keep its layers, their dtype and their device, as
-    looking for changes would take a tenth of each step. Takes up to half a minute, less the next time, as PyTorch keeps
-    what it has made. Raises `InputError` where it cannot be done.
+    On a CPU by PyTorch's compiler, up to half a minute, less the next time, as PyTorch keeps what it has made; on a
+    CUDA device by capturing a graph for each cache. Batches and prompts run as before. From then on the model must keep
+    its layers, their dtype and their device, as looking for changes would take time at each step. Raises `InputError`
+    where it cannot be done; then the model is as before.
     """
-    warming = True  # the lengths of the first call are no constants
-    blocks_of_row, head = (_compiled(function) for function in (_blocks_of_row, type(model.lm_head).forward))
-    plain_through, plain_head = model.through, model.lm_head.forward
+    plain = model.forward
+    step = _graphed_step(model) if model.tok_emb.weight.device.type == "cuda" else _compiled_step(model)
 
-    def alone(x: Tensor) -> bool:
-        return x.numel() == x.shape[-1] and not torch.is_grad_enabled()
+    def forward(idx: Tensor, cache: KVCache | None = None, pad: Tensor | None = None) -> Tensor:
+        places = 0 if cache is None else min(cache.max_length, model.config.context_length)
+        # No length that changes is 1 to the compiler; where no place is left the plain step says so.
+        if idx.numel() != 1 or torch.is_grad_enabled() or cache is None or not 1 <= cache.length < places:
+            return plain(idx, cache, pad)
+        logits = step(idx, cache, idx.new_zeros(1) if pad is None else pad)
+        cache.length += 1
+        return logits
 
-    def through(blocks: Sequence[Any], x: Tensor, angles: Any, mask: Tensor | None, cache: KVCache | None) -> Any:
-        # No length that changes is 0 or 1 to the compiler; in a full cache there is no place.
-        if not alone(x) or cache is None or not 2 <= cache.length < cache.max_length:
-            return plain_through(blocks, x, angles, mask, cache)
-        keys, values = (part.unbind() for part in cache.part(0, 0, cache.max_length))  # layers x [K, max_length, D]
-        seen = x.new_ones(cache.length, dtype=torch.bool) if mask is None else mask.flatten()[:-1]  # [S]
+    model.forward = forward  # type: ignore[method-assign]
+
+
+def _compiled_step(model: GPT) -> Callable[[Tensor, KVCache, Tensor], Tensor]:
+    first = model.blocks[0]
+    assert isinstance(first, TransformerBlock)
+    block, weights = _BlockOfRow(first), _stacked(model.blocks)
+    compiled = _compiled(_logits_of_row)
+
+    def step(idx: Tensor, cache: KVCache, pad: Tensor) -> Tensor:
+        keys, values = cache.part(0, 0, cache.length + 1)  # [layers, K, S, D]
         if warming:
-            for part in (*keys, *values):
-                torch._dynamo.mark_dynamic(part, 1)
-            torch._dynamo.mark_dynamic(seen, 0)
-        x, k, v = blocks_of_row(blocks, x, angles, seen, keys, values)
-        cache.put(0, cache.length, k, v)
-        return x
+            torch._dynamo.mark_dynamic(keys, 2)
+            torch._dynamo.mark_dynamic(values, 2)
+        logits: Tensor = compiled(model, block, weights, idx, pad, keys, values)
+        return logits
 
-    def lm_head(x: Tensor) -> Any:
-        return head(model.lm_head, x) if alone(x) else plain_head(x)
-
-    model.through, model.lm_head.forward = through, lm_head  # type: ignore[method-assign]
+    warming = True  # the lengths of the first call are no constants
     try:
-        list(stream(model, [0, 0, 0], max_new_tokens=2))
+        with torch.inference_mode(), _evaluating(model), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".* `functools.lru_cache`")  # is passed over: `rotary_frequencies` may be
+            cache = _cache(model, 2, 5)  # of two rows: in that of one, layers lie as far apart as it is long
+            cache.length = 2
+            idx = torch.zeros(1, 1, dtype=torch.long, device=model.tok_emb.weight.device)
+            step(idx, cache, idx.new_zeros(1))
     except RuntimeError as error:  # of the compiler's many classes
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise InputError(f"the step could not be compiled, for which a C++ compiler is needed: {reason}") from error
     warming = False
+    return step
 
 
 def _compiled(function: Any) -> Any:
-    """What was made is kept by the function's code: a copy of that, as it would be taken for other models' layers too.
+    """What was made is kept by the function's code: a copy of that, as it would be taken for other models too.
 
-    Nothing checks that they are the ones for which it was made.
+    Nothing checks that it is called with what it was made for: that takes time at each step.
     """
     own = FunctionType(function.__code__.replace(), function.__globals__, closure=function.__closure__)
-    skip = torch.compiler.skip_guard_on_all_nn_modules_unsafe
-    options: dict[str, Any] = {"guard_filter_fn": skip, "size_asserts": False}
+    options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe, "cpp_wrapper": True}
     return torch.compile(own, fullgraph=True, dynamic=False, options=options)
 
 
-def _blocks_of_row(
-    blocks: Sequence[TransformerBlock],
-    x: Tensor,
-    angles: tuple[Tensor, Tensor] | None,
-    seen: Tensor,
-    keys: Sequence[Tensor],
-    values: Sequence[Tensor],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What is behind the blocks, [1, 1, C], and each one's new key and value, 2 x [layers, K, 1, D].
+def _stacked(blocks: nn.ModuleList) -> dict[str, Tensor]:
+    """Each weight of all blocks in one tensor [layers, ...], of which the blocks' own are parts from then on."""
+    if any(isinstance(part, PackedLinear) for part in blocks.modules()):
+        raise InputError("the step of a packed model cannot be compiled: its weights are in oneDNN's own order")
+    states = [dict(block.state_dict(keep_vars=True)) for block in blocks]
+    weights = {}
+    for name in states[0]:
+        weights[name] = torch.stack([state[name].detach() for state in states])
+        for state, part in zip(states, weights[name], strict=True):
+            state[name].data = part
+    return weights
 
-    `keys` and `values` are each layer's cached ones, [K, max_length, D], of which the first S are filled and those that
-    are True in `seen` [S] may be looked at.
+
+class _BlockOfRow(nn.Module):
+    """A block in the step of a single row. It has the first one's layers; weights are given with each call."""
+
+    def __init__(self, block: TransformerBlock) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(
+        self, x: Tensor, angles: tuple[Tensor, Tensor] | None, seen: Tensor, keys: Tensor, values: Tensor
+    ) -> Tensor:
+        q, k, v = self.block.before(x, angles)  # [1, H, 1, D], 2 x [1, K, 1, D]
+        keys[:, -1:], values[:, -1:] = k[0], v[0]
+        return self.block.after(x, _attend_row(q, keys, values, seen))
+
+
+def _logits_of_row(
+    model: GPT, block: _BlockOfRow, weights: dict[str, Tensor], idx: Tensor, pad: Tensor, keys: Tensor, values: Tensor
+) -> Tensor:
+    """Logits [1, 1, V] after a row's next token [1, 1]; the first `pad` [1] tokens of the row are none.
+
+    `keys` and `values` [layers, K, S, D] are what the cache holds, with a place for this token's at the end. The blocks
+    are a loop: the compiler makes one, and no Python runs between them.
     """
-    new: list[tuple[Tensor, Tensor]] = []
-    for block, some_keys, some_values in zip(blocks, keys, values, strict=True):
-        x, k, v = _block_of_row(block, x, angles, seen, some_keys, some_values)
-        new.append((k, v))
-    return x, torch.cat([k for k, _ in new]), torch.cat([v for _, v in new])
+    layers, _, S, _ = keys.shape
+    positions = torch.arange(S - 1, S, device=idx.device)  # [1]
+    seen = model.mask(positions, S, pad).flatten()  # [S]
+    positions = (positions - pad)[None]  # [1, 1]
+    angles = model.angles(positions)
+
+    def is_left(layer: Tensor, _: Tensor) -> Tensor:
+        return layer < layers
+
+    def next_block(layer: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        i = int(layer.item())
+        torch._check(i >= 0)
+        torch._check(i < layers)
+        own = {f"block.{name}": stacked[i] for name, stacked in weights.items()}
+        return layer + 1, functional_call(block, own, (x, angles, seen, keys[i], values[i]))
+
+    first = torch.zeros((), dtype=torch.long, device=idx.device)
+    _, x = while_loop(is_left, next_block, (first, model.embed(idx, positions)))
+    logits: Tensor = model.lm_head(model.final_norm(x))
+    return logits
 
 
-@torch.compiler.nested_compile_region  # compiled once for all blocks
-def _block_of_row(
-    block: TransformerBlock,
-    x: Tensor,
-    angles: tuple[Tensor, Tensor] | None,
-    seen: Tensor,
-    keys: Tensor,
-    values: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = block.before(x, angles)  # [1, H, 1, D], 2 x [1, K, 1, D]
-    return block.after(x, _attend_row(q, k[0], v[0], seen, keys, values)), k, v
-
-
-def _attend_row(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Attention of one query [1, H, 1, D] to the cached keys that are `seen` and to its own [K, 1, D]: [1, 1, H * D].
+def _attend_row(q: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:
+    """Attention of one query [1, H, 1, D] to keys and values [K, S, D], to those that are `seen` [S]: [1, 1, H * D].
 
     As sums, of which PyTorch's compiler makes loops in the same call as all else.
     """
-    (K, _, D), S = keys.shape, len(seen)
+    K, _, D = keys.shape
     q = (q * D**-0.5).view(K, -1, 1, D)  # [K, G, 1, D], with G queries to a key
-    old = (q * keys[:, None, :S]).sum(-1).masked_fill(~seen, -torch.inf)  # [K, G, S]
-    new = (q[:, :, 0] * k).sum(-1, keepdim=True)  # [K, G, 1]
-    largest = torch.maximum(old.amax(-1, keepdim=True), new)
-    old, new = (old - largest).exp(), (new - largest).exp()
-    y = (old[..., None] * values[:, None, :S]).sum(2) + new * v  # [K, G, D]
-    return (y / (old.sum(-1, keepdim=True) + new)).view(1, 1, -1)
+    weights = (q * keys[:, None]).sum(-1).masked_fill(~seen, -torch.inf).softmax(-1)  # [K, G, S]
+    return (weights[..., None] * values[:, None]).sum(2).view(1, 1, -1)
+
+
+def _graphed_step(model: GPT) -> Callable[[Tensor, KVCache, Tensor], Tensor]:
+    """The kernels of a step are started by one call, which a CPU can do fast enough for a GPU.
+
+    A graph's memory is always the same, so that each cache has its own; the last one's is kept.
+    """
+    cache_of_graph: KVCache | None = None
+    replay: Callable[[], Tensor]
+    device = model.tok_emb.weight.device
+    own_idx = torch.zeros(1, 1, dtype=torch.long, device=device)
+    own_pad, position = own_idx.new_zeros(1), own_idx.new_zeros(1)
+
+    def step(idx: Tensor, cache: KVCache, pad: Tensor) -> Tensor:
+        nonlocal cache_of_graph, replay
+        own_idx.copy_(idx)
+        own_pad.copy_(pad)
+        position.fill_(cache.length)
+        if cache is not cache_of_graph:
+            replay = _captured(lambda: _logits_at(model, own_idx, own_pad, position, cache))
+            cache_of_graph = cache
+        return replay().clone()
+
+    return step
+
+
+def _captured(work: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """A function that does the same work again as a CUDA graph, on the same memory, its result included."""
+    other = torch.cuda.Stream()
+    other.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(other):  # libraries that are called for the first time may do what no graph can hold
+        work()
+    torch.cuda.current_stream().wait_stream(other)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = work()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return result
+
+    return replay
+
+
+def _logits_at(model: GPT, idx: Tensor, pad: Tensor, position: Tensor, cache: KVCache) -> Tensor:
+    """Logits [1, 1, V] after a row's next token [1, 1] at `position` [1]; the first `pad` [1] tokens of it are none.
+
+    All that changes from step to step is in tensors. So attention reads the whole cache, with a mask.
+    """
+    mask = model.mask(position, cache.max_length, pad)  # [1, 1, 1, max_length]
+    positions = (position - pad)[None]  # [1, 1]
+    angles, x = model.angles(positions), model.embed(idx, positions)
+    for block, keys, values in zip(model.blocks, *cache.part(0, 0, cache.max_length), strict=True):
+        assert isinstance(block, TransformerBlock)
+        q, k, v = block.before(x, angles)  # [1, H, 1, D], 2 x [1, K, 1, D]
+        keys.index_copy_(1, position, k[0])
+        values.index_copy_(1, position, v[0])
+        y = F.scaled_dot_product_attention(q, keys[None], values[None], attn_mask=mask, enable_gqa=True)
+        x = block.after(x, y.transpose(1, 2).reshape(1, 1, -1))
+    logits: Tensor = model.lm_head(model.final_norm(x))
+    return logits
 
 
 def stream_text(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
@@ -418,17 +515,17 @@ def _batched(
                 cache.keep(staying)
                 active, pads = [active[i] for i in staying], [pads[i] for i in staying]
 
-            hidden: list[Tensor] = []
             if not active:
                 cache.length = 0
+            elif cache.length == cache.max_length:  # then no row begins at column 0: it would have been cut, or ended
+                pads = _shifted(cache, pads, -min(pads))
+            idx = torch.tensor([row.context[-1:] for row in active], device=model.tok_emb.weight.device)  # [B, 1]
+            if not entering:
+                logits = model(idx, cache, _tensor(pads, idx))[:, -1]  # [B, V]
             else:
-                if cache.length == cache.max_length:  # then no row begins at column 0: it would have been cut, or ended
-                    pads = _shifted(cache, pads, -min(pads))
-                idx = torch.tensor([row.context[-1:] for row in active], device=model.tok_emb.weight.device)  # [B, 1]
-                hidden.append(model.hidden(idx, cache, _tensor(pads, idx))[:, -1])  # [B, C]
-            if entering:
+                hidden = [model.hidden(idx, cache, _tensor(pads, idx))[:, -1]] if active else []  # [B, C]
                 last, read, new_pads = _read(model, [row.context for row in entering], known)
-                hidden.append(last)
+                logits = model.lm_head(torch.cat([*hidden, last]))  # the output layer is large: last positions only
                 pads = _shifted(cache, pads, max(0, read.length - cache.length))
                 for i, pad in enumerate(new_pads):
                     begin = cache.length - read.length + pad
@@ -436,7 +533,7 @@ def _batched(
                     active.append(entering[i])
                     pads.append(begin)
 
-            logits = model.lm_head(torch.cat(hidden)).float()  # [B, V]: only last positions need the large output layer
+            logits = logits.float()
             if sampling.repetition_penalty != 1:
                 seen = torch.stack([row.seen for row in active if row.seen is not None])  # [B, V]
                 logits = penalise(logits, seen, sampling.repetition_penalty)
@@ -482,7 +579,8 @@ def _drafted(
     def distributions(of: GPT, cache: KVCache, tokens: list[int], n: int) -> Tensor:
         """Logits [n, V] at the last n of the tokens; the cache holds some of the others."""
         idx = torch.tensor([tokens[cache.length :]], device=of.tok_emb.weight.device)  # [1, T]
-        return of.lm_head(of.hidden(idx, cache)[0, -n:]).float()
+        logits = of(idx, cache)[0] if len(idx[0]) == n else of.lm_head(of.hidden(idx, cache)[0, -n:])
+        return logits.float()
 
     def chances(logits: Tensor, seen: Tensor | None) -> Tensor:
         """The distribution [V] that logits [V] give."""

@@ -296,40 +296,33 @@ class GPT(nn.Module):
         positions = torch.arange(start, start + T, device=idx.device)  # [T]
         window = self.config.sliding_window
         narrow = window is not None and start + T > window
-        mask = self._mask(positions, start + T, pad) if pad is not None or (start > 0 and T > 1) or narrow else None
+        mask = self.mask(positions, start + T, pad) if pad is not None or (start > 0 and T > 1) or narrow else None
         if pad is not None:
             positions = (positions - pad[:, None]).clamp(min=0)  # [B, T]
 
-        angles = rotary(self.config, positions) if self.config.positions == "rotary" else None
-        if lower is not None:
-            x = lower
-        else:
-            x = self.tok_emb(idx)  # [B, T, C]
-            if self.config.positions == "learned":
-                x = x + self.pos_emb(positions)
-            x = self.drop(x)
-        x = self.through(list(islice(self.blocks, n_lower, n_blocks)), x, angles, mask, cache)
-        if cache is not None:
-            cache.length += T
-        return x
-
-    def through(
-        self,
-        blocks: Sequence[nn.Module],
-        x: Tensor,
-        angles: tuple[Tensor, Tensor] | None,
-        mask: Tensor | None,
-        cache: KVCache | None,
-    ) -> Tensor:
-        """The residual stream [B, T, C] behind some of the blocks, from the one before them."""
-        for block in blocks:
+        angles = self.angles(positions)
+        x = self.embed(idx, positions) if lower is None else lower  # [B, T, C]
+        for block in islice(self.blocks, n_lower, n_blocks):
             if self.activation_checkpointing and self.training:
                 x = checkpoint(block, x, angles, mask, None, use_reentrant=False)
             else:
                 x = block(x, angles, mask, cache)
+        if cache is not None:
+            cache.length += T
         return x
 
-    def _mask(self, positions: Tensor, n_keys: int, pad: Tensor | None) -> Tensor:
+    def angles(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Of rotary positions, as `rotary`; where others are used there are none."""
+        return rotary(self.config, positions) if self.config.positions == "rotary" else None
+
+    def embed(self, idx: Tensor, positions: Tensor) -> Tensor:
+        """Token ids [B, T] at `positions` [T] or [B, T] to the residual stream [B, T, C] before the first block."""
+        x = self.tok_emb(idx)  # [B, T, C]
+        if self.config.positions == "learned":
+            x = x + self.pos_emb(positions)
+        return self.drop(x)
+
+    def mask(self, positions: Tensor, n_keys: int, pad: Tensor | None) -> Tensor:
         """True where a query at one of the `positions` [T] may look: [1 or B, 1, T, S]."""
         keys = torch.arange(n_keys, device=positions.device)  # [S]
         mask = (keys <= positions[:, None])[None, None]  # [1, 1, T, S]

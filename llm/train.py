@@ -207,7 +207,11 @@ def pick_device(name: str) -> torch.device:
 
 
 def precision(device: torch.device, runtime: RuntimeParams) -> contextlib.AbstractContextManager[Any]:
-    """Matrix products in bf16 where `mixes` says so, with weights and all else in fp32."""
+    """Matrix products in bf16 where `mixes` says so, with weights and all else in fp32.
+
+    Whether a GPU may make those in fp32 as TF32, with 10 bits of mantissa in place of 23, is a setting of the process.
+    """
+    torch.set_float32_matmul_precision("high" if runtime.precision == "tf32" else "highest")
     return torch.autocast(device.type, torch.bfloat16) if mixes(device, runtime) else contextlib.nullcontext()
 
 
@@ -218,9 +222,10 @@ def mixes(device: torch.device, runtime: RuntimeParams) -> bool:
     """
     if runtime.precision == "auto":
         return device.type == "cuda"
-    if runtime.precision == "bf16" and not (device.type == "cuda" or (device.type == "cpu" and has_bf16_units())):
+    has_units = device.type == "cuda" or (runtime.precision == "bf16" and device.type == "cpu" and has_bf16_units())
+    if runtime.precision in ("bf16", "tf32") and not has_units:
         raise InputError(
-            f"runtime.precision: bf16 was asked for, but this {device.type} device has no units for it; "
+            f"runtime.precision: {runtime.precision} was asked for, but this {device.type} device has no units for it; "
             "use auto or fp32"
         )
     return runtime.precision == "bf16"

@@ -32,7 +32,7 @@ from llm.generate import (
     stream,
     stream_text,
 )
-from llm.linear import Int8Linear, to_int8
+from llm.linear import Int8Linear, to_int8, to_packed
 from llm.model import GPT, KVCache
 from llm.tokenizer import Tokenizer
 from tests.helpers import LLAMA_FORM, gpt_config
@@ -255,21 +255,30 @@ def test_a_draft_that_cannot_guess_is_refused(model: GPT) -> None:
 # ---- the compiled step -----------------------------------------------------------------------------------------------
 
 
-def as_it_is(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
-    """In place of the compiler, what it would compile; returns the shapes that come to it."""
-    shapes: list[torch.Size] = []
+def as_it_is(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """In place of the compiler, what it would compile; returns the lengths of the cache that come to it."""
+    lengths: list[int] = []
 
     def compiled(function: Any, **_: Any) -> Any:
         def call(*arguments: Any) -> Any:
-            shapes.append(next(each.shape for each in arguments if isinstance(each, Tensor)))
+            keys, values = arguments[-2:]
+            assert keys.shape == values.shape
+            lengths.append(keys.shape[2])
             with monkeypatch.context() as reading:
                 reading.setattr(torch.compiler, "is_compiling", lambda: True)
+                reading.setattr("llm.generate.while_loop", plain_loop)
                 return function(*arguments)
 
         return call
 
     monkeypatch.setattr(torch, "compile", compiled)
-    return shapes
+    return lengths
+
+
+def plain_loop(is_left: Any, body: Any, carried: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    while is_left(*carried):
+        carried = body(*carried)
+    return carried
 
 
 @pytest.mark.parametrize("config", [GPT2, MODERN, NARROW], ids=["learned", "rotary", "sliding window"])
@@ -277,59 +286,76 @@ def test_a_compiled_step_is_that_of_a_single_row(config: GPTConfig, monkeypatch:
     """The same tokens, past the context too; prompts and batches run as before."""
     model = make_model(config)
     alone = [generate(model, [prompt], max_new_tokens=40)[0] for prompt in PROMPTS]
-    shapes = as_it_is(monkeypatch)
+    lengths = as_it_is(monkeypatch)
     compile_step(model)
-    shapes.clear()
+    lengths.clear()
     assert generate(model, PROMPTS[:1], max_new_tokens=5) == [alone[0][:5]]
-    assert len(shapes) == 4 * 2 + 1, "the output layer for the prompt, then four steps of blocks and output layer"
-    assert {shape.numel() for shape in shapes} == {config.emb_dim}
+    assert lengths == [len(PROMPTS[0]) + n for n in range(1, 5)], "a step for all tokens but the prompt's"
     assert [generate(model, [prompt], max_new_tokens=40)[0] for prompt in PROMPTS] == alone
-    shapes.clear()
+    lengths.clear()
     assert generate(model, PROMPTS, max_new_tokens=40) == alone
-    assert not shapes
+    assert not lengths
     # The last row of a batch goes on alone, with padding before it.
-    shapes.clear()
     assert generate(model, PROMPTS[1:3], max_new_tokens=[40, 3]) == [alone[1], alone[2][:3]]
-    assert len(shapes) >= 10
+    assert len(lengths) >= 10
 
 
 @pytest.mark.parametrize("config", [GPT2, MODERN, NARROW], ids=["learned", "rotary", "sliding window"])
 @torch.no_grad()
-def test_a_compiled_step_has_the_hidden_states_and_the_cache_of_a_plain_one(
+def test_a_compiled_step_has_the_logits_and_the_cache_of_a_plain_one(
     config: GPTConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = make_model(config)
     model = copy.deepcopy(plain)
-    shapes = as_it_is(monkeypatch)
+    lengths = as_it_is(monkeypatch)
     compile_step(model)
-    shapes.clear()
-    caches = [KVCache(config, 1, 12, dtype=torch.float64) for _ in range(2)]
-    for tokens in ([7, 8, 9], [10], [11], [12], [13], [14]):
-        idx = torch.tensor([tokens])
-        expected, found = (each.hidden(idx, cache) for each, cache in zip((plain, model), caches, strict=True))
-        torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
-    assert len(shapes) == 5
-    assert caches[1].length == caches[0].length == 8
-    torch.testing.assert_close(caches[1].keys, caches[0].keys, atol=1e-12, rtol=0)
-    torch.testing.assert_close(caches[1].values, caches[0].values, atol=1e-12, rtol=0)
+    lengths.clear()
+    for pad in (None, torch.tensor([2])):
+        caches = [KVCache(config, 1, 12, dtype=torch.float64) for _ in range(2)]
+        for tokens in ([7, 8, 9], [10], [11], [12], [13], [14]):
+            idx = torch.tensor([tokens])
+            expected, found = (each(idx, cache, pad) for each, cache in zip((plain, model), caches, strict=True))
+            torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
+        assert caches[1].length == caches[0].length == 8
+        torch.testing.assert_close(caches[1].keys, caches[0].keys, atol=1e-12, rtol=0)
+        torch.testing.assert_close(caches[1].values, caches[0].values, atol=1e-12, rtol=0)
+    assert lengths == [4, 5, 6, 7, 8] * 2
     full = KVCache(config, 1, 3, dtype=torch.float64)
-    model.hidden(torch.tensor([[7, 8, 9]]), full)
+    model(torch.tensor([[7, 8, 9]]), full)
     with pytest.raises(ValueError, match="the cache holds 3 tokens, 4 were asked for"):
-        model.hidden(torch.tensor([[10]]), full)
+        model(torch.tensor([[10]]), full)
+    longer = KVCache(config, 1, config.context_length + 1, dtype=torch.float64)
+    longer.length = config.context_length
+    with pytest.raises(ValueError, match=f"exceed the context length {config.context_length}"):
+        model(torch.tensor([[10]]), longer)
 
 
 def test_gradients_are_not_those_of_a_compiled_step(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model(GPT2)
-    shapes = as_it_is(monkeypatch)
+    lengths = as_it_is(monkeypatch)
     compile_step(model)
-    shapes.clear()
+    lengths.clear()
     model(torch.tensor([[10]])).sum().backward()
     with torch.no_grad():
         cache = KVCache(GPT2, 1, 12, dtype=torch.float64)
         model(torch.tensor([[7, 8, 9]]), cache)
     model(torch.tensor([[10]]), cache)
-    assert not shapes
+    assert not lengths
     assert all(parameter.grad is not None for parameter in model.blocks.parameters())
+
+
+def test_what_trains_on_is_what_a_compiled_step_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights are changed where they lie, as optimizers do it."""
+    model = make_model(MODERN)
+    as_it_is(monkeypatch)
+    compile_step(model)
+    before = generate(model, PROMPTS[:1], max_new_tokens=12)
+    with torch.no_grad():
+        for parameter in model.blocks.parameters():
+            parameter.mul_(1.5)
+    plain = GPT(MODERN).double()
+    plain.load_state_dict(model.state_dict())
+    assert generate(model, PROMPTS[:1], max_new_tokens=12) == generate(plain, PROMPTS[:1], max_new_tokens=12) != before
 
 
 def test_a_compiled_step_multiplies_weights_of_8_bits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -351,29 +377,47 @@ def test_a_compiled_step_multiplies_weights_of_8_bits(monkeypatch: pytest.Monkey
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the compiler needs g++")
 def test_the_compiler_compiles_the_step() -> None:
-    """Of several models in one process, of equal and of other sizes, for caches of any size."""
+    """Of several models in one process, of equal and of other sizes, for caches of any size and number of rows."""
+
+    def texts(model: GPT) -> list[list[list[int]]]:
+        alone = [generate(model, PROMPTS[:1], max_new_tokens=n) for n in (10, 17, 40)]
+        last = [generate(model, PROMPTS[:n], max_new_tokens=[2] * (n - 1) + [20]) for n in (2, 3)]  # goes on alone
+        return alone + last
+
     models = [make_model(config).float() for config in (GPT2, NARROW, MODERN)]
     models.append(copy.deepcopy(models[-1]))
     to_int8(models[-1])
-    expected = [[generate(model, PROMPTS[:1], max_new_tokens=n) for n in (10, 17, 40)] for model in models]
+    expected = [texts(model) for model in models]
     for model in models:
         compile_step(model)
     compilations = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    found = [[generate(model, PROMPTS[:1], max_new_tokens=n) for n in (10, 17, 40)] for model in models]
-    assert found == expected
+    assert [texts(model) for model in models] == expected
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compilations, "all was compiled at the call"
 
 
 def test_a_compiler_that_fails_is_named_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the model stays as it was."""
+
     def failing(function: Any, **_: Any) -> Any:
         def call(*_: Any) -> None:
             raise RuntimeError("no g++ here\nand more")
 
         return call
 
+    model = make_model(GPT2)
+    expected = generate(model, PROMPTS[:1], max_new_tokens=5)
     monkeypatch.setattr(torch, "compile", failing)
     with pytest.raises(InputError, match=r"^the step could not be compiled, .* is needed: no g\+\+ here$"):
-        compile_step(make_model(GPT2))
+        compile_step(model)
+    assert generate(model, PROMPTS[:1], max_new_tokens=5) == expected
+
+
+def test_a_packed_model_is_not_compiled() -> None:
+    """What is packed is in no state of the layers: the first block's would be taken for all."""
+    model = make_model(GPT2).float()
+    to_packed(model)
+    with pytest.raises(InputError, match="the step of a packed model cannot be compiled"):
+        compile_step(model)
 
 
 def test_no_dropout_and_the_mode_is_kept() -> None:

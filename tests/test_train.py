@@ -1084,14 +1084,24 @@ def test_muon_iterates_in_the_dtype_of_the_products() -> None:
     torch.testing.assert_close(mixed.float(), plain, atol=0.05, rtol=0)
 
 
-def test_bf16_is_refused_where_nothing_is_made_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llm.train.has_bf16_units", lambda: False)
-    runtime = runtime_params(precision="bf16")
-    for device in (CPU, torch.device("mps")):
-        with pytest.raises(
-            InputError, match=rf"^runtime.precision: bf16 was .* this {device} device has no units for it"
-        ):
-            precision(device, runtime)
+@pytest.mark.parametrize(("asked", "device"), [("bf16", "cpu"), ("bf16", "mps"), ("tf32", "cpu"), ("tf32", "mps")])
+def test_a_precision_is_refused_where_nothing_is_made_for_it(
+    asked: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llm.train.has_bf16_units", lambda: asked == "tf32")
+    with pytest.raises(
+        InputError, match=rf"^runtime.precision: {asked} was .* this {device} device has no units for it"
+    ):
+        precision(torch.device(device), runtime_params(precision=asked))
+
+
+def test_tf32_is_used_only_where_it_is_asked_for() -> None:
+    try:
+        for asked, found in (("tf32", "high"), ("fp32", "highest"), ("tf32", "high"), ("auto", "highest")):
+            precision(torch.device("cpu" if asked == "auto" else "cuda"), runtime_params(precision=asked))
+            assert torch.get_float32_matmul_precision() == found
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 @pytest.mark.parametrize(
@@ -1101,6 +1111,7 @@ def test_bf16_is_refused_where_nothing_is_made_for_it(monkeypatch: pytest.Monkey
         ("cuda", "auto", True),
         ("mps", "auto", False),
         ("cuda", "fp32", False),
+        ("cuda", "tf32", False),
         ("cpu", "bf16", True),
     ],
 )
