@@ -18,7 +18,6 @@ import tempfile
 import time
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -58,14 +57,26 @@ class Contest(NamedTuple, Generic[S]):
 # ---- the machine's limits --------------------------------------------------------------------------------------------
 
 
+KEPT_UP = 0.25  # seconds of products of one size
+
+
 def matrix_limit() -> float:
-    """The best rate of fp32 matrix products that this process sees, in FLOP/s."""
+    """The rate that matrix products keep up, at the best of some sizes, in FLOP/s: in fp32, on a GPU in bf16."""
     import torch
 
+    on_gpu = torch.cuda.is_available()
+    device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
+    sizes = ((2048, 384, 1536), (2048, 1536, 384), (1024, 1024, 1024), (2048, 2048, 2048))
     rates = []
-    for rows, inner, columns in ((2048, 384, 1536), (2048, 1536, 384), (1024, 1024, 1024), (2048, 2048, 2048)):
-        a, b = torch.randn(rows, inner), torch.randn(inner, columns)
-        rates += [2 * rows * inner * columns / seconds(partial(torch.mm, a, b)) for _ in range(5)]
+    for rows, inner, columns in ((16384, 768, 3072), (8192, 8192, 8192)) if on_gpu else sizes:
+        a, b = (torch.randn(size, device=device, dtype=dtype) for size in ((rows, inner), (inner, columns)))
+        products, start = 0, time.perf_counter()
+        while (took := time.perf_counter() - start) < KEPT_UP:
+            torch.mm(a, b)
+            if on_gpu:
+                torch.cuda.synchronize()
+            products += 1
+        rates.append(2 * rows * inner * columns * products / took)
     return max(rates)
 
 
@@ -252,7 +263,10 @@ def apart(work: Callable[..., object], *arguments: object) -> None:
 
 
 def memory() -> int:
-    """The most that this process has held, and with it each of its children, in bytes."""
+    """The most that this process has held on a GPU; else in memory, it and each of its children; in bytes."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and (held := torch.cuda.max_memory_allocated()):
+        return int(held)
     own = psutil.Process()
     return sum(map(_most_held, [own, *own.children(recursive=True)]))
 

@@ -17,16 +17,26 @@ from llm.train import keep_freed_memory, label_loss, next_token_loss
 
 
 def training_turn(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], shape: Shape) -> Turn:
-    """Forward, backward, clipping and AdamW on one batch, as every one of these projects does it."""
+    """Forward, backward, clipping and AdamW on one batch, as every one of these projects does it.
+
+    In fp32; on a GPU, where there is one, with products in bf16.
+    """
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    model.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1, fused=True)
-    tokens = torch.randint(0, shape.vocab, (shape.batch, shape.context + 1))  # [B, T+1]
+    tokens = torch.randint(0, shape.vocab, (shape.batch, shape.context + 1), device=device)  # [B, T+1]
     model.train()
 
     def turn() -> int:
         optimizer.zero_grad(set_to_none=True)
-        loss(tokens[:, :-1], tokens[:, 1:]).backward()
+        with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
+            total = loss(tokens[:, :-1], tokens[:, 1:])
+        total.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        if on_gpu:
+            torch.cuda.synchronize()
         return shape.batch * shape.context
 
     return turn
