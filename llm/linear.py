@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 FEW_ROWS = 16  # up to which the time goes into reading the weights
+FEW_INT8_ROWS = 64  # up to which PyTorch's product with weights of 8 bits is the faster one
 
 
 class Linear(nn.Linear):
@@ -140,10 +141,10 @@ class Int8Linear(nn.Module):
             return y if self.bias is None else y + self.bias
         rows = x.reshape(-1, x.shape[-1])  # [N, I]
         whole = rows.shape[1] % 32 == 0  # on others that kernel reads beyond the end, and crashes
-        if whole and x.device.type == "cpu" and 0 < len(rows) <= FEW_ROWS:
+        if whole and x.device.type == "cpu" and 0 < len(rows) <= FEW_INT8_ROWS:
             y = torch._weight_int8pack_mm(rows.bfloat16(), self.weight, self.scale).to(x.dtype)  # [N, O]
         else:
-            y = linear(rows, self.weight.to(x.dtype) * self.scale.to(x.dtype)[:, None])
+            y = linear(rows, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
         y = y.view(*x.shape[:-1], len(self.weight))
         return y if self.bias is None else y + self.bias
 
