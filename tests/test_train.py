@@ -1089,6 +1089,9 @@ def test_a_precision_is_refused_where_nothing_is_made_for_it(
     asked: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("llm.train.has_bf16_units", lambda: asked == "tf32")
+    monkeypatch.setattr(
+        torch, "set_float32_matmul_precision", lambda _: None
+    )  # of the process: other tests would have it
     with pytest.raises(
         InputError, match=rf"^runtime.precision: {asked} was .* this {device} device has no units for it"
     ):
