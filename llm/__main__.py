@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from llm.bench import KINDS, TRAININGS
+from llm.common.sanitize import CONTROLS, one_line, visible
 from llm.config import InputError
-from llm.display import CONTROLS, one_line, visible
 
 if TYPE_CHECKING:
-    from llm.checkpoint import ModelFolder
+    from llm.checkpoint.folder import ModelFolder
     from llm.config import Params
-    from llm.model import GPT
+    from llm.model.gpt import GPT
 
 BENCH_SIZES = {
     "megabytes": "of text (tokenize)",
@@ -62,7 +62,7 @@ def generate(args: argparse.Namespace) -> None:
 
 def chat(args: argparse.Namespace) -> None:
     """Answers one instruction a line; each stands alone, the model does not see earlier ones."""
-    from llm.data import encode_prompt
+    from llm.data.examples import encode_prompt
 
     context = checked_text(args.input, "--input")
     folder, model = load_gpt(args.model_dir, "instruct", int8=args.int8)
@@ -92,8 +92,8 @@ def chat(args: argparse.Namespace) -> None:
 
 def classify(args: argparse.Namespace) -> None:
     """Prints one JSON object for each text."""
-    from llm.checkpoint import load_model_folder
-    from llm.classify import classify_texts
+    from llm.checkpoint.folder import load_model_folder
+    from llm.inference.classify import classify_texts
 
     folder = load_model_folder(args.model_dir)
     labels = folder.config.labels
@@ -111,7 +111,7 @@ def score(args: argparse.Namespace) -> None:
     """Prints how well the model predicts a text."""
     import torch
 
-    from llm.metrics import score_tokens
+    from llm.evaluation.metrics import score_tokens
 
     name = "stdin" if args.file == "-" else args.file
     content = sys.stdin.buffer.read() if args.file == "-" else Path(args.file).read_bytes()
@@ -136,13 +136,13 @@ def score(args: argparse.Namespace) -> None:
 
 def import_(args: argparse.Namespace) -> None:
     """Writes a model folder from another tool's model, or from a base and an adapter that was trained on it."""
-    from llm.checkpoint import save_model_folder
-    from llm.weights import describe, import_model
+    from llm.checkpoint.folder import save_model_folder
+    from llm.convert.hf import describe, import_model
 
     check_place(args.model_dir, args.source)
     folder = import_model(args.source)
     if args.adapter is not None:
-        from llm.lora import load_adapter, merge_lora
+        from llm.model.lora import load_adapter, merge_lora
 
         folder = load_adapter(args.adapter, folder)
         merge_lora(folder.model)
@@ -152,14 +152,14 @@ def import_(args: argparse.Namespace) -> None:
 
 def export(args: argparse.Namespace) -> None:
     """Writes a model folder, or the adapter in it, in another tool's format."""
-    from llm.checkpoint import load_model_folder
+    from llm.checkpoint.folder import load_model_folder
 
     if args.dtype is not None and args.format != "gguf":
         raise InputError("--dtype goes with --format gguf; in the other formats the weights keep theirs")
     if args.base is not None and args.format != "peft":
         raise InputError("--base goes with --format peft; in the other formats a model stands on its own")
     if args.format == "peft":
-        from llm.peft import export_peft
+        from llm.convert.peft import export_peft
 
         check_place(args.out, args.model_dir, "adapter", holds="adapter_config.json")
         if not (args.model_dir / "adapter").is_dir():
@@ -172,11 +172,11 @@ def export(args: argparse.Namespace) -> None:
     folder = load_model_folder(args.model_dir, dtype=None)
     try:
         if args.format == "hf":
-            from llm.weights import export_hf
+            from llm.convert.hf import export_hf
 
             export_hf(folder, args.out)
         else:
-            from llm.gguf_file import export_gguf
+            from llm.convert.gguf import export_gguf
 
             export_gguf(folder, args.out, args.dtype or "f16")
     except InputError as error:
@@ -280,9 +280,9 @@ def check_place(out: Path, source: str | Path, kind: str = "model folder", holds
 
 def load_gpt(path: Path, *kinds: str, int8: bool = False) -> tuple[ModelFolder, GPT]:
     """A model folder of one of these kinds, and its GPT."""
-    from llm.checkpoint import load_model_folder
-    from llm.linear import to_int8
-    from llm.model import GPT
+    from llm.checkpoint.folder import load_model_folder
+    from llm.model.gpt import GPT
+    from llm.model.linear import to_int8
 
     folder = load_model_folder(path)
     if folder.config.kind not in kinds or not isinstance(folder.model, GPT):
@@ -311,8 +311,8 @@ def answering(folder: ModelFolder, model: GPT, args: argparse.Namespace) -> Call
 
     What a prompt begins with as the one before it did is not read again.
     """
-    from llm.data import end_tokens
-    from llm.generate import Prefix, Sampling, compile_step, stream, stream_text
+    from llm.data.examples import end_tokens
+    from llm.inference.generate import Prefix, Sampling, compile_step, stream, stream_text
 
     sampling = Sampling(
         repetition_penalty=args.repetition_penalty,

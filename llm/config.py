@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from llm.display import one_line
+from llm.common.sanitize import one_line
 
 LONGEST_MESSAGE = 2000  # characters
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from llm.config import Params
-from llm.fetch import fetch
-from llm.sources import write_records
-from stages.run import Run, main
-from stages.tracking import repository
+from llm.download.fetch import fetch
+from llm.download.readers import write_records
+from stages.runtime.run import Run, main
+from stages.tracking.journal import repository
 
 RAW = Path("data/raw")
 

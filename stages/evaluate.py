@@ -10,9 +10,9 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from llm import report
-from llm.checkpoint import ModelFolder, load_model_folder
-from llm.evaluate import (
+from llm.checkpoint.folder import ModelFolder, load_model_folder
+from llm.evaluation import report
+from llm.evaluation.evaluate import (
     BaseResult,
     ClassifierResult,
     InstructResult,
@@ -20,8 +20,8 @@ from llm.evaluate import (
     evaluate_classifiers,
     evaluate_instruct,
 )
-from llm.train import pick_device
-from stages.run import Run, main, shortage, write_atomic
+from llm.training.fit import pick_device
+from stages.runtime.run import Run, main, shortage, write_atomic
 
 MODELS, TOKENS, REPORTS = Path("models"), Path("data/tokens"), Path("reports")
 FIGURES = REPORTS / "figures"

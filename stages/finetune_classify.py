@@ -8,13 +8,13 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from llm.checkpoint import ModelFolder, ModelFolderConfig
-from llm.data import class_weights, collate_labels, message_examples, read_labels, read_messages
-from llm.model import GPT, GPTClassifier
-from llm.train import label_loss, label_metrics
-from stages.finetune import Task, finetune
-from stages.processes import main_training
-from stages.run import Run
+from llm.checkpoint.folder import ModelFolder, ModelFolderConfig
+from llm.data.examples import class_weights, collate_labels, message_examples, read_labels, read_messages
+from llm.model.gpt import GPT, GPTClassifier
+from llm.training.fit import label_loss, label_metrics
+from stages.runtime.finetune import Task, finetune
+from stages.runtime.processes import main_training
+from stages.runtime.run import Run
 
 
 def finetune_classify(run: Run) -> None:

@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from llm.checkpoint import ModelFolder, ModelFolderConfig
-from llm.data import Batch, collate_pairs, encode_prompt, pair_examples, read_pairs, stop_token
-from llm.generate import generate
-from llm.model import GPT
-from llm.train import mean_loss, next_token_loss
-from stages.finetune import Task, finetune
-from stages.processes import main_training
-from stages.run import Run
+from llm.checkpoint.folder import ModelFolder, ModelFolderConfig
+from llm.data.examples import Batch, collate_pairs, encode_prompt, pair_examples, read_pairs, stop_token
+from llm.inference.generate import generate
+from llm.model.gpt import GPT
+from llm.training.fit import mean_loss, next_token_loss
+from stages.runtime.finetune import Task, finetune
+from stages.runtime.processes import main_training
+from stages.runtime.run import Run
 
 
 def finetune_instruct(run: Run) -> None:

@@ -7,18 +7,18 @@ from pathlib import Path
 
 import torch
 
-from llm import parallel
-from llm.checkpoint import ModelFolder, language_model
+from llm.checkpoint.folder import ModelFolder, language_model
+from llm.common import distributed as parallel
 from llm.config import SCRATCH, GPTConfig, InputError, PretrainParams
-from llm.data import TokenShards, held_out_windows, window_batches
-from llm.generate import Sampling, generate
-from llm.lora import save_trained
-from llm.model import GPT
-from llm.tokenizer import Tokenizer
-from llm.train import base_dtype, fit, freeze, mean_loss, next_token_loss, pick_device, trained_parameters
-from llm.weights import import_model
-from stages.processes import main_training
-from stages.run import Run
+from llm.convert.hf import import_model
+from llm.data.examples import TokenShards, held_out_windows, window_batches
+from llm.inference.generate import Sampling, generate
+from llm.model.gpt import GPT
+from llm.model.lora import save_trained
+from llm.tokenizer.bpe import Tokenizer
+from llm.training.fit import base_dtype, fit, freeze, mean_loss, next_token_loss, pick_device, trained_parameters
+from stages.runtime.processes import main_training
+from stages.runtime.run import Run
 
 
 def pretrain(run: Run) -> None:

@@ -23,9 +23,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages import timeline
-from stages.journals import Event, close_if_dead, end_event, events_from, first_event, is_open, journals, pipeline_state
-from stages.run import locked, write_atomic
-from stages.tracking import Process, is_delivered, printable, repository, runs_folder, tracking_uri
+from stages.runtime.run import locked, write_atomic
+from stages.tracking.journal import Process, is_delivered, printable, repository, runs_folder, tracking_uri
+from stages.tracking.journals import (
+    Event,
+    close_if_dead,
+    end_event,
+    events_from,
+    first_event,
+    is_open,
+    journals,
+    pipeline_state,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from llm.common.plotting import BASE, CONTROL, OURS, new_figure, save, style
+from llm.common.sanitize import escape, table
 from llm.config import InputError
-from llm.display import escape, table
-from llm.figures import BASE, CONTROL, OURS, new_figure, save, style
-from stages.journals import end_event, first_event, is_open, journals
-from stages.run import write_atomic
-from stages.tracking import runs_folder
+from stages.runtime.run import write_atomic
+from stages.tracking.journal import runs_folder
+from stages.tracking.journals import end_event, first_event, is_open, journals
 
 TABLE, PICTURE = "timeline.md", "timeline.png"
 PHASES = {  # the name in the record: what is in it, its colour

@@ -8,12 +8,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from llm import datacard, labelled
 from llm.config import SCRATCH
-from llm.corpus import Workers, batches_of, encode_corpus, plan_corpus, training_texts
-from llm.records import read_raw_json
-from llm.tokenizer import Tokenizer
-from stages.run import Run, main, write_atomic
+from llm.preprocess import data_card as datacard
+from llm.preprocess import supervised as labelled
+from llm.preprocess.corpus import Workers, batches_of, encode_corpus, plan_corpus, training_texts
+from llm.preprocess.text import read_raw_json
+from llm.tokenizer.bpe import Tokenizer
+from stages.runtime.run import Run, main, write_atomic
 
 RAW, TOKENS = Path("data/raw"), Path("data/tokens")
 
@@ -53,7 +54,7 @@ def write_tokens(run: Run, folder: Path) -> dict[str, Any]:
         plan = plan_corpus(corpus, params.corpus, seed, workers)
         kind, init = params.tokenizer.kind, run.params.pretrain.init
         if init != SCRATCH:
-            from llm.weights import import_tokenizer  # late: it brings torch, which no worker process needs
+            from llm.convert.hf import import_tokenizer  # late: it brings torch, which no worker process needs
 
             tokenizer = import_tokenizer(init).tokenizer
         elif kind == "gpt2":

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from llm.labelled import Row
-from llm.records import leak_key
+from llm.preprocess.supervised import Row
+from llm.preprocess.text import leak_key
 
 
 def words(chooser: random.Random, n: int) -> str:

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from llm.config import GPTConfig, RuntimeParams, TrainParams
-from llm.tokenizer import Tokenizer
-from llm.tokenizer_files import SPLITS
+from llm.tokenizer.bpe import Tokenizer
+from llm.tokenizer.hf import SPLITS
 
 GPT2_FORM: dict[str, Any] = {
     "vocab_size": 61,

@@ -35,15 +35,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llm.__main__ import main as llm_main
-from llm.checkpoint import ModelFolder, ModelFolderConfig, save_model_folder
-from llm.gguf_file import export_gguf
-from llm.lora import save_trained
-from llm.model import GPT, GPTClassifier
-from llm.records import SPLITS
-from llm.tokenizer import GPT2_PATTERN, Tokenizer
-from llm.train import freeze
-from llm.weights import export_hf
-from stages import run as stage_run
+from llm.checkpoint.folder import ModelFolder, ModelFolderConfig, save_model_folder
+from llm.convert.gguf import export_gguf
+from llm.convert.hf import export_hf
+from llm.model.gpt import GPT, GPTClassifier
+from llm.model.lora import save_trained
+from llm.preprocess.text import SPLITS
+from llm.tokenizer.bpe import GPT2_PATTERN, Tokenizer
+from llm.training.fit import freeze
+from stages.runtime import run as stage_run
 from tests.conftest import ROOT
 from tests.helpers import LLAMA_FORM, gpt_config, randomize, tiny_tokenizer, train_params
 

@@ -11,11 +11,11 @@ import torch
 from llm.bench.contest import compare
 from llm.bench.models import Shape
 from llm.bench.training import TRAIN
-from llm.generate import compile_step, generate
-from llm.model import GPT
-from llm.train import fit, mean_loss, next_token_loss
+from llm.inference.generate import compile_step, generate
+from llm.model.gpt import GPT
+from llm.training.fit import fit, mean_loss, next_token_loss
 from tests.helpers import FORMS, gpt_config, randomize, runtime_params, train_params
-from tests.test_train import new_gpt, random_batch
+from tests.training.test_fit import new_gpt, random_batch
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 CUDA = torch.device("cuda")

@@ -27,25 +27,32 @@ import pytest
 import torch
 import yaml
 
-import llm.gguf_file
+import llm.convert.gguf
 import stages.sync
-from llm import display
-from llm.chat_template import render, render_untrusted
-from llm.checkpoint import ModelFolder, ModelFolderConfig, load_model_folder, load_state, save_model_folder, save_state
+from llm.checkpoint.folder import (
+    ModelFolder,
+    ModelFolderConfig,
+    load_model_folder,
+    load_state,
+    save_model_folder,
+    save_state,
+)
+from llm.common import sanitize as display
+from llm.common.sanitize import CONTROLS, escape, one_line, visible
 from llm.config import CorpusSource, InputError, SourceFile
-from llm.data import TokenShards
-from llm.display import CONTROLS, escape, one_line, visible
-from llm.fetch import fetch
-from llm.gguf_file import export_gguf
-from llm.lora import read_adapter
-from llm.model import GPT
-from llm.sources import write_records
-from llm.tokenizer import GPT2_PATTERN, Tokenizer
-from llm.weights import export_hf, import_model
-from stages.run import read_yaml, write_atomic
+from llm.convert.gguf import export_gguf
+from llm.convert.hf import export_hf, import_model
+from llm.data.examples import TokenShards
+from llm.download.fetch import fetch
+from llm.download.readers import write_records
+from llm.model.gpt import GPT
+from llm.model.lora import read_adapter
+from llm.tokenizer.bpe import GPT2_PATTERN, Tokenizer
+from llm.tokenizer.chat_template import render, render_untrusted
+from stages.runtime.run import read_yaml, write_atomic
 from tests.conftest import ROOT
+from tests.download.test_fetch import DATA, Server, serving
 from tests.helpers import LLAMA_FORM, gpt_config, randomize, tiny_tokenizer
-from tests.test_fetch import DATA, Server, serving
 
 
 class Payload:
@@ -359,10 +366,10 @@ def test_a_chat_template_cannot_leave_its_sandbox(number: int, models: Models, m
 def test_a_chat_template_in_a_gguf_file_neither(
     content: ModelFolder, tmp_path: Path, marker: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fields = llm.gguf_file.gguf_tokenizer_fields
+    fields = llm.convert.gguf.gguf_tokenizer_fields
     source = jinja_escapes(marker)[0]
     monkeypatch.setattr(
-        llm.gguf_file, "gguf_tokenizer_fields", lambda *args: fields(*args) | {"tokenizer.chat_template": source}
+        llm.convert.gguf, "gguf_tokenizer_fields", lambda *args: fields(*args) | {"tokenizer.chat_template": source}
     )
     export_gguf(content, tmp_path / "model.gguf", "f32")
     stored = gguf.GGUFReader(tmp_path / "model.gguf").fields["tokenizer.chat_template"].contents()

@@ -20,11 +20,11 @@ import torch
 from llm.bench.contest import OURS, Contest, Cost, LeftOut, Turn, apart
 from llm.bench.models import Shape, check_shape, gpt_config, matrix_weights, transformers_model
 from llm.config import InputError
-from llm.generate import compile_step, generate
-from llm.gguf_file import FileType, export_gguf
-from llm.linear import to_int8, to_packed
-from llm.model import GPT
-from llm.tokenizer import END_OF_TEXT, GPT2_PATTERN, Tokenizer
+from llm.convert.gguf import FileType, export_gguf
+from llm.inference.generate import compile_step, generate
+from llm.model.gpt import GPT
+from llm.model.linear import to_int8, to_packed
+from llm.tokenizer.bpe import END_OF_TEXT, GPT2_PATTERN, Tokenizer
 
 
 class Requests(NamedTuple):
@@ -148,7 +148,7 @@ BYTES_ALONE = Tokenizer([*(bytes([byte]) for byte in range(256)), b"th"], GPT2_P
 
 def write_gguf(shape: Shape, path: Path, weights: FileType) -> None:
     """A model with random weights, by our own export."""
-    from llm.checkpoint import language_model
+    from llm.checkpoint.folder import language_model
 
     export_gguf(language_model(GPT(gpt_config(shape)), BYTES_ALONE, None, None), path, weights)
 

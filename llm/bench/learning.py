@@ -20,14 +20,14 @@ from pydantic import ValidationError
 
 from llm.bench.contest import OURS, machine, matrix_limit, title, versions
 from llm.bench.tokenizing import SAMPLE, read_documents, write_records
+from llm.common.sanitize import table
 from llm.config import GPTConfig, InputError, Params, PretrainParams, RuntimeParams, explain
-from llm.corpus import Workers, encode_corpus, plan_corpus, training_texts
-from llm.data import TokenShards, held_out_windows, window_batches
-from llm.display import table
-from llm.model import GPT
-from llm.tokenizer import Tokenizer
-from llm.train import fit, has_bf16_units, mean_loss, mixes, next_token_loss, pick_device
-from llm.weights import GPT2Form
+from llm.convert.hf import GPT2Form
+from llm.data.examples import TokenShards, held_out_windows, window_batches
+from llm.model.gpt import GPT
+from llm.preprocess.corpus import Workers, encode_corpus, plan_corpus, training_texts
+from llm.tokenizer.bpe import Tokenizer
+from llm.training.fit import fit, has_bf16_units, mean_loss, mixes, next_token_loss, pick_device
 
 NANOGPT = "nanoGPT's recipe"
 OURS_IN_BF16 = f"{OURS}, bf16"

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from llm.bench.contest import Cost
 from llm.config import GPTConfig, InputError, explain
-from llm.weights import GPT2Form, LlamaForm
+from llm.convert.hf import GPT2Form, LlamaForm
 
 
 class Shape(NamedTuple):

@@ -19,9 +19,9 @@ from typing import NamedTuple
 
 from llm.bench.contest import OURS, Contest, Turn, apart
 from llm.config import CorpusSplit, InputError
-from llm.corpus import Batch, Workers, batch_records, encode_corpus, plan_corpus
-from llm.records import normalise
-from llm.tokenizer import GPT2_PATTERN, SPECIAL_TOKENS, Tokenizer
+from llm.preprocess.corpus import Batch, Workers, batch_records, encode_corpus, plan_corpus
+from llm.preprocess.text import normalise
+from llm.tokenizer.bpe import GPT2_PATTERN, SPECIAL_TOKENS, Tokenizer
 
 SAMPLE = Path(__file__).resolve().parents[2] / "data" / "sample" / "stories.txt"
 SEPARATOR = "\n\n\n"  # between two documents of the sample
@@ -141,7 +141,7 @@ def tokenizers_encoder(tokenizer: Tokenizer, documents: Sequence[str]) -> Encode
 
 def write_theirs(folder: Path) -> None:
     """A tokenizer folder in Hugging Face's form too."""
-    from llm.tokenizer_files import write_tokenizer_json  # it brings torch
+    from llm.tokenizer.hf import write_tokenizer_json  # it brings torch
 
     write_tokenizer_json(folder, Tokenizer.load(folder), None, None)
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import pytest
 
-from stages.tracking import read_events
+from stages.tracking.journal import read_events
 from tests.conftest import ROOT
 from tests.faults.worker import STAGES
 from tests.pipelines import change_params, contents, environment, outputs, read_params, tiny_copy, write_params

@@ -23,18 +23,18 @@ from select import select
 from types import FrameType
 from typing import Any
 
-import stages.run
+import stages.runtime.run
 
 STAGES = ("download", "tokenize", "pretrain", "finetune-classify", "finetune-instruct", "evaluate")
 PLACES = {  # functions that stages call, where it would hurt most
-    "download": "llm.fetch._download",
-    "tokenizer": "llm.tokenizer.Tokenizer.save",
-    "state": "llm.train.save_state",
-    "evaluation": "llm.train._evaluate",
-    "model": "llm.lora.save_model_folder",
-    "file": "stages.run.write_atomic",
+    "download": "llm.download.fetch._download",
+    "tokenizer": "llm.tokenizer.bpe.Tokenizer.save",
+    "state": "llm.training.fit.save_state",
+    "evaluation": "llm.training.fit._evaluate",
+    "model": "llm.model.lora.save_model_folder",
+    "file": "stages.runtime.run.write_atomic",
     "classifiers": "stages.evaluate.evaluate_classifiers",
-    "pictures": "llm.report.draw_classifiers",
+    "pictures": "llm.evaluation.report.draw_classifiers",
 }
 HEAVY = (
     "matplotlib.pyplot",
@@ -127,7 +127,7 @@ def run(job: dict[str, Any]) -> int:
         strike_inside(**job["fault"])
     status: Any = 0
     try:
-        stages.run.main(stage, getattr(importlib.import_module(f"stages.{name}"), name))
+        stages.runtime.run.main(stage, getattr(importlib.import_module(f"stages.{name}"), name))
     except SystemExit as error:
         status = error.code
     except BaseException:
@@ -174,7 +174,7 @@ def answer(job: dict[str, Any]) -> dict[str, Any]:
 if __name__ == "__main__":
     for module in (*HEAVY, *(f"stages.{name.replace('-', '_')}" for name in STAGES)):
         importlib.import_module(module)  # what it has imported, its copies need not
-    for number in stages.run.EXIT_STATUS:  # for the moments before a stage does so
-        signal.signal(number, stages.run._leave)
+    for number in stages.runtime.run.EXIT_STATUS:  # for the moments before a stage does so
+        signal.signal(number, stages.runtime.run._leave)
     for line in sys.stdin:
         print(json.dumps(answer(json.loads(line))), flush=True)

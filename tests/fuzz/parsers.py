@@ -24,16 +24,23 @@ import pyarrow.parquet
 import torch
 from safetensors.torch import load
 
-from llm.chat_template import render_untrusted
-from llm.checkpoint import ModelFolder, ModelFolderConfig, load_model_folder, load_state, save_model_folder, save_state
+from llm.checkpoint.folder import (
+    ModelFolder,
+    ModelFolderConfig,
+    load_model_folder,
+    load_state,
+    save_model_folder,
+    save_state,
+)
 from llm.config import CorpusSource, InputError, InstructionsSource, MessagesSource, SourceFile
-from llm.fetch import fetch
-from llm.gguf_file import export_gguf, read_gguf
-from llm.model import GPT
-from llm.sources import write_records
-from llm.tokenizer import FILE_NAME, GPT2_PATTERN, Tokenizer
-from llm.tokenizer_files import read_tokenizer_json
-from llm.weights import export_hf, import_model
+from llm.convert.gguf import export_gguf, read_gguf
+from llm.convert.hf import export_hf, import_model
+from llm.download.fetch import fetch
+from llm.download.readers import write_records
+from llm.model.gpt import GPT
+from llm.tokenizer.bpe import FILE_NAME, GPT2_PATTERN, Tokenizer
+from llm.tokenizer.chat_template import render_untrusted
+from llm.tokenizer.hf import read_tokenizer_json
 from tests.helpers import GPT2_FORM, LLAMA_FORM, gpt_config, randomize
 
 CORPUS = Path(__file__).with_name("corpus")  # by parser, inputs that once reached code which no seed does
@@ -189,7 +196,7 @@ def tokenizer_json() -> Parser:
 
     def target(file: str, seed: bytes) -> Target:
         def parse(folder: Path) -> None:
-            with unittest.mock.patch("llm.tokenizer_files.render_untrusted", render_once):
+            with unittest.mock.patch("llm.tokenizer.hf.render_untrusted", render_once):
                 read_tokenizer_json((folder / file).parent)
 
         return Target(file, [seed], parse)

@@ -1,0 +1,29 @@
+"""Labels for texts, from a classifier's model folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from llm.checkpoint.folder import ModelFolder
+from llm.config import InputError
+from llm.data.examples import Example, batches_by_length, collate_labels, encode_message
+from llm.model.gpt import GPTClassifier
+
+
+@torch.no_grad()
+def classify_texts(folder: ModelFolder, texts: Sequence[str], batch_size: int = 32) -> Tensor:
+    """Probabilities [N, labels] of the texts, in the order of `folder.config.labels`."""
+    model, tokenizer, config = folder
+    if not isinstance(model, GPTClassifier) or config.labels is None or config.max_length is None:
+        raise InputError(f"this is a model of kind {config.kind}, not a classifier; name one such as models/classifier")
+    device = next(model.parameters()).device
+    examples = [Example(encode_message(tokenizer, text, config.max_length), 0, 0) for text in texts]
+    probabilities = torch.empty(len(texts), len(config.labels))
+    for batch in batches_by_length(examples, collate_labels, batch_size):
+        batch = batch.to(device)
+        assert batch.lengths is not None
+        probabilities[batch.rows] = model(batch.idx, batch.lengths).float().softmax(dim=-1).cpu()
+    return probabilities

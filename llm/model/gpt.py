@@ -1,0 +1,358 @@
+"""GPT: a decoder-only transformer, from token ids to logits, with a key-value cache for generation.
+
+With learned positions, layernorm, gelu and biases it is GPT-2 (Radford et al. 2019); the other options of the same
+config give the modern block: rotary positions (Su et al. 2021), RMSNorm (Zhang and Sennrich 2019), SwiGLU
+(Shazeer 2020) or squared ReLU (So et al. 2021), grouped-query attention (Ainslie et al. 2023), QK-norm (Henry et al.
+2020).
+
+Shapes: B batch, T tokens of this call, S tokens attended to (cached ones included), C emb_dim, H n_heads, K n_kv_heads,
+D head_dim, F ffn_dim, V vocab_size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import islice
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from llm.config import GPTConfig
+from llm.model.attention import causal_attention
+from llm.model.linear import Linear
+
+
+class KVCache:
+    """Keys and values of all layers, allocated once for `max_length` tokens a row; `length` tokens are filled.
+
+    A call may have fewer rows than the cache: they are its first ones.
+    """
+
+    def __init__(
+        self,
+        config: GPTConfig,
+        batch_size: int,
+        max_length: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        shape = (config.n_layers, batch_size, config.n_kv_heads, max_length, config.head_dim)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)  # [layers, B, K, max_length, D]
+        self.values = torch.zeros_like(self.keys)
+        self.max_length = max_length
+        self.length = 0
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores one layer's [B, K, T, D] behind what it holds; returns all of it, [B, K, S, D], without a copy."""
+        rows, end = keys.shape[0], self.length + keys.shape[2]
+        if end > self.max_length:
+            raise ValueError(f"the cache holds {self.max_length} tokens, {end} were asked for")
+        self.keys[layer, :rows, :, self.length : end] = keys
+        self.values[layer, :rows, :, self.length : end] = values
+        return self.keys[layer, :rows, :, :end], self.values[layer, :rows, :, :end]
+
+    def part(self, row: int, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """What a row holds from one position to another: 2 x [layers, K, end - start, D], without a copy."""
+        return self.keys[:, row, :, start:end], self.values[:, row, :, start:end]
+
+    def put(self, row: int, start: int, keys: Tensor, values: Tensor) -> None:
+        """Copies a part [layers, K, n, D] into a row."""
+        end = start + keys.shape[2]
+        self.keys[:, row, :, start:end] = keys
+        self.values[:, row, :, start:end] = values
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Makes the given rows the first ones, in that order."""
+        moved = [(to, row) for to, row in enumerate(rows) if to != row]
+        if moved:
+            to, of = map(list, zip(*moved, strict=True))
+            self.keys[:, to, :, : self.length] = self.keys[:, of, :, : self.length]
+            self.values[:, to, :, : self.length] = self.values[:, of, :, : self.length]
+
+    def shift(self, n: int) -> None:
+        """Moves all that it holds by n positions, to the left where n is negative: what leaves is forgotten."""
+        kept = slice(max(0, -n), self.length)
+        self.length += n
+        self.keys[..., max(0, n) : self.length, :] = self.keys[..., kept, :].clone()
+        self.values[..., max(0, n) : self.length, :] = self.values[..., kept, :].clone()
+
+
+class RMSNorm(nn.RMSNorm):
+    """As PyTorch's, whose fast form wants weights of the input's dtype, also where products are made in bf16."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.weight is not None
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
+def make_norm(config: GPTConfig, size: int) -> nn.Module:
+    if config.norm == "rmsnorm":
+        return RMSNorm(size, eps=config.norm_eps)
+    return nn.LayerNorm(size, eps=config.norm_eps, bias=config.bias)
+
+
+@lru_cache(maxsize=16)
+def rotary_frequencies(config: GPTConfig, device: torch.device) -> Tensor:
+    """The angle that each pair of a head turns by from one position to the next, [D/2] in radians, fp32."""
+    D, scaling = config.head_dim, config.rope_scaling
+    frequencies = config.rope_theta ** -(torch.arange(0, D, 2, device=device).float() / D)  # [D/2]
+    if scaling is None:
+        return frequencies
+    stretched = frequencies / scaling.factor
+    if scaling.kind == "llama3":
+        assert scaling.original_context_length and scaling.low_freq_factor and scaling.high_freq_factor
+        turns = scaling.original_context_length * frequencies / (2 * math.pi)  # within the original context
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        kept = ((turns - low) / (high - low)).clamp(0, 1)  # 1: high frequency, as it was
+        return kept * frequencies + (1 - kept) * stretched
+    if scaling.kind == "yarn":
+        original, fast, slow = scaling.original_context_length, scaling.beta_fast, scaling.beta_slow
+        assert original and fast and slow
+        # The pairs that turn so often within the original context; those between them are blended.
+        first, last = (
+            D * math.log(original / (n * 2 * math.pi)) / (2 * math.log(config.rope_theta)) for n in (fast, slow)
+        )
+        low, high = max(math.floor(first), 0), min(math.ceil(last), D - 1)
+        ramp = (torch.arange(D // 2, device=device).float() - low) / max(high - low, 0.001)
+        kept = 1 - ramp.clamp(0, 1)  # [D/2]
+        return kept * frequencies + (1 - kept) * stretched
+    return stretched
+
+
+def rotary(config: GPTConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the angles at `positions` [T] or [B, T]: 2 x [T, D/2] or [B, 1, T, D/2], fp32."""
+    angles = positions[..., None].float() * rotary_frequencies(config, positions.device)
+    if positions.ndim == 2:
+        angles = angles[:, None]  # [B, 1, T, D/2]: the same for all heads
+    scale = 1.0 if config.rope_scaling is None else config.rope_scaling.attention_factor or 1.0
+    return angles.cos() * scale, angles.sin() * scale
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions: turns each pair (x_i, x_{i+D/2}) of [B, H, T, D] by its position's angle, in fp32."""
+    first, second = x.float().chunk(2, dim=-1)  # 2 x [B, H, T, D/2]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer = layer
+        self.dropout = 0.0
+        kv_dim = config.n_kv_heads * config.head_dim
+        self.q_proj = Linear(config.emb_dim, config.n_heads * config.head_dim, bias=config.qkv_bias)
+        self.k_proj = Linear(config.emb_dim, kv_dim, bias=config.qkv_bias)
+        self.v_proj = Linear(config.emb_dim, kv_dim, bias=config.qkv_bias)
+        self.out_proj = Linear(config.n_heads * config.head_dim, config.emb_dim, bias=config.bias)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
+
+    def heads(self, x: Tensor, angles: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, H, T, D], keys and values [B, K, T, D] of the normed stream [B, T, C]."""
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, -1, self.config.head_dim)  # [B, T, H, D]
+        k = self.k_proj(x).view(B, T, -1, self.config.head_dim)  # [B, T, K, D]
+        v = self.v_proj(x).view(B, T, -1, self.config.head_dim)  # [B, T, K, D]
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, H or K, T, D]
+        if angles is not None:
+            q, k = rotate(q, *angles), rotate(k, *angles)
+        return q, k, v
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        """What each query finds: [B, T, H * D]."""
+        B, _, T, _ = q.shape
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)  # [B, K, S, D]
+        causal, dropout = mask is None and T > 1, self.dropout if self.training else 0.0
+        if causal and not dropout and q.device.type == "cpu" and q.dtype == torch.bfloat16:
+            y = causal_attention(q, k, v)  # [B, H, T, D]
+        else:
+            y = F.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=mask,
+                is_causal=causal,
+                dropout_p=dropout,
+                enable_gqa=self.config.n_kv_heads != self.config.n_heads,
+            )  # [B, H, T, D]
+        return y.transpose(1, 2).reshape(B, T, -1)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.activation = config.activation
+        self.up_proj = Linear(config.emb_dim, config.ffn_dim, bias=config.bias)
+        if config.activation == "swiglu":
+            self.gate_proj = Linear(config.emb_dim, config.ffn_dim, bias=config.bias)
+        self.down_proj = Linear(config.ffn_dim, config.emb_dim, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.activation == "swiglu":
+            x = F.silu(self.gate_proj(x)) * self.up_proj(x)  # [B, T, F]
+        elif self.activation == "relu2":
+            x = F.relu(self.up_proj(x)).square()  # [B, T, F]
+        else:
+            x = F.gelu(self.up_proj(x), approximate="tanh")  # [B, T, F]
+        return self.down_proj(x)  # [B, T, C]
+
+
+class TransformerBlock(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.norm1 = make_norm(config, config.emb_dim)
+        self.attn = CausalSelfAttention(config, layer)
+        self.norm2 = make_norm(config, config.emb_dim)
+        self.ffn = FeedForward(config)
+        self.drop = nn.Dropout(0.0)
+
+    def before(self, x: Tensor, angles: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+        """What attention needs of the residual stream [B, T, C]: queries, keys and values."""
+        return self.attn.heads(self.norm1(x), angles)
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        """The stream [B, T, C] behind this block, from the one before it and what attention found [B, T, H * D]."""
+        x = x + self.drop(self.attn.out_proj(y))
+        return x + self.drop(self.ffn(self.norm2(x)))
+
+    def forward(
+        self, x: Tensor, angles: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache: KVCache | None
+    ) -> Tensor:
+        return self.after(x, self.attn.attend(*self.before(x, angles), mask, cache))
+
+
+class GPT(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.activation_checkpointing = False  # in training, blocks keep their inputs alone and compute the rest again
+        self.tok_emb = nn.Embedding(config.vocab_size, config.emb_dim)
+        if config.positions == "learned":
+            self.pos_emb = nn.Embedding(config.context_length, config.emb_dim)
+        self.drop = nn.Dropout(0.0)
+        self.blocks = nn.ModuleList(TransformerBlock(config, layer) for layer in range(config.n_layers))
+        self.final_norm = make_norm(config, config.emb_dim)
+        self.lm_head = Linear(config.emb_dim, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.tok_emb.weight
+        self.apply(self._init_weights)
+        for name, p in self.named_parameters():  # each block adds twice to the residual stream (GPT-2)
+            if name.endswith(("out_proj.weight", "down_proj.weight")):
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layers))
+
+    def set_dropout(self, p: float) -> None:
+        """Of the embeddings, the attention and both branches of each block, for a training: a model has none."""
+        self.drop.p = p
+        for block in self.blocks:
+            assert isinstance(block, TransformerBlock)
+            block.drop.p = block.attn.dropout = p
+
+    @staticmethod
+    def _init_weights(module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+    def hidden(
+        self,
+        idx: Tensor,
+        cache: KVCache | None = None,
+        pad: Tensor | None = None,
+        lower: Tensor | None = None,
+        n_lower: int = 0,
+    ) -> Tensor:
+        """Token ids [B, T] to the hidden states [B, T, C] behind the final norm.
+
+        With a cache, the ids continue what it holds. `pad` [B] counts the padding positions at the left of each row:
+        nothing attends to them, and positions count from the first real token. Where `lower` [B, T, C] is known, which
+        is `stream(idx, n_lower)`, the embeddings and the first `n_lower` blocks do not run.
+        """
+        return self.final_norm(self.stream(idx, self.config.n_layers, cache, pad, lower, n_lower))
+
+    def stream(
+        self,
+        idx: Tensor,
+        n_blocks: int,
+        cache: KVCache | None = None,
+        pad: Tensor | None = None,
+        lower: Tensor | None = None,
+        n_lower: int = 0,
+    ) -> Tensor:
+        """Token ids [B, T] to the residual stream [B, T, C] behind the first `n_blocks` blocks; else as `hidden`."""
+        T = idx.shape[1]
+        start = cache.length if cache is not None else 0
+        if start + T > self.config.context_length:
+            raise ValueError(f"{start + T} tokens exceed the context length {self.config.context_length}")
+        positions = torch.arange(start, start + T, device=idx.device)  # [T]
+        window = self.config.sliding_window
+        narrow = window is not None and start + T > window
+        mask = self.mask(positions, start + T, pad) if pad is not None or (start > 0 and T > 1) or narrow else None
+        if pad is not None:
+            positions = (positions - pad[:, None]).clamp(min=0)  # [B, T]
+
+        angles = self.angles(positions)
+        x = self.embed(idx, positions) if lower is None else lower  # [B, T, C]
+        for block in islice(self.blocks, n_lower, n_blocks):
+            if self.activation_checkpointing and self.training:
+                x = checkpoint(block, x, angles, mask, None, use_reentrant=False)
+            else:
+                x = block(x, angles, mask, cache)
+        if cache is not None:
+            cache.length += T
+        return x
+
+    def angles(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Of rotary positions, as `rotary`; where others are used there are none."""
+        return rotary(self.config, positions) if self.config.positions == "rotary" else None
+
+    def embed(self, idx: Tensor, positions: Tensor) -> Tensor:
+        """Token ids [B, T] at `positions` [T] or [B, T] to the residual stream [B, T, C] before the first block."""
+        x = self.tok_emb(idx)  # [B, T, C]
+        if self.config.positions == "learned":
+            x = x + self.pos_emb(positions)
+        return self.drop(x)
+
+    def mask(self, positions: Tensor, n_keys: int, pad: Tensor | None) -> Tensor:
+        """True where a query at one of the `positions` [T] may look: [1 or B, 1, T, S]."""
+        keys = torch.arange(n_keys, device=positions.device)  # [S]
+        mask = (keys <= positions[:, None])[None, None]  # [1, 1, T, S]
+        if self.config.sliding_window is not None:
+            mask = mask & (keys > positions[:, None] - self.config.sliding_window)
+        if pad is not None:
+            mask = mask & (keys >= pad[:, None])[:, None, None]  # [B, 1, T, S]
+            mask = mask | (keys == positions[:, None])  # a padding query sees itself: an empty row would give NaN
+        return mask
+
+    def forward(self, idx: Tensor, cache: KVCache | None = None, pad: Tensor | None = None) -> Tensor:
+        """Token ids [B, T] to logits [B, T, V]; cache and pad as in `hidden`."""
+        return self.lm_head(self.hidden(idx, cache, pad))
+
+
+class GPTClassifier(nn.Module):
+    """A GPT whose hidden state at the last token of each row is mapped to labels."""
+
+    def __init__(self, gpt: GPT, n_labels: int) -> None:
+        super().__init__()
+        self.gpt = gpt
+        self.head = Linear(gpt.config.emb_dim, n_labels)
+        nn.init.normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, idx: Tensor, lengths: Tensor, lower: Tensor | None = None, n_lower: int = 0) -> Tensor:
+        """Right-padded ids [B, T] with `lengths` [B] real tokens each, to logits [B, n_labels]; `lower` as in `hidden`.
+
+        Attention is causal, so what stands behind a row's last token cannot change its answer.
+        """
+        hidden = self.gpt.hidden(idx, lower=lower, n_lower=n_lower)  # [B, T, C]
+        last = hidden[torch.arange(len(idx), device=idx.device), lengths - 1]  # [B, C]
+        return self.head(last)

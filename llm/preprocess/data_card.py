@@ -1,0 +1,278 @@
+"""The data card: what the three data sets hold, measured on the splits as they are.
+
+A held-out text counts as leaked when one of train is equal: verbatim, or by its leak key (`llm.preprocess.text`).
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from llm.common.sanitize import escape
+from llm.preprocess.corpus import Array, EncodedCorpus, Plan, count_characters
+from llm.preprocess.supervised import Row, SplitRows
+from llm.preprocess.text import SPLITS, TRAIN
+from llm.tokenizer.bpe import Tokenizer
+
+Card = dict[str, Any]
+MOST_REPEATED = 3  # texts that are shown
+
+
+# ---- measure ---------------------------------------------------------------------------------------------------------
+
+
+def describe_tokenizer(kind: str, tokenizer: Tokenizer, used: Array) -> Card:
+    return {
+        "kind": kind,
+        "vocab_size": tokenizer.vocab_size,
+        "special_tokens": list(tokenizer.special_tokens),
+        "tokens_used_in_train": int((used > 0).sum()),
+    }
+
+
+def describe_corpus(plan: Plan, encoded: EncodedCorpus, split: str) -> Card:
+    n_units = len(plan.unit_chars)
+    meta = encoded.meta["splits"]
+    characters = np.bincount(plan.unit_split, weights=plan.unit_chars, minlength=len(SPLITS)).astype(int).tolist()
+    return {
+        "split": split,
+        "documents": len(plan.document_hashes),
+        "units": n_units,
+        "characters": sum(characters),
+        "duplicate_documents": len(plan.document_hashes) - len(np.unique(plan.document_hashes)),
+        "duplicate_units": n_units - len(np.unique(plan.unit_hashes)),
+        "document_lengths": {
+            "characters": spread(np.bincount(plan.unit_document, weights=plan.unit_chars)),
+            "tokens": spread(np.bincount(plan.unit_document, weights=encoded.unit_tokens)),
+        },
+        "splits": {
+            name: {
+                **{key: meta[name][key] for key in ("documents", "tokens", "bytes")},
+                "characters": characters[i],
+                "bytes_per_token": bytes_per_token(
+                    meta[name]["bytes"], encoded.unit_tokens[plan.unit_split == i].sum()
+                ),
+            }
+            for i, name in enumerate(SPLITS)
+        },
+        "leaked_units": corpus_leakage(plan),
+        "characters_of": scripts(plan.code_points),
+    }
+
+
+def corpus_leakage(plan: Plan) -> dict[str, int]:
+    train = np.unique(plan.unit_hashes[plan.unit_split == TRAIN])
+    return {
+        name: int(np.isin(plan.unit_hashes[plan.unit_split == i], train).sum())
+        for i, name in enumerate(SPLITS)
+        if i != TRAIN
+    }
+
+
+def describe_messages(rows: Sequence[Row], split: SplitRows, tokenizer: Tokenizer, how: str) -> Card:
+    texts = {"text": [row.fields["text"] for row in rows]}
+    return {**describe_rows(rows, split, texts, tokenizer, how), "labels": counts_per_split(split, "label")}
+
+
+def describe_instructions(rows: Sequence[Row], split: SplitRows, tokenizer: Tokenizer, how: str) -> Card:
+    texts = {name: [row.fields[name] for row in rows] for name in ("instruction", "input", "output")}
+    return {**describe_rows(rows, split, texts, tokenizer, how), "tasks": counts_per_split(split, "task")}
+
+
+def describe_rows(
+    rows: Sequence[Row], split: SplitRows, texts: Mapping[str, Sequence[str]], tokenizer: Tokenizer, how: str
+) -> Card:
+    """`rows`: all that were read; `texts`: what is measured of them, such as the inputs and the outputs."""
+    answers: dict[str, set[str]] = {}
+    for row in rows:
+        answers.setdefault(row.key, set()).add(row.answer)
+    repeated = [(text, n) for text, n in Counter(row.verbatim for row in rows).most_common(MOST_REPEATED) if n > 1]
+    return {
+        "split": how,
+        "records": len(rows),
+        "duplicates": {
+            "verbatim": len(rows) - len({row.verbatim for row in rows}),
+            "by_key": len(rows) - len(answers),
+            "keys_with_different_answers": sum(len(found) > 1 for found in answers.values()),
+            "dropped": split.dropped,
+            "moved_to_a_held_out_split": split.moved,
+        },
+        "most_repeated": [{"text": text[:100], "times": times} for text, times in repeated],
+        "lengths": {name: describe_lengths(values, tokenizer) for name, values in texts.items()},
+        "splits": {name: {"records": len(part)} for name, part in split.rows.items()},
+        "leaked": row_leakage(split),
+        "characters_of": scripts(count_characters("".join(text for values in texts.values() for text in values))),
+    }
+
+
+def row_leakage(split: SplitRows) -> dict[str, dict[str, int]]:
+    train = split.rows["train"]
+    verbatim, keys = {row.verbatim for row in train}, {row.key for row in train}
+    return {
+        name: {
+            "verbatim": sum(row.verbatim in verbatim for row in split.rows[name]),
+            "by_key": sum(row.key in keys for row in split.rows[name]),
+        }
+        for name in ("val", "test")
+    }
+
+
+def counts_per_split(split: SplitRows, field: str) -> dict[str, dict[str, int]]:
+    """How often each value of a field, such as the label, occurs in each split."""
+    counts = {name: Counter(row.fields[field] for row in rows) for name, rows in split.rows.items()}
+    values = sorted(set().union(*counts.values()))
+    return {value: {name: counts[name][value] for name in SPLITS} for value in values}
+
+
+def describe_lengths(texts: Sequence[str], tokenizer: Tokenizer) -> Card:
+    tokens = [len(ids) for ids in tokenizer.encode_batch(texts)]
+    n_bytes = sum(len(text.encode()) for text in texts)
+    return {
+        "characters": spread(np.array([len(text) for text in texts])),
+        "tokens": spread(np.array(tokens)),
+        "bytes_per_token": bytes_per_token(n_bytes, sum(tokens)),
+    }
+
+
+def spread(values: Array) -> dict[str, float]:
+    return {
+        "mean": round(float(values.mean()), 1),
+        "median": round(float(np.median(values)), 1),
+        "p95": round(float(np.percentile(values, 95)), 1),
+        "max": int(values.max()),
+    }
+
+
+def bytes_per_token(n_bytes: int, n_tokens: int) -> float | None:
+    return round(n_bytes / int(n_tokens), 4) if n_tokens else None
+
+
+def scripts(code_points: Mapping[int, int]) -> dict[str, float]:
+    """The share of each script among all characters, the largest first.
+
+    >>> scripts(count_characters("abc где 1!"))
+    {'Latin': 0.3, 'Cyrillic': 0.3, 'white space': 0.2, 'punctuation': 0.1, 'digits': 0.1}
+    """
+    counts: Counter[str] = Counter()
+    for code, count in sorted(code_points.items()):
+        counts[script(chr(code))] += count
+    return {name: round(count / counts.total(), 6) for name, count in counts.most_common()}
+
+
+def script(character: str) -> str:
+    """The script of a letter, which is the first word of its Unicode name; the kind of any other character."""
+    kind = unicodedata.category(character)[0]
+    if kind in "LM":
+        word = unicodedata.name(character, "other").split()[0].split("-")[0]
+        return word if word in ("CJK", "other") else word.capitalize()
+    if character.isspace():
+        return "white space"
+    return {"N": "digits", "P": "punctuation", "S": "symbols"}.get(kind, "other")
+
+
+# ---- Markdown --------------------------------------------------------------------------------------------------------
+
+
+def render(card: Card) -> str:
+    """The card as Markdown."""
+    return "\n\n".join([*_header(card), *_corpus(card), *_rows(card, "messages"), *_rows(card, "instructions")]) + "\n"
+
+
+def _header(card: Card) -> list[str]:
+    tokenizer = card["tokenizer"]
+    kinds = ("corpus", "messages", "instructions")
+    return [
+        "# Data card",
+        "Written by the tokenize stage. Texts are equal here when their letters and digits are, whatever the case, "
+        "space and punctuation.",
+        table(
+            ("", "source", "licence", "split"),
+            [(kind, *card["sources"][kind].values(), card[kind]["split"]) for kind in kinds],
+        ),
+        f"Tokenizer: {escape(tokenizer['kind'])}, {tokenizer['vocab_size']:,} tokens, of which "
+        f"{tokenizer['tokens_used_in_train']:,} occur in train.",
+    ]
+
+
+def _corpus(card: Card) -> list[str]:
+    corpus = card["corpus"]
+    lengths = corpus["document_lengths"]
+    columns = {"documents": "texts", "characters": "characters", "bytes": "bytes", "tokens": "tokens"}
+    columns["bytes_per_token"] = "bytes per token"
+    return [
+        "## Corpus",
+        f"{corpus['documents']:,} documents with {corpus['characters']:,} characters, split in {corpus['units']:,} "
+        "units: documents, or sections of long ones. The texts of a split are documents, or sections that follow each "
+        "other. Equal to an earlier one: "
+        f"{corpus['duplicate_documents']:,} documents, {corpus['duplicate_units']:,} units.",
+        table(
+            ("split", *columns.values(), "units equal to one of train"),
+            [
+                (name, *(values[column] for column in columns), corpus["leaked_units"].get(name))
+                for name, values in corpus["splits"].items()
+            ],
+        ),
+        _lengths("length of a document", lengths.items()),
+        _scripts(corpus["characters_of"]),
+    ]
+
+
+def _rows(card: Card, kind: str) -> list[str]:
+    part = card[kind]
+    duplicates, leaked = part["duplicates"], part["leaked"]
+    counted = "labels" if "labels" in part else "tasks"
+    lengths = [
+        (f"{name}, {unit}", values[unit])
+        for name, values in part["lengths"].items()
+        for unit in ("characters", "tokens")
+    ]
+    blocks = [
+        f"## {kind.capitalize()}",
+        f"{part['records']:,} records. Equal to an earlier one: {duplicates['verbatim']:,} verbatim, "
+        f"{duplicates['by_key']:,} by letters and digits; {duplicates['keys_with_different_answers']:,} of these texts "
+        f"have different answers. Left out so that no text counts twice: {duplicates['dropped']['val']:,} of val, "
+        f"{duplicates['dropped']['test']:,} of test. Moved out of the source's own split because an equal text is held "
+        f"out: {duplicates['moved_to_a_held_out_split']:,}.",
+        table(
+            ("split", "records", "verbatim in train", "equal to one of train"),
+            [
+                (name, values["records"], *(leaked.get(name, {}).get(how) for how in ("verbatim", "by_key")))
+                for name, values in part["splits"].items()
+            ],
+        ),
+        table(
+            (counted.removesuffix("s"), *SPLITS),
+            [(name or "(none)", *counts.values()) for name, counts in part[counted].items()],
+        ),
+        _lengths("length", lengths),
+        _scripts(part["characters_of"]),
+    ]
+    if part["most_repeated"]:
+        rows = [(entry["times"], entry["text"]) for entry in part["most_repeated"]]
+        blocks.append(table(("times", "most repeated"), rows))
+    return blocks
+
+
+def _lengths(title: str, lengths: Iterable[tuple[str, Mapping[str, float]]]) -> str:
+    return table((title, "mean", "median", "p95", "max"), [(name, *values.values()) for name, values in lengths])
+
+
+def _scripts(shares: Mapping[str, float]) -> str:
+    return "Characters: " + ", ".join(f"{name} {100 * share:.2f} %" for name, share in shares.items()) + "."
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *([_cell(value) for value in row] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, int | float):
+        return f"{value:,}"
+    return escape(str(value))

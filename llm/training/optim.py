@@ -1,0 +1,123 @@
+"""AdamW and Muon over the right parameters, and the learning rate at each step."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llm.common import distributed as parallel
+from llm.config import TrainParams
+
+
+def lr_factor(step: int, params: TrainParams) -> float:
+    """The learning rate of `step` (from 0) as a fraction of its peak: linear warmup, then the schedule to `min_lr`.
+
+    `wsd` (warmup, stable, decay; Hu et al. 2024, Hägele et al. 2024) stays at the peak until the last `decay_steps` and
+    falls linearly in them: what comes before depends on neither `max_steps` nor `decay_steps`.
+    """
+    if step < params.warmup_steps:
+        return (step + 1) / params.warmup_steps
+    progress = (step - params.warmup_steps) / max(1, params.max_steps - params.warmup_steps)  # 0 to 1
+    if params.schedule == "cosine":
+        remaining = 0.5 * (1 + math.cos(math.pi * progress))
+    elif params.schedule == "linear":
+        remaining = 1 - progress
+    elif params.schedule == "wsd":
+        remaining = min(1.0, (params.max_steps - step) / params.decay_steps)
+    else:
+        remaining = 1.0
+    return params.min_lr + (1 - params.min_lr) * remaining
+
+
+def make_optimizers(model: nn.Module, params: TrainParams) -> list[torch.optim.Optimizer]:
+    """One AdamW, and with `optimizer: muon` a Muon that takes the matrices inside the blocks from it.
+
+    The factors A and B of an adapter stay with AdamW: Muon gives the matrix that it updates a change of fixed size in
+    every direction, but what acts here is the product B A, whose size depends on the other factor too.
+
+    Weight decay goes to matrices alone: biases and norm weights have nothing to decay to (nanoGPT does the same).
+    Each group keeps its peak learning rate as `peak_lr`; `set_lr` scales it.
+    """
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    hidden: list[nn.Parameter] = []
+    if params.optimizer == "muon":
+        hidden = [p for name, p in trainable if p.ndim == 2 and "blocks." in name and not name.endswith((".A", ".B"))]
+    taken = {id(p) for p in hidden}
+    decayed = [p for _, p in trainable if p.ndim >= 2 and id(p) not in taken]
+    others = [p for _, p in trainable if p.ndim < 2]
+    groups: list[dict[str, Any]] = [
+        {"params": decayed, "weight_decay": params.weight_decay, "peak_lr": params.lr},
+        {"params": others, "weight_decay": 0.0, "peak_lr": params.lr},
+    ]
+    optimizers: list[torch.optim.Optimizer] = []
+    if groups := [group for group in groups if group["params"]]:
+        optimizers.append(torch.optim.AdamW(groups, lr=params.lr, betas=(params.beta1, params.beta2), fused=True))
+    if hidden:
+        optimizers.append(Muon([{"params": hidden, "peak_lr": params.muon_lr}], params.muon_lr, params.weight_decay))
+    return optimizers
+
+
+def set_lr(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is made orthogonal, for matrices (Jordan et al. 2024, github.com/KellerJordan/Muon).
+
+    `torch.optim.Muon` iterates in bf16, which CPUs without bf16 units run two orders of magnitude slower than fp32;
+    here the iteration has the dtype of autocast where it is on, else the gradient's own. Matrices of one shape go
+    through it together, several processes share them.
+    """
+
+    def __init__(self, params: list[dict[str, Any]], lr: float, weight_decay: float, momentum: float = 0.95) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            same_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
+            for p in group["params"]:
+                if p.grad is not None:
+                    same_shape[p.shape].append(p)
+            for shape, parameters in same_shape.items():
+                updates = torch.stack([self._momentum(p, group["momentum"]) for p in parameters])  # [n, rows, columns]
+                updates = parallel.spread(orthogonalize, updates)
+                # A wide matrix's orthogonal update is as strong as a square one's; a tall one's has to be scaled up.
+                scale = max(1.0, shape[0] / shape[1]) ** 0.5
+                for p, update in zip(parameters, updates, strict=True):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(update.to(p.dtype), alpha=-group["lr"] * scale)
+
+    def _momentum(self, p: Tensor, momentum: float) -> Tensor:
+        """Nesterov momentum: the running mean of the gradients, a step ahead."""
+        assert p.grad is not None
+        state = self.state[p]
+        if not state:
+            state["mean"] = torch.zeros_like(p.grad)
+        state["mean"].lerp_(p.grad, 1 - momentum)
+        return p.grad.lerp(state["mean"], momentum)
+
+
+def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
+    """Brings all singular values of [n, rows, columns] near 1 by a quintic Newton-Schulz iteration.
+
+    Its coefficients maximise the slope at zero: singular values end between about 0.7 and 1.2, not exactly at 1.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    device = matrices.device.type
+    x = matrices.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else matrices
+    tall = x.shape[1] > x.shape[2]
+    if tall:
+        x = x.mT
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT  # [n, r, r], r the shorter side
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x

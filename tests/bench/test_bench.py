@@ -1,0 +1,550 @@
+"""The contests at a tiny size: who takes part, what is counted, what the table says. No speed is asserted."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from llm.__main__ import BENCH_SIZES, build_parser, main, shipped_params
+from llm.bench import KINDS, contest_of, learning, scaling
+from llm.bench.contest import OURS, Cost, LeftOut, compare, draw, markdown, memory, of_limit
+from llm.bench.decoding import BYTES_PER_WEIGHT, FORMS, requests
+from llm.bench.learning import (
+    FIRST_LR,
+    NANOGPT,
+    OURS_IN_BF16,
+    Learned,
+    Lesson,
+    best_of_sweep,
+    learn,
+    lesson_of,
+    our_recipe,
+)
+from llm.bench.models import Shape, check_shape, gpt_config, transformers_model
+from llm.bench.scaling import Ladder, ladder_of, law, recipes, scale
+from llm.bench.tokenizing import (
+    Text,
+    read_documents,
+    rustbpe_encoder,
+    tiktoken_encoder,
+    tokenize_ours,
+    tokenizers_encoder,
+)
+from llm.config import GPTConfig, InputError, Params
+from llm.model.gpt import GPT
+from llm.tokenizer.bpe import Tokenizer
+
+STORY = "The cat sat on the mat, number {}. 'Who's there?', it said;\n\nnobody was: \u00e9t\u00e9 2026.  Done."
+TINY = Shape(layers=2, width=16, heads=2, vocab=50, context=16, batch=2, prompt=4, new=4)
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> dict[str, Any]:
+    """Sizes for each contest."""
+    text = tmp_path / "stories.txt"
+    text.write_text("\n\n\n".join(STORY.format(i) for i in range(500)), encoding="utf-8")
+    return {
+        "tokenize": Text(megabytes=1, vocab=300, processes=2, text=str(text)),
+        "train": TINY,
+        "finetune": TINY,
+        "generate": TINY._replace(width=32, vocab=300, context=64, batch=3, prompt=9, new=7),
+    }
+
+
+COMPILED = "transformers, compiled"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_that_are_installed_take_their_turns(kind: str, tiny: dict[str, Any], tmp_path: Path) -> None:
+    said: list[str] = []
+    contest = contest_of(kind)
+    names = [name for name in contest.contestants if "compiled" not in name]  # which would take a minute
+    found = compare(contest, tiny[kind], rounds=2, least=0.0, say=said.append, only=names)
+    assert set(found["results"]) >= {name for name in names if name not in ("litgpt", "the book")}
+    for name, result in found["results"].items():
+        assert len(result["rates"]) == 2 and min(result["rates"]) > 0
+        assert result["median"] == pytest.approx(sum(result["rates"]) / 2)
+        assert result["memory"] > (100 if kind != "tokenize" else 20) * 2**20, "torch or Python alone takes more"
+        assert sum(line.startswith("round") and f" {name}: " in line for line in said) == 2
+    for name in set(names) - set(found["results"]):
+        assert sum(line.startswith(f"{name}: left out, ") for line in said) == 1
+    table = markdown(found)
+    assert table.count("\n|") == 2 + len(found["results"]) and f"| {OURS} |" in table
+    assert ("of the limit" in table) == (kind in ("train", "generate")) == (found["limits"] is not None)
+    draw(found, tmp_path / "rates.png")
+    assert (tmp_path / "rates.png").stat().st_size > 1000
+    assert json.loads(json.dumps(found)) == found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_turn_counts_what_it_did(kind: str, tiny: dict[str, Any]) -> None:
+    asked = sum(requests(tiny["generate"]).new)
+    expected = {"tokenize": 1.0, "train": 2 * 16, "finetune": 2, "generate": asked}[kind]
+    for name, make in contest_of(kind).contestants.items():
+        if "compiled" in name:
+            continue
+        try:
+            turn = make(tiny[kind])
+        except ModuleNotFoundError:
+            continue
+        assert turn() == pytest.approx(expected, abs=0.05 if kind == "tokenize" else 0), name
+
+
+def test_rows_of_a_batch_have_different_lengths() -> None:
+    shape = TINY._replace(batch=50, prompt=9, new=6)
+    prompts, new = requests(shape)
+    assert {len(prompt) for prompt in prompts} == set(range(5, 10)) and set(new) == set(range(3, 7))
+    assert requests(shape) == (prompts, new), "the same for every contestant"
+    [prompt], [n] = requests(shape._replace(batch=1))
+    assert (len(prompt), n) == (9, 6)
+
+
+def test_transformers_is_compiled_where_that_is_possible(monkeypatch: pytest.MonkeyPatch) -> None:
+    transformers = pytest.importorskip("transformers")
+    calls: list[int] = []
+
+    def compiled(forward: Any) -> Any:
+        def run(*arguments: Any, **options: Any) -> Any:
+            calls.append(1)
+            return forward(*arguments, **options)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    make = contest_of("generate").contestants[COMPILED]
+    shape = TINY._replace(prompt=4, new=4)
+    turn = make(shape)
+    before = len(calls)
+    assert turn() == sum(requests(shape).new)
+    assert len(calls) - before == max(requests(shape).new), transformers.__version__
+
+    def fails(*arguments: Any, **options: Any) -> None:
+        raise RuntimeError("no C++ compiler\nmore about it")
+
+    monkeypatch.setattr(torch, "compile", lambda forward: fails)
+    with pytest.raises(LeftOut, match=r"^torch.compile failed: no C\+\+ compiler$"):
+        make(shape)
+
+
+def test_our_own_step_is_compiled_where_that_is_possible(monkeypatch: pytest.MonkeyPatch) -> None:
+    contestants = contest_of("generate").contestants
+    ours = [make for name, make in contestants.items() if name.startswith(OURS) and "compiled" in name]
+    compiled: list[torch.nn.Module] = []
+    monkeypatch.setattr("llm.bench.decoding.compile_step", compiled.append)
+    shape = TINY._replace(batch=1, width=32, prompt=4, new=4)
+    assert [make(shape)() for make in ours] == [4, 4] and len(compiled) == 2
+
+    def fails(model: torch.nn.Module) -> None:
+        raise InputError("no compiler")
+
+    monkeypatch.setattr("llm.bench.decoding.compile_step", fails)
+    for make in ours:
+        with pytest.raises(LeftOut, match=r"^no compiler$"):
+            make(shape)
+        with pytest.raises(LeftOut, match="not that of a batch"):
+            make(shape._replace(batch=2))
+
+
+def test_who_cannot_take_part_is_left_out_by_name() -> None:
+    said: list[str] = []
+    contest = contest_of("generate")
+    names = [OURS, "transformers, continuous", "llama.cpp, F32"]
+    found = compare(contest, TINY._replace(batch=1), 1, 0.0, said.append, only=names)
+    assert list(found["results"]) == [OURS]
+    assert said[:2] == [
+        "transformers, continuous: left out, a single row is no batch",
+        "llama.cpp, F32: left out, a GGUF file needs a vocabulary of 258",
+    ]
+
+
+def test_the_forms_are_those_of_the_open_models() -> None:
+    """GPT-2 124M and SmolLM2-135M have so many parameters."""
+    expected = {"gpt2": 124_439_808, "llama": 134_515_008}
+    for name, shape in FORMS.items():
+        check_shape(shape)
+        with torch.device("meta"):
+            assert sum(p.numel() for p in GPT(gpt_config(shape)).parameters()) == expected[name]
+
+
+def test_peers_encode_to_the_same_tokens(tiny: dict[str, Any]) -> None:
+    documents = read_documents(Path(tiny["tokenize"].text))
+    tokenizer = Tokenizer.train(documents, 300)
+    expected = [tokenizer.encode(document) for document in documents]
+    for encoder in (tiktoken_encoder, tokenizers_encoder, rustbpe_encoder):
+        if encoder is tokenizers_encoder:
+            pytest.importorskip("tokenizers")
+        assert list(encoder(tokenizer, documents)(documents)) == expected, encoder.__name__
+
+
+def test_we_encode_every_document_as_often_as_counted(
+    tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a turn has written before it is removed: tokens that decode to all the text."""
+    monkeypatch.setattr("shutil.rmtree", lambda path: None)
+    monkeypatch.setattr("tempfile.mkdtemp", lambda: str(tmp_path))
+    sizes = tiny["tokenize"]
+    amount = tokenize_ours(sizes, processes=1)()
+    tokenizer = Tokenizer.load(tmp_path / "tokenizer")
+    ids = np.concatenate([np.fromfile(path, "<u2") for path in (tmp_path / "shards").glob("*.bin")]).tolist()
+    documents = read_documents(Path(sizes.text))
+    passes = ids.count(tokenizer.eot) / len(documents)
+    assert passes == sizes.passes(documents) and amount == pytest.approx(
+        passes * sum(len(document.encode()) for document in documents) / 1e6
+    )
+    assert sum(map(len, documents)) * passes == len(tokenizer.decode([i for i in ids if i != tokenizer.eot]))
+
+
+def test_memory_counts_the_child_processes(tiny: dict[str, Any]) -> None:
+    contest = contest_of("tokenize")
+    one = f"{OURS}, one process"
+    found = compare(contest, tiny["tokenize"], 1, 0.0, lambda line: None, only=[OURS, one])["results"]
+    assert found[OURS]["memory"] > found[one]["memory"] + 2 * 20 * 2**20, "two more processes with numpy and tiktoken"
+    assert found[one]["memory"] < memory(), "it holds no torch, as this process does, which starts it"
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"text": "nowhere.txt"}, "nowhere.txt: not found; name a text file with --text"),
+        ({"vocab": 100_000}, "vocab_size: the training text is too small for 100000 tokens"),
+    ],
+)
+def test_what_a_contestant_finds_wrong_is_one_line(changed: dict[str, Any], message: str, tiny: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=message):
+        compare(contest_of("tokenize"), tiny["tokenize"]._replace(**changed), 1, 0.0, print, only=[OURS])
+
+
+def test_the_corpus_of_a_download_is_a_text_too(tmp_path: Path) -> None:
+    records = [(0, "One.\n\n\n"), (0, "Still one."), (1, " \n"), (2, "Two.")]
+    path = tmp_path / "corpus.jsonl"
+    path.write_text("".join(json.dumps({"doc": doc, "text": text}) + "\n" for doc, text in records))
+    assert read_documents(path) == ["One.\n\n\nStill one.", "Two."]
+    path.write_text('{"doc": 0}\n')
+    with pytest.raises(InputError, match=r"corpus.jsonl: at byte 0: .*'text'"):
+        read_documents(path)
+    with pytest.raises(InputError, match=r"other.jsonl: not found; name a text file with --text"):
+        read_documents(tmp_path / "other.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(b"\xff", "not valid UTF-8"), (b" \n", "empty; name a file with text")]
+)
+def test_a_text_that_is_none_is_one_line(content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "text").write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        read_documents(tmp_path / "text")
+
+
+def test_no_one_is_always_the_first() -> None:
+    said: list[str] = []
+    contest = contest_of("tokenize")
+    names = ["rustbpe, one core", "tiktoken, one core"]
+    compare(contest, Text(1, 300, 1, contest.sizes.text), 2, 0.0, said.append, only=names)
+    assert [line.split(": ")[0].split(", ", 1)[1] for line in said] == [*names, *reversed(names)]
+
+
+def test_contestants_train_models_of_one_size() -> None:
+    for shape in (TINY, TINY._replace(heads=4, kv_heads=2, ffn=24, form="llama")):
+        sizes = {
+            "ours": sum(p.numel() for p in GPT(gpt_config(shape)).parameters()),
+            "transformers": sum(p.numel() for p in transformers_model(shape).parameters()),
+        }
+        assert len(set(sizes.values())) == 1, sizes
+
+
+def test_the_share_of_the_limit() -> None:
+    """A layer of width 16 has 12 * 256 weights in its matrices; the vocabulary 50 * 16."""
+    weights = 2 * 12 * 256 + 50 * 16
+    limit = Cost(flop=1e6, n_bytes=2e6)
+    train, decode = contest_of("train").cost, contest_of("generate").cost
+    assert train is not None and decode is not None
+    assert of_limit(train(TINY, OURS), 10.0, limit) == pytest.approx(10 * 6 * (weights + 2 * 16 * 16) / 1e6)
+    assert of_limit(decode(TINY._replace(batch=1), OURS), 10.0, limit) == pytest.approx(10 * 4 * weights / 2e6)
+    assert of_limit(decode(TINY, OURS), 10.0, limit) is None
+    one, quantised = (decode(TINY._replace(batch=1), name) for name in (OURS, "llama.cpp, Q8_0"))
+    assert one is not None and quantised is not None
+    assert quantised.n_bytes / one.n_bytes == pytest.approx((32 + 2) / 128), "32 bytes and a half-precision scale"
+    assert set(BYTES_PER_WEIGHT) <= set(contest_of("generate").contestants)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"heads": 3}, "width 16 must be a multiple of heads 3"),
+        ({"new": 13}, "must fit into context 16"),
+        ({"kv_heads": 1}, "kv_heads and ffn are sizes of the form llama"),
+        ({"form": "llama", "heads": 4, "kv_heads": 3}, "n_heads 4 must be a multiple of n_kv_heads 3"),
+        ({"vocab": 10**8}, "vocab_size: input should be less than or equal to 16777216"),
+    ],
+)
+def test_a_shape_that_no_model_has_is_one_line(changed: dict[str, int], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        compare(contest_of("train"), TINY._replace(**changed), 1, 0.01, print)
+
+
+def test_the_command_line_knows_every_contest_and_size() -> None:
+    """It names them itself, so that its help needs no torch."""
+    for kind in KINDS:
+        sizes = contest_of(kind).sizes._asdict()
+        words = [word for field, value in sizes.items() for word in (f"--{field.replace('_', '-')}", str(value or 3))]
+        args = build_parser().parse_args(["bench", kind, *words])
+        assert {field: getattr(args, field) for field in sizes} == {field: value or 3 for field, value in sizes.items()}
+    sizes_of_all = [*(contest_of(kind).sizes for kind in KINDS), Lesson, Ladder]
+    assert set(BENCH_SIZES) == {field for sizes in sizes_of_all for field in sizes._fields} - {"form"}
+
+
+def test_a_size_of_another_contest_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "tokenize", "--layers", "2"]) == 1
+    assert "--layers is no size of bench tokenize; it has megabytes, vocab, processes, text" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--rounds=0", "--batch=-1", "--seconds=soon"])
+def test_a_wrong_number_is_named(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["bench", "train", option])
+    assert ended.value.code == 2
+    assert f"argument {option.split('=')[0]}: invalid" in capsys.readouterr().err
+
+
+def test_only_those_named_take_part() -> None:
+    found = compare(contest_of("finetune"), TINY, 1, 0.0, lambda line: None, only=[OURS])
+    assert list(found["results"]) == [OURS]
+    with pytest.raises(InputError, match="nobody: takes no part in finetune; those who do: this project, transformers"):
+        compare(contest_of("finetune"), TINY, 1, 0.0, print, only=["nobody"])
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("train --form llama", "--form llama: bench train has no other form than GPT-2's"),
+        ("generate --form llama --heads 5", "width 576 must be a multiple of heads 5"),
+        ("generate --heads 5", "width 768 must be a multiple of heads 5"),
+        ("learn --rounds 3", "--rounds is no option of bench learn"),
+        ("learn --form llama", "--form is no option of bench learn"),
+        ("learn --megabytes 3", "--megabytes is no size of bench learn; it has steps, our-steps, layers"),
+        ("scale --rounds 3", "--rounds is no option of bench scale"),
+        ("scale --steps 3", "--steps is no size of bench scale; it has tokens, layers"),
+        ("scale --width 100", "width 100 must be a multiple of 16 times heads"),
+        ("scale --vocab 20000000", "vocab_size: input should be less than or equal to 16777216"),
+        ("learn --heads 3", "width 128 must be a multiple of heads 3"),
+        ("train -S pretrain.lr=1", "--set-param is no option of bench train"),
+        ("learn -S pretrain.rate=1", "--set-param pretrain.rate=1: expected KEY=VALUE with a key of params.yaml"),
+        ("learn -S pretrain.lr.x=1", "--set-param pretrain.lr.x=1: expected KEY=VALUE"),
+        ("learn -S pretrain.lr", "--set-param pretrain.lr: expected KEY=VALUE"),
+        ("learn -S pretrain.lr=[", "--set-param pretrain.lr=[: the value is not valid YAML"),
+        ("learn -S pretrain.lr=fast", "pretrain.lr: input should be a valid number"),
+        ("learn --vocab 20000000", "vocab_size: input should be less than or equal to 16777216"),
+        ("learn --width 2 --heads 1 --layers 100", "our model differs by"),
+        ("learn --text nowhere.txt", "nowhere.txt: not found"),
+    ],
+)
+def test_what_a_command_line_cannot_mean_is_one_line(
+    command: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", *command.split()]) == 1
+    assert message in capsys.readouterr().err
+
+
+# ---- bench learn -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def lesson(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Lesson:
+    monkeypatch.setattr(learning, "matrix_limit", lambda: 1e11)  # which takes longer than the trainings
+    monkeypatch.setattr(learning, "has_bf16_units", lambda: False)
+    text = tiny["tokenize"].text
+    return Lesson(steps=10, our_steps=100, layers=1, width=32, heads=2, vocab=300, context=16, batch=4, text=text)
+
+
+@pytest.fixture
+def params() -> Params:
+    """Those of the clone, with short evaluations."""
+    params = shipped_params()
+    return params.model_copy(update={"pretrain": params.pretrain.model_copy(update={"eval_tokens": 256})})
+
+
+def test_ours_trains_until_it_is_as_good(
+    lesson: Lesson, params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that a step moves by one second and an evaluation by a thousand, which do not count."""
+    now = [0.0]
+
+    def moves(seconds: float, function: Callable[..., Any]) -> Callable[..., Any]:
+        def moved(*arguments: Any) -> Any:
+            now[0] += seconds
+            return function(*arguments)
+
+        return moved
+
+    batches = learning.window_batches
+    monkeypatch.setattr(learning, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(learning, "mean_loss", moves(1000, learning.mean_loss))
+    monkeypatch.setattr(learning, "window_batches", lambda *arguments: moves(1, batches(*arguments)))
+    said: list[str] = []
+    found = learn(lesson, params, said.append)
+
+    ours, theirs = found["results"][OURS], found["results"][NANOGPT]
+    assert (ours["optimizer"], theirs["optimizer"], theirs["schedule"]) == ("muon", "adamw", "cosine")
+    assert theirs["step"] == 10 and found["target"] == theirs["bits_per_byte"]
+    assert theirs["lr"] == found["sweep"][0]["lr"] and len(found["sweep"]) >= 3
+    assert found["target"] == min(each["bits_per_byte"] for each in found["sweep"])
+    assert ours["step"] < 100
+    for result in (ours, theirs):
+        assert [row["seconds"] for row in result["curve"]] == [row["step"] for row in result["curve"]]
+        assert all(row["tokens"] == row["step"] * 4 * 16 for row in result["curve"])
+        assert result["curve"][0]["bits_per_byte"] > result["bits_per_byte"]
+    *before, last = [row["bits_per_byte"] for row in ours["curve"]]
+    assert last <= found["target"] < min(before), "it went on until then, and no further"
+    assert found["ratios"] == {OURS: dict.fromkeys(("tokens", "seconds"), ours["step"] / 10)}
+    assert abs(ours["parameters"] - theirs["parameters"]) <= 0.03 * theirs["parameters"]
+
+    assert json.loads(json.dumps(found)) == found
+    table = learning.markdown(found)
+    assert f"| {NANOGPT} | " in table and f"{OURS}: {ours['step'] / 10:.2f} of the tokens" in table
+    learning.draw(found, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
+def test_ours_may_not_get_as_far(lesson: Lesson, params: Params) -> None:
+    found = learn(lesson._replace(our_steps=1), params, lambda line: None)
+    assert found["ratios"] == {} and found["results"][OURS]["step"] == 1
+    assert f"{OURS}: did not get as far" in learning.markdown(found)
+
+
+def test_ours_trains_in_bf16_too_where_there_are_units_for_it(
+    lesson: Lesson, params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(learning, "has_bf16_units", lambda: True)
+    monkeypatch.setattr("llm.training.fit.has_bf16_units", lambda: True)
+    autocast: list[tuple[str, bool]] = []
+    hidden = GPT.hidden
+
+    def seen(model: GPT, *arguments: Any, **more: Any) -> torch.Tensor:
+        autocast.append((model.config.activation, model.training and torch.is_autocast_enabled("cpu")))
+        assert model.training or not torch.is_autocast_enabled("cpu"), "evaluated in fp32"
+        return hidden(model, *arguments, **more)
+
+    monkeypatch.setattr(GPT, "hidden", seen)
+    found = learn(lesson, params, lambda line: None)
+    assert list(found["results"]) == [OURS, OURS_IN_BF16, NANOGPT]
+    assert {activation for activation, mixed in autocast if mixed} == {params.model.activation}, "nanoGPT's in fp32"
+    plain, mixed = (found["results"][name]["curve"] for name in (OURS, OURS_IN_BF16))
+    assert mixed[1:] and mixed[1]["bits_per_byte"] != plain[1]["bits_per_byte"]
+    assert mixed[1]["bits_per_byte"] == pytest.approx(plain[1]["bits_per_byte"], rel=0.01)
+
+
+def test_our_recipe_is_that_of_the_params() -> None:
+    """But for the width of the feed-forward layers, which makes up for what GPT-2's block has more."""
+    params = shipped_params()
+    lesson = lesson_of(params)
+    config, section = our_recipe(lesson, params)
+    expected = params.model.model_dump() | {"ffn_dim": config.ffn_dim, "vocab_size": lesson.vocab}
+    assert config.model_dump(exclude={"rope_scaling", "sliding_window"}) == expected
+    changed = {key for key, value in params.pretrain if getattr(section, key) != value}
+    assert changed <= {"eval_interval", "keep"}
+    reference = learning.nanogpt_recipe(lesson, params, 0.001).config
+    ours, theirs = learning.parameters(config), learning.parameters(reference)
+    assert abs(ours - theirs) <= 0.03 * theirs
+
+
+def test_params_change_as_in_an_experiment() -> None:
+    params = shipped_params(["pretrain.lr=0.004", "tokenize.corpus.split=book"])
+    assert (params.pretrain.lr, params.tokenize.corpus.split) == (0.004, "book")
+    changed = params.model_copy(update={"pretrain": shipped_params().pretrain, "tokenize": shipped_params().tokenize})
+    assert changed == shipped_params() != params
+
+
+@pytest.mark.parametrize(("best", "tried"), [(4.0, [1, 2, 4, 8]), (1.0, [1, 2, 0.5]), (0.5, [1, 2, 0.5, 0.25])])
+def test_the_sweep_ends_where_it_gains_no_more(best: float, tried: list[float]) -> None:
+    asked: list[float] = []
+
+    def learned(lr: float) -> Learned:
+        asked.append(lr / FIRST_LR)
+        if asked[-1] == 8:
+            raise InputError("step 3: the loss exploded: lower lr")
+        recipe = learning.Recipe(gpt_config(TINY), shipped_params().pretrain.model_copy(update={"lr": lr}))
+        return Learned(recipe, [{"bits_per_byte": abs(np.log(asked[-1] / best))}], 1.0)
+
+    found = best_of_sweep(learned)
+    assert asked == tried and found[0].recipe.params.lr == best * FIRST_LR
+    assert len(found) == len([lr for lr in tried if lr != 8])
+
+
+def test_a_sweep_that_only_explodes_is_one_line() -> None:
+    def explodes(lr: float) -> Learned:
+        raise InputError("step 3: the loss exploded: lower lr")
+
+    with pytest.raises(InputError, match="exploded at every learning rate"):
+        best_of_sweep(explodes)
+
+    def fails(lr: float) -> Learned:
+        raise InputError("corpus: too small")
+
+    with pytest.raises(InputError, match="too small"):
+        best_of_sweep(fails)
+
+
+# ---- bench scale -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ladder(lesson: Lesson) -> Ladder:
+    values = {name: value for name, value in lesson._asdict().items() if name in Ladder._fields}
+    return Ladder(tokens=1, **values)._replace(batch=16, width=64)
+
+
+def test_a_law_of_four_models_is_said_before_the_fifth(
+    ladder: Ladder, params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    found = scale(ladder, params, said.append)
+    rows = found["results"]
+    assert [row["width"] for row in rows] == [16, 24, 32, 48, 64]
+    for row in rows:
+        assert row["tokens"] == math.ceil(row["parameters"] / 256) * 256, "whole steps of 16 rows of 16"
+    logarithms = np.log([[row["parameters"], row["bits_per_byte"]] for row in rows[:4]])
+    errors = logarithms[:, 1] - np.log([row["law"] for row in rows[:4]])
+    assert abs(errors.sum()) < 1e-9 and abs(errors @ logarithms[:, 0]) < 1e-9, "least squares"
+    order = [line.split(" bits")[0] for line in said]
+    assert order[-2] == f"width 64: {rows[-1]['law']:.4f}" and "predicted" in said[-2]
+    assert order[-1] == f"width 64: {rows[-1]['bits_per_byte']:.4f}" and "predicted" not in said[-1]
+    assert json.loads(json.dumps(found)) == found
+    assert f"{rows[-1]['law']:.4f} was said before" in scaling.markdown(found)
+    for epochs, told in ((1.0, False), (2.5, True)):  # of the largest model
+        rows[-1]["epochs"] = epochs
+        assert ("It read the text 2.5 times" in scaling.markdown(found)) == told
+    scaling.draw(found, tmp_path / "law.png")
+    assert (tmp_path / "law.png").stat().st_size > 1000
+
+
+def test_a_law_is_found_again(ladder: Ladder, params: Params, monkeypatch: pytest.MonkeyPatch) -> None:
+    def trained(recipe: learning.Recipe, shards: Path, *more: Any) -> Learned:
+        size = learning.parameters(recipe.config)
+        end = {"step": 1, "tokens": 64, "seconds": 1.0, "val_loss": 1.0, "bits_per_byte": 9 * size**-0.25}
+        return Learned(recipe, [end], 1.0)
+
+    monkeypatch.setattr(scaling, "train", trained)
+    found = scale(ladder, params, lambda line: None)
+    assert found["exponent"] == pytest.approx(-0.25)
+    assert law(found["exponent"], found["logarithm"], 10**6) == pytest.approx(9 * 10**-1.5)
+    assert "what it reached is +0.0 % off" in scaling.markdown(found).replace("-0.0", "+0.0")
+
+
+def test_the_ladder_ends_with_the_model_of_the_params() -> None:
+    params = shipped_params()
+    ladder = ladder_of(params)
+    *smaller, last = recipes(ladder, params)
+    assert last.config == GPTConfig(**params.model.model_dump(), vocab_size=ladder.vocab)
+    sizes = [learning.parameters(recipe.config) for recipe in (*smaller, last)]
+    assert sizes == sorted(sizes) and all(
+        recipe.params.max_steps == math.ceil(size / (ladder.batch * ladder.context))
+        for recipe, size in zip((*smaller, last), sizes, strict=True)
+    )

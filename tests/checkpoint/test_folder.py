@@ -1,0 +1,288 @@
+"""Model folders and training states: exact, whole or not at all, and strict about what they read."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from llm.checkpoint.folder import (
+    ModelFolder,
+    ModelFolderConfig,
+    load_model_folder,
+    load_state,
+    replaced_folder,
+    save_model_folder,
+    save_state,
+    sync,
+)
+from llm.model.gpt import GPT, GPTClassifier
+from llm.tokenizer.bpe import Tokenizer
+from tests.conftest import ROOT
+from tests.helpers import FORMS, gpt_config, randomize, tiny_tokenizer
+
+
+def content(kind: str = "base", seed: int = 0, **changes: Any) -> ModelFolder:
+    tokenizer = tiny_tokenizer()
+    gpt = GPT(gpt_config(**{"vocab_size": tokenizer.vocab_size} | changes))
+    model: GPT | GPTClassifier = gpt
+    config = ModelFolderConfig(kind="base", gpt=gpt.config)
+    if kind == "classifier":
+        model = GPTClassifier(gpt, 2)
+        config = ModelFolderConfig(kind="classifier", gpt=gpt.config, labels=["ham", "späm"], max_length=12)
+    elif kind == "instruct":
+        config = ModelFolderConfig(kind="instruct", gpt=gpt.config, template="chatml")
+    randomize(model, seed)
+    return ModelFolder(model, tokenizer, config)
+
+
+def file_bytes(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# ---- model folders ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
+@pytest.mark.parametrize("kind", ["base", "classifier", "instruct"])
+def test_a_model_folder_reads_back_exactly(tmp_path: Path, kind: str, form: dict[str, Any]) -> None:
+    saved = content(kind, **form)
+    save_model_folder(tmp_path / "models" / "it", saved)
+    loaded = load_model_folder(tmp_path / "models" / "it")
+
+    assert loaded.config == saved.config
+    assert type(loaded.model) is type(saved.model)
+    assert not loaded.model.training
+    expected = saved.model.state_dict()
+    assert expected.keys() == loaded.model.state_dict().keys()
+    for name, tensor in loaded.model.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+    text = "the cat sat on ß"
+    assert loaded.tokenizer.encode(text) == saved.tokenizer.encode(text)
+    assert loaded.tokenizer.special_tokens == saved.tokenizer.special_tokens
+    idx = torch.tensor([[1, 5, 250, 9]])
+    more = [torch.tensor([3])] if kind == "classifier" else []
+    assert torch.equal(loaded.model(idx, *more), saved.model(idx, *more))
+
+
+def test_a_model_folder_holds_three_files_and_always_the_same_bytes(tmp_path: Path) -> None:
+    save_model_folder(tmp_path / "a", content())
+    save_model_folder(tmp_path / "b", content())
+    assert set(file_bytes(tmp_path / "a")) == {"config.json", "model.safetensors", "bpe.json"}
+    assert file_bytes(tmp_path / "a") == file_bytes(tmp_path / "b")
+
+
+def test_all_files_of_a_model_folder_can_be_read_by_the_same_users(tmp_path: Path) -> None:
+    save_model_folder(tmp_path / "it", content())
+    assert len({path.stat().st_mode for path in (tmp_path / "it").iterdir()}) == 1
+
+
+def test_a_model_that_is_loaded_draws_no_weights_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even on the meta device, where PyTorch needs more than a second and 75 MB for it."""
+    save_model_folder(tmp_path / "it", content("classifier"))
+
+    def drawn(*_: object, **__: object) -> None:
+        raise AssertionError("random numbers are drawn")
+
+    monkeypatch.setattr(torch.Tensor, "normal_", drawn)
+    load_model_folder(tmp_path / "it")
+    with pytest.raises(AssertionError, match="drawn"):
+        content()
+
+
+@pytest.mark.parametrize("kind", ["base", "classifier"])
+def test_a_tied_head_is_stored_once_and_stays_tied(tmp_path: Path, kind: str) -> None:
+    save_model_folder(tmp_path / "it", content(kind))
+    assert not any(name.endswith("lm_head.weight") for name in load_file(tmp_path / "it" / "model.safetensors"))
+    model = load_model_folder(tmp_path / "it").model
+    gpt = model.gpt if isinstance(model, GPTClassifier) else model
+    assert gpt.lm_head.weight is gpt.tok_emb.weight
+
+
+def test_a_model_folder_is_read_in_the_dtype_asked_for(tmp_path: Path) -> None:
+    saved = content()
+    saved.model.bfloat16()
+    save_model_folder(tmp_path / "it", saved)
+    for dtype in (None, torch.float32, torch.float16):
+        loaded = load_model_folder(tmp_path / "it", dtype=dtype).model
+        for name, tensor in loaded.state_dict().items():
+            assert tensor.dtype == (dtype or torch.bfloat16)
+            assert torch.equal(tensor, saved.model.state_dict()[name].to(tensor.dtype)), name
+
+
+# ---- whole or not at all ---------------------------------------------------------------------------------------------
+
+
+def test_a_new_folder_takes_the_place_of_the_old_one(tmp_path: Path) -> None:
+    save_model_folder(tmp_path / "it", content(seed=0))
+    (tmp_path / "it" / "left over").write_text("from before")
+    save_model_folder(tmp_path / "it", content(seed=1))
+    save_model_folder(tmp_path / "other", content(seed=1))
+    assert file_bytes(tmp_path / "it") == file_bytes(tmp_path / "other")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["it", "other"]
+
+
+@pytest.mark.parametrize("failing", ["Tokenizer.save", "the last rename"])
+def test_a_failure_in_the_middle_leaves_the_old_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    folder = tmp_path / "it"
+    save_model_folder(folder, content(seed=0))
+    before = file_bytes(folder)
+    rename = Path.rename
+
+    def disk_full(self: Any, *arguments: Any) -> Any:
+        if failing == "the last rename" and self.name != "it.partial":
+            return rename(self, *arguments)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(*((Tokenizer, "save") if failing == "Tokenizer.save" else (Path, "rename")), disk_full)
+    with pytest.raises(OSError, match="No space left"):
+        save_model_folder(folder, content(seed=1))
+    assert file_bytes(folder) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["it"]
+
+    monkeypatch.undo()
+    with pytest.raises(KeyboardInterrupt), replaced_folder(folder) as new:
+        (new / "config.json").write_text("half")
+        raise KeyboardInterrupt
+    assert file_bytes(folder) == before
+
+
+def test_a_full_disk_is_called_so_whoever_writes(tmp_path: Path) -> None:
+    """safetensors has an error of its own for it."""
+    code = (
+        "import resource, sys, torch; from pathlib import Path; from llm.checkpoint.folder import write_tensors\n"
+        "tensors = {'a': torch.zeros(10_000)}\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "try:\n    write_tensors(Path(sys.argv[1]), tensors)\n"
+        "except OSError as error:\n    print(error.errno == 27, error.filename == sys.argv[1])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "a"], cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("True True\n", "")
+
+
+def test_the_disk_has_a_folder_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+
+    def note(path: Path) -> None:
+        synced.append(f"{path.relative_to(tmp_path)} {(tmp_path / 'it').exists()}")
+        sync(path)
+
+    monkeypatch.setattr("llm.checkpoint.folder.sync", note)
+    with replaced_folder(tmp_path / "it") as new:
+        (new / "inner").mkdir()
+        (new / "inner/a").touch()
+        (new / "b").touch()
+    inside = {f"it.partial{name} False" for name in ("", "/b", "/inner", "/inner/a")}
+    assert set(synced[:-1]) == inside
+    assert synced[-1] == ". True"
+
+
+def test_what_a_kill_left_behind_is_cleared_away(tmp_path: Path) -> None:
+    for name in ("it.partial", "it.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "half a file").write_text("?")
+    save_model_folder(tmp_path / "it", content())
+    assert [path.name for path in tmp_path.iterdir()] == ["it"]
+    assert "half a file" not in file_bytes(tmp_path / "it")
+
+
+# ---- training states -------------------------------------------------------------------------------------------------
+
+
+def state(step: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors = {
+        "model.weight": torch.full((3, 2), step / 7),
+        "optimizer.0.0.step": torch.tensor(float(step)),
+        "random.cpu": torch.arange(16, dtype=torch.uint8) + step,
+    }
+    values = {"step": step, "best_loss": float("inf"), "history": [{"step": 0.0, "val/loss": 0.1 + 0.2}], "losses": []}
+    return tensors, values
+
+
+def silent(message: str) -> None:
+    raise AssertionError(message)
+
+
+def test_a_state_reads_back_exactly_and_two_are_kept(tmp_path: Path) -> None:
+    folder = tmp_path / "of" / "this" / "training"
+    assert load_state(folder, silent) is None
+    for step in (7, 20, 100):
+        save_state(folder, step, *state(step))
+        loaded = load_state(folder, silent)
+        assert loaded is not None
+        tensors, values = state(step)
+        assert loaded[1] == values
+        assert loaded[0].keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            assert loaded[0][name].dtype == tensor.dtype and torch.equal(loaded[0][name], tensor)
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000020", "step-00000100"]
+
+
+def flip_bit(path: Path, position: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES: dict[str, Callable[[Path], Any]] = {
+    "a bit of a tensor": lambda path: flip_bit(path / "state.safetensors", -3),
+    "tensors cut": lambda path: (path / "state.safetensors").write_bytes(b"\x10\x00"),
+    "no tensors": lambda path: (path / "state.safetensors").unlink(),
+    "values cut": lambda path: (path / "state.json").write_text('{"sha256": "ab'),
+    "values changed": lambda path: (path / "state.json").write_text(
+        (path / "state.json").read_text().replace('"best_loss": Inf', '"best_loss": -Inf')
+    ),
+    "values of another kind": lambda path: (path / "state.json").write_text("[]"),
+    "values in too many brackets": lambda path: (path / "state.json").write_text("[" * 5000),
+    "values empty": lambda path: (path / "state.json").write_text("{}"),
+    "no values": lambda path: (path / "state.json").unlink(),
+    "values binary": lambda path: (path / "state.json").write_bytes(b"\xff\xff\x00"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
+def test_a_damaged_state_gives_way_to_the_one_before(tmp_path: Path, damage: Callable[[Path], Any]) -> None:
+    for step in (10, 20):
+        save_state(tmp_path, step, *state(step))
+    said: list[str] = []
+    damage(tmp_path / "step-00000020")
+    loaded = load_state(tmp_path, said.append)
+    assert loaded is not None and loaded[1]["step"] == 10
+    assert len(said) == 1 and said[0].startswith(f"{tmp_path}/step-00000020: damaged training state, passed over")
+    assert "\n" not in said[0]
+    damage(tmp_path / "step-00000010")
+    said.clear()
+    assert load_state(tmp_path, said.append) is None
+    assert len(said) == 2
+
+
+def test_after_damage_the_states_that_are_written_again_stay(tmp_path: Path) -> None:
+    """A training that went back to an early step must not lose what it saves there to later, damaged states."""
+    for step in (300, 400):
+        save_state(tmp_path, step, *state(step))
+        flip_bit(tmp_path / f"step-{step:08d}" / "state.safetensors", -3)
+    assert load_state(tmp_path, lambda message: None) is None
+    for step in (50, 100):
+        save_state(tmp_path, step, *state(step))
+        loaded = load_state(tmp_path, silent)
+        assert loaded is not None and loaded[1]["step"] == step
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000050", "step-00000100"]
+
+
+def test_a_state_that_was_only_half_written_does_not_count(tmp_path: Path) -> None:
+    save_state(tmp_path, 10, *state(10))
+    with pytest.raises(KeyboardInterrupt), replaced_folder(tmp_path / "step-00000020") as new:
+        (new / "state.json").write_text("{")
+        raise KeyboardInterrupt
+    (tmp_path / "step-00000030.partial").mkdir()  # what SIGKILL leaves
+    loaded = load_state(tmp_path, silent)
+    assert loaded is not None and loaded[1]["step"] == 10

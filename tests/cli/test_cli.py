@@ -1,0 +1,431 @@
+"""`python -m llm` on tiny random model folders: answers on stdout, errors as one line, exit statuses."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from llm.__main__ import main
+from llm.checkpoint.folder import ModelFolder, ModelFolderConfig, load_model_folder, save_model_folder
+from llm.common.sanitize import CONTROLS, visible
+from llm.data.examples import encode_prompt
+from llm.inference.classify import classify_texts
+from llm.inference.generate import Sampling, generate
+from llm.model.gpt import GPT, GPTClassifier
+from llm.model.lora import save_trained
+from llm.tokenizer.bpe import Tokenizer
+from llm.training.fit import freeze
+from tests.helpers import LLAMA_FORM, SHIPPED_FORM, gpt_config, randomize, train_params
+
+ROOT = Path(__file__).resolve().parents[2]
+TEXT = "One morning the baker sold bread at the harbour. It was cold, and the café was closed.\n"
+
+
+class Folders(NamedTuple):
+    base: Path
+    classifier: Path
+    instruct: Path
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    path = tmp_path_factory.mktemp("models")
+    tokenizer = Tokenizer.train([TEXT] * 5, vocab_size=300)
+    gpt = gpt_config(**SHIPPED_FORM, vocab_size=tokenizer.vocab_size, context_length=256, emb_dim=32, head_dim=8)
+    models: list[GPT | GPTClassifier] = [GPT(gpt), GPTClassifier(GPT(gpt), 2), GPT(gpt)]
+    configs = [
+        ModelFolderConfig(kind="base", gpt=gpt),
+        ModelFolderConfig(kind="classifier", gpt=gpt, labels=["ham", "spam"], max_length=16),
+        ModelFolderConfig(kind="instruct", gpt=gpt, template="alpaca"),
+    ]
+    for model, config in zip(models, configs, strict=True):
+        randomize(model)  # far from uniform: answers differ
+        save_model_folder(path / config.kind, ModelFolder(model, tokenizer, config))
+    return Folders(path / "base", path / "classifier", path / "instruct")
+
+
+class Result(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+Cli = Callable[..., Result]
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
+    def run(*argv: str | Path, stdin: bytes = b"") -> Result:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        status = main([str(argument) for argument in argv])
+        return Result(status, *capsys.readouterr())
+
+    return run
+
+
+# ---- generate --------------------------------------------------------------------------------------------------------
+
+
+def test_generate_prints_prompt_and_continuation(cli: Cli, folders: Folders) -> None:
+    model, tokenizer, _ = load_model_folder(folders.base)
+    prompt = "One morning, a café"
+    sampling = Sampling(repetition_penalty=1.2, temperature=0.9, top_k=20, top_p=0.9, min_p=0.01)
+    assert isinstance(model, GPT)
+    [ids] = generate(
+        model, [tokenizer.encode(prompt)], max_new_tokens=90, sampling=sampling, seed=5, stop={tokenizer.eot}
+    )
+    options = {"max_new_tokens": 90, "seed": 5, **vars(sampling)}
+    flags = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    result = cli("generate", folders.base, "--prompt", prompt, *flags)
+    assert result == (0, prompt + visible(tokenizer.decode(ids)) + "\n", "")
+    assert len(ids) > 10
+
+
+def test_generate_is_greedy_by_default_and_seeded(cli: Cli, folders: Folders) -> None:
+    command = ["generate", folders.base, "--prompt", "One", "--max-new-tokens", "20"]
+    assert cli(*command).out == cli(*command, "--temperature", "0", "--seed", "9").out
+    warm = [*command, "--temperature", "1.5", "--seed"]
+    assert cli(*warm, "1").out == cli(*warm, "1").out != cli(*warm, "2").out
+
+
+def test_what_a_terminal_would_obey_is_shown(cli: Cli, folders: Folders, tmp_path: Path) -> None:
+    evil = "\x1b]0;title\x07\x9b2J\u202e"
+    result = cli("generate", folders.base, "--prompt", f"One{evil}", "--max-new-tokens", "0")
+    assert result.out == "One\ufffd]0;title\ufffd\ufffd2J\ufffd\n"
+    result = cli("classify", folders.classifier, evil)
+    assert json.loads(result.out)["text"] == evil
+    assert not CONTROLS.search(result.out)
+    result = cli("generate", tmp_path / evil, "--prompt", "One")
+    assert result.status == 1 and r"\x1b]0;title\x07\x9b2J\u202e: not a model folder" in result.err
+    assert not CONTROLS.search(result.err)
+
+
+def test_generate_continues_the_raw_prompt_of_an_instruct_model(cli: Cli, folders: Folders) -> None:
+    model, tokenizer, _ = load_model_folder(folders.instruct)
+    assert isinstance(model, GPT)
+    [ids] = generate(model, [tokenizer.encode("It was")], max_new_tokens=12, stop={tokenizer.eot})
+    result = cli("generate", folders.instruct, "--prompt", "It was", "--max-new-tokens", "12")
+    assert result.out == "It was" + visible(tokenizer.decode(ids)) + "\n"
+
+
+def test_a_prompt_longer_than_the_context_is_named_on_stderr(cli: Cli, folders: Folders) -> None:
+    prompt = TEXT * 60
+    result = cli("generate", folders.base, "--prompt", prompt, "--max-new-tokens", "3")
+    assert result.status == 0
+    assert result.out.startswith(prompt)
+    assert result.err.endswith("tokens, the model reads the last 256\n")
+
+
+# ---- chat ------------------------------------------------------------------------------------------------------------
+
+
+def test_chat_answers_each_line_with_the_template(cli: Cli, folders: Folders) -> None:
+    model, tokenizer, config = load_model_folder(folders.instruct)
+    assert isinstance(model, GPT) and config.template is not None
+    expected = []
+    for instruction in ("Name a trade.", "Où est le café ?"):
+        prompt = encode_prompt(tokenizer, config.template, instruction, "the baker")
+        [ids] = generate(model, [prompt], max_new_tokens=9, stop={tokenizer.eot})
+        expected.append(visible(tokenizer.decode(ids)) + "\n")
+    stdin = "Name a trade.\r\n\n  \nOù est le café ?".encode()
+    result = cli("chat", folders.instruct, "--input", "the baker", "--max-new-tokens", "9", stdin=stdin)
+    assert result == (0, "".join(expected), "")
+    assert len(set(expected)) == 2
+
+
+def test_chat_with_nothing_to_answer(cli: Cli, folders: Folders) -> None:
+    assert cli("chat", folders.instruct) == (0, "", "")
+
+
+def test_chat_in_a_terminal(folders: Folders) -> None:
+    """Ctrl-C ends an answer, the next instruction is answered, Ctrl-D ends the chat."""
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "llm", "chat", str(folders.instruct), "--max-new-tokens", "100000000"]
+    env = {**os.environ, "TERM": "dumb", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdin=theirs, stdout=theirs, stderr=subprocess.PIPE, env=env, preexec_fn=heed_interrupts
+    )
+    os.close(theirs)
+    try:
+        assert arrives(ours, b"> ")
+        for instruction in (b"One", b"Two"):
+            os.write(ours, instruction + b"\n")
+            assert arrives(ours, instruction, at_least=200)
+            process.send_signal(signal.SIGINT)
+            assert arrives(ours, b"\n> ")
+        os.write(ours, b"\x04")
+        assert process.wait(timeout=30) == 0
+        assert process.stderr is not None
+        assert b"Traceback" not in process.stderr.read()
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
+
+
+def heed_interrupts() -> None:
+    """Tests that were started in the background of a shell ignore SIGINT, and so would what they start."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def arrives(file: int, mark: bytes, at_least: int = 0) -> bool:
+    """Reads from a terminal until `mark` came and `at_least` bytes behind it; False after a minute without."""
+    seen, end = b"", time.monotonic() + 60
+    while mark not in seen or len(seen) - seen.index(mark) < at_least:
+        if time.monotonic() > end or not select.select([file], [], [], 60)[0]:
+            return False
+        seen += os.read(file, 4096).replace(b"\r\n", b"\n")
+    return True
+
+
+# ---- classify --------------------------------------------------------------------------------------------------------
+
+
+def test_classify_prints_json_lines(cli: Cli, folders: Folders) -> None:
+    texts = ["7 pm", 'the "café"', "-"]
+    stdin = b"from stdin\n\nthe last line without an end"
+    result = cli("classify", folders.classifier, *texts, stdin=stdin)
+    assert (result.status, result.err) == (0, "")
+    rows = [json.loads(line) for line in result.out.splitlines()]
+    assert [row["text"] for row in rows] == [*texts[:2], "from stdin", "", "the last line without an end"]
+    probabilities = classify_texts(load_model_folder(folders.classifier), [row["text"] for row in rows])
+    for row, (ham, spam) in zip(rows, probabilities.tolist(), strict=True):
+        assert list(row) == ["text", "label", "probabilities"]
+        assert row["probabilities"] == pytest.approx({"ham": ham, "spam": spam}, abs=1e-6)
+        assert row["label"] == ("ham" if ham > spam else "spam")
+    assert len({row["label"] for row in rows}) == 2
+    assert "café" in result.out  # readable, not escaped
+
+
+def test_classify_many_lines(cli: Cli, folders: Folders) -> None:
+    lines = [f"message {i}" for i in range(70)]
+    result = cli("classify", folders.classifier, "-", stdin="\n".join(lines).encode())
+    assert [json.loads(line)["text"] for line in result.out.splitlines()] == lines
+
+
+# ---- score -----------------------------------------------------------------------------------------------------------
+
+
+def naive_nats(folder: Path, ids: list[int]) -> float:
+    """Nats of a text that fits into the context."""
+    model, _, _ = load_model_folder(folder)
+    with torch.no_grad():
+        log_probabilities = model(torch.tensor([ids]))[0].log_softmax(-1)
+    return -sum(float(log_probabilities[t, token]) for t, token in enumerate(ids[1:]))
+
+
+@pytest.mark.parametrize("kind", ["base", "instruct"])
+def test_score(cli: Cli, folders: Folders, tmp_path: Path, kind: str) -> None:
+    folder = folders.base.parent / kind
+    text = "One café\r\nwas closed."
+    ids = Tokenizer.load(folder).encode(text)
+    assert 2 < len(ids) <= 256
+    nats = naive_nats(folder, ids)
+    file = tmp_path / "text.txt"
+    file.write_bytes(text.encode())
+    result = cli("score", folder, file)
+    assert (result.status, result.err) == (0, "")
+    n_bytes = len(text) + 1  # é takes two bytes, and the file is read as it is
+    assert json.loads(result.out) == pytest.approx(
+        {
+            "tokens": len(ids) - 1,
+            "bytes": n_bytes,
+            "nats_per_token": nats / (len(ids) - 1),
+            "perplexity": math.exp(nats / (len(ids) - 1)),
+            "bits_per_byte": nats / math.log(2) / n_bytes,
+        },
+        rel=1e-4,
+    )
+    assert cli("score", folder, "-", stdin=text.encode()).out == result.out
+
+
+def test_score_of_a_long_text_counts_every_token_but_the_first(cli: Cli, folders: Folders) -> None:
+    text = TEXT * 100
+    values = json.loads(cli("score", folders.base, "-", stdin=text.encode()).out)
+    assert values["tokens"] == len(Tokenizer.load(folders.base).encode(text)) - 1
+    assert values["bytes"] == len(text.encode())
+    assert values["bits_per_byte"] == pytest.approx(
+        values["nats_per_token"] * values["tokens"] / math.log(2) / values["bytes"]
+    )
+
+
+# ---- import and export -----------------------------------------------------------------------------------------------
+
+
+def saved(path: Path, tokenizer: Tokenizer, kind: str, template: str | None = None, system: str | None = None) -> Path:
+    """A model folder of a form that other tools know."""
+    form = LLAMA_FORM | {"vocab_size": tokenizer.vocab_size + 2, "context_length": 128}
+    model = randomize(GPT(gpt_config(**form))).to(torch.bfloat16)
+    assert isinstance(model, GPT)
+    config = ModelFolderConfig(kind=kind, gpt=model.config, template=template, system=system)  # type: ignore[arg-type]
+    save_model_folder(path, ModelFolder(model, tokenizer, config))
+    return path
+
+
+def test_export_and_import_for_transformers(cli: Cli, folders: Folders, tmp_path: Path) -> None:
+    ours = saved(tmp_path / "ours", Tokenizer.load(folders.base), "instruct", "chatml", "Be brief.")
+    result = cli("export", ours, tmp_path / "theirs", "--format", "hf")
+    assert result == (0, "", f"{tmp_path / 'theirs'}: written\n")
+    assert json.loads((tmp_path / "theirs" / "config.json").read_text())["model_type"] == "llama"
+
+    result = cli("import", tmp_path / "theirs", tmp_path / "again")
+    n = sum(p.numel() for p in load_model_folder(ours).model.parameters())
+    assert result == (0, "", f"{tmp_path / 'again'}: llama, {n:,} parameters, bfloat16, template chatml\n")
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (ours / name).read_bytes()
+    assert cli("export", ours, tmp_path / "theirs", "--format", "hf").status == 0  # a model may be written again
+
+
+@pytest.mark.parametrize("dtype", [None, "f32"])
+def test_export_and_import_of_gguf(cli: Cli, folders: Folders, tmp_path: Path, dtype: str | None) -> None:
+    pytest.importorskip("gguf")
+    ours = saved(tmp_path / "ours", Tokenizer.load(folders.base), "base")
+    options = ["--dtype", dtype] if dtype else []
+    assert cli("export", ours, tmp_path / "model.gguf", "--format", "gguf", *options).status == 0
+    assert (tmp_path / "model.gguf").read_bytes()[:4] == b"GGUF"
+    result = cli("import", tmp_path / "model.gguf", tmp_path / "again")
+    assert (result.status, result.out) == (0, "")
+    again = load_model_folder(tmp_path / "again", dtype=None).model.state_dict()
+    assert again["blocks.0.attn.q_proj.weight"].dtype == (torch.float32 if dtype else torch.float16)
+    for name, tensor in load_model_folder(ours).model.state_dict().items():
+        assert torch.allclose(tensor, again[name].float(), atol=1e-3), name
+
+
+def test_export_of_an_adapter(cli: Cli, folders: Folders, tmp_path: Path) -> None:
+    content = load_model_folder(saved(tmp_path / "ours", Tokenizer.load(folders.base), "base"))
+    params = train_params(trainable="lora")
+    freeze(content.model, params)
+    save_trained(tmp_path / "tuned", content, params)
+    for options, base in (([], None), (["--base", "org/name"], "org/name")):
+        result = cli("export", tmp_path / "tuned", tmp_path / "peft", "--format", "peft", *options)
+        assert result == (0, "", f"{tmp_path / 'peft'}: written\n")
+        values = json.loads((tmp_path / "peft/adapter_config.json").read_text())
+        assert (values["base_model_name_or_path"], values["r"]) == (base, 2)
+
+
+def test_import_of_a_base_with_an_adapter(cli: Cli, folders: Folders, tmp_path: Path) -> None:
+    content = load_model_folder(saved(tmp_path / "ours", Tokenizer.load(folders.base), "base"))
+    params = train_params(trainable="lora")
+    freeze(content.model, params)
+    for name, tensor in content.model.named_parameters():
+        if name.endswith(".B"):
+            torch.nn.init.normal_(tensor)
+    save_trained(tmp_path / "tuned", content, params)
+    adapter = tmp_path / "tuned" / "adapter"
+    result = cli("import", tmp_path / "ours", tmp_path / "again", "--adapter", adapter)
+    assert (result.status, result.out) == (0, "")
+    weights = [load_model_folder(tmp_path / name).model.state_dict() for name in ("ours", "tuned", "again")]
+    for name, tensor in weights[2].items():  # in the dtype of the base, bf16
+        torch.testing.assert_close(tensor, weights[1][name], rtol=0.02, atol=0.02)
+    assert not torch.allclose(weights[2]["blocks.0.attn.q_proj.weight"], weights[0]["blocks.0.attn.q_proj.weight"])
+    result = cli("import", folders.base, tmp_path / "other", "--adapter", adapter)
+    assert (result.status, result.out) == (1, "") and "another base model" in result.err
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_begin_token_stands_before_the_prompt(cli: Cli, folders: Folders, tmp_path: Path) -> None:
+    plain = Tokenizer.load(folders.base)
+    tokenizer = Tokenizer(plain.ranks, plain.pattern, plain.special_tokens, begin="<|im_start|>")
+    folder = saved(tmp_path / "begin", tokenizer, "base")
+    model = load_model_folder(folder).model
+    assert isinstance(model, GPT) and tokenizer.bos is not None
+    ids = tokenizer.encode("One morning")
+    with_begin, without = generate(model, [[tokenizer.bos, *ids], ids], max_new_tokens=15, stop={tokenizer.eot})
+    assert with_begin != without
+    result = cli("generate", folder, "--prompt", "One morning", "--max-new-tokens", "15")
+    assert result.out == "One morning" + visible(tokenizer.decode(with_begin)) + "\n"
+
+
+def test_chat_says_what_the_system_is_and_stops_at_every_end(
+    cli: Cli, folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = Tokenizer.load(folders.base)
+    folder = saved(tmp_path / "it", tokenizer, "instruct", "chatml", "Be brief.")
+    asked: list[tuple[list[int], set[int]]] = []
+
+    def stream(model: GPT, prompt: list[int], *, stop: set[int], **options: object) -> list[int]:
+        asked.append((prompt, stop))
+        return []
+
+    monkeypatch.setattr("llm.inference.generate.stream", stream)
+    cli("chat", folder, stdin=b"Name a trade.")
+    cli("generate", folders.base, "--prompt", "One")
+    ends = {tokenizer.special_tokens[name] for name in ("<|im_end|>", "<|endoftext|>")}
+    assert asked == [
+        (encode_prompt(tokenizer, "chatml", "Name a trade.", system="Be brief."), ends),
+        (tokenizer.encode("One"), {tokenizer.eot}),
+    ]
+
+
+def test_weights_of_8_bits_a_draft_and_a_compiled_step(
+    cli: Cli, folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same greedy text with a draft, compiled or not; with 8 bits nearly the same bits per byte, and text."""
+    plain = cli("generate", folders.base, "--prompt", "One")
+    assert cli("generate", folders.base, "--prompt", "One", "--draft", folders.base).out == plain.out
+    assert cli("generate", folders.base, "--prompt", "One", "--int8").out.startswith("One")
+    compiled: list[object] = []
+    monkeypatch.setattr("llm.inference.generate.compile_step", compiled.append)
+    found = cli("generate", folders.base, "--prompt", "One", "--draft", folders.base, "--compile")
+    assert (found.out, found.err) == (plain.out, "compiling the step of a token\n") and len(compiled) == 2
+    text = tmp_path / "text.txt"
+    text.write_text("One morning the baker sold bread.")
+    exact, rounded = (json.loads(cli("score", folders.base, text, *option).out) for option in ((), ("--int8",)))
+    assert exact["tokens"] == rounded["tokens"]
+    assert 0 < abs(exact["bits_per_byte"] - rounded["bits_per_byte"]) < 0.01 * exact["bits_per_byte"]
+    other = saved(tmp_path / "other", Tokenizer.train(["other words"], vocab_size=264), "base")
+    refused = cli("generate", folders.base, "--prompt", "One", "--draft", other)
+    assert refused.status == 1 and refused.out == ""
+    said = f"--draft {other}: has another tokenizer than the model; it must guess the same tokens"
+    assert refused.err == f"python -m llm generate: {said}\n"
+
+
+def test_an_interrupt_ends_with_130(cli: Cli, folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("llm.checkpoint.folder.load_model_folder", interrupted)
+    assert cli("generate", folders.base, "--prompt", "One").status == 130
+
+
+# ---- the real process ------------------------------------------------------------------------------------------------
+
+
+def test_help_shows_examples_without_loading_torch() -> None:
+    code = "import sys, llm.__main__ as cli\ntry: cli.main(sys.argv[1:])\nfinally: print('torch' in sys.modules)"
+    for command in ("generate", "chat", "classify", "score", "import", "export", "bench"):
+        done = subprocess.run(
+            [sys.executable, "-c", code, command, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        assert f"examples:\n  python -m llm {command} " in done.stdout
+        assert done.stdout.endswith("False\n")
+
+
+def test_a_reader_that_leaves_early_and_utf8_whatever_the_locale(folders: Folders) -> None:
+    env = {**os.environ, "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "llm", "generate", str(folders.base), "--prompt", "café", "--max-new-tokens"]
+    done = subprocess.run([*command, "2"], cwd=ROOT, capture_output=True, env=env, check=True)
+    assert done.stdout.startswith("café".encode())
+    process = subprocess.Popen(
+        [*command, "100000000"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env
+    )
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.read(10)
+    process.stdout.close()
+    assert process.wait(timeout=60) == 141
+    assert process.stderr.read() == b""
+    process.stderr.close()

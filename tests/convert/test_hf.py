@@ -1,0 +1,734 @@
+"""Open weights against transformers: tiny random models of every family in and out, and what can be wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import llm.convert.hf
+from llm.checkpoint.folder import ModelFolder, ModelFolderConfig, save_model_folder
+from llm.config import GPTConfig, InputError, RopeScaling
+from llm.convert.hf import describe, export_hf, import_model, import_tokenizer, source_files
+from llm.inference.generate import generate
+from llm.model.gpt import GPT, GPTClassifier
+from llm.tokenizer.hf import write_tokenizer_json
+from tests.helpers import FORMS, LLAMA_FORM, SHIPPED_FORM, gpt_config, qwen_tokenizer, randomize, tiny_tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+VOCAB = 290  # ten rows more than the tokenizer has tokens
+CONTEXT = 64
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+
+def rope(kind: str, **options: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 1000.0, **options}}
+
+
+# The models as transformers names them: class of the config, and what differs from `tiny`.
+LLAMA3 = rope("llama3", factor=4.0, original_max_position_embeddings=16, low_freq_factor=1.0, high_freq_factor=4.0)
+YARN = rope("yarn", factor=4.0, original_max_position_embeddings=16)
+YARN_BY_MSCALE = rope("yarn", factor=4.0, original_max_position_embeddings=16, mscale=1.0, mscale_all_dim=0.5)
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt2": ("GPT2Config", {}),
+    "gpt2, untied, other widths": ("GPT2Config", {"tie_word_embeddings": False, "n_inner": 40}),
+    "llama": ("LlamaConfig", {}),
+    "llama, tied, one key for all queries": ("LlamaConfig", {"tie_word_embeddings": True, "num_key_value_heads": 1}),
+    "llama, biases": ("LlamaConfig", {"attention_bias": True, "mlp_bias": True}),
+    "llama, head_dim": ("LlamaConfig", {"head_dim": 12, "num_key_value_heads": 4}),
+    "llama, llama3 scaling": ("LlamaConfig", {"head_dim": 16, **LLAMA3}),
+    "llama, linear scaling": ("LlamaConfig", {"head_dim": 16, **rope("linear", factor=4.0)}),
+    "llama, yarn scaling": ("LlamaConfig", {"head_dim": 16, **YARN}),
+    "mistral": ("MistralConfig", {"sliding_window": 5}),
+    "mistral, no window, odd widths": ("MistralConfig", {"sliding_window": None, "hidden_size": 30, "head_dim": 6}),
+    "qwen2": ("Qwen2Config", {"tie_word_embeddings": True}),
+    "qwen2, yarn scaling": ("Qwen2Config", {"head_dim": 16, **YARN_BY_MSCALE}),
+    "qwen2, window": ("Qwen2Config", {"use_sliding_window": True, "max_window_layers": 0, "sliding_window": 5}),
+    "qwen3": ("Qwen3Config", {"head_dim": 16}),
+}
+
+
+def tiny(family: str, n_layers: int = 2, **changes: Any) -> nn.Module:
+    """A random model of transformers whose every part matters."""
+    config, options = FAMILIES[family]
+    values: dict[str, Any] = {"vocab_size": VOCAB, "bos_token_id": None, "eos_token_id": None}
+    if config == "GPT2Config":
+        values |= {"n_positions": CONTEXT, "n_embd": 32, "n_layer": n_layers, "n_head": 4}
+    else:
+        values |= {"max_position_embeddings": CONTEXT, "hidden_size": 32, "intermediate_size": 48}
+        values |= {"num_hidden_layers": n_layers, "num_attention_heads": 4, "num_key_value_heads": 2}
+    made = getattr(transformers, config)(**(values | options | changes))
+    model = randomize(transformers.AutoModelForCausalLM.from_config(made), std=0.2)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith(".bias"):
+                p.sub_(1.0)  # `randomize` means norms: shifted biases would drown what the text says
+    return model
+
+
+def save(model: nn.Module, folder: Path, **options: Any) -> Path:
+    model.save_pretrained(folder, **options)  # type: ignore[operator]
+    is_qwen2 = model.config.model_type == "qwen2"
+    write_tokenizer_json(folder, qwen_tokenizer() if is_qwen2 else tiny_tokenizer(), None, None)
+    return folder
+
+
+def reopened(folder: Path, **options: Any) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+
+
+def gpt_of(folder: ModelFolder) -> GPT:
+    assert isinstance(folder.model, GPT)
+    return folder.model
+
+
+def token_ids(length: int, rows: int = 2) -> Tensor:
+    return torch.randint(0, VOCAB, (rows, length), generator=torch.Generator().manual_seed(length))
+
+
+@torch.no_grad()
+def theirs(model: nn.Module, idx: Tensor) -> Tensor:
+    return model(idx).logits.float()
+
+
+@torch.no_grad()
+def ours(folder: ModelFolder, idx: Tensor) -> Tensor:
+    return gpt_of(folder)(idx).float()
+
+
+def greedy(model: Any, prompts: list[list[int]], n: int) -> list[list[int]]:
+    """What transformers generates: a batch padded at the left, with its cache."""
+    width = max(map(len, prompts))
+    idx = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    out = model.generate(input_ids=idx, attention_mask=mask, max_new_tokens=n, do_sample=False, pad_token_id=0)
+    return out[:, width:].tolist()
+
+
+def same_weights(a: ModelFolder, b: ModelFolder) -> bool:
+    first, second = gpt_of(a).state_dict(), gpt_of(b).state_dict()
+    return first.keys() == second.keys() and all(
+        tensor.dtype == second[name].dtype and torch.equal(tensor, second[name]) for name, tensor in first.items()
+    )
+
+
+# ---- in: the same function -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_equal_those_of_transformers_thirty_layers_deep(tmp_path: Path, family: str) -> None:
+    model = tiny(family, n_layers=30)
+    imported = import_model(str(save(model, tmp_path)))
+    idx = token_ids(CONTEXT)
+    expected = theirs(model, idx)
+    assert expected.std() > 0.5
+    torch.testing.assert_close(ours(imported, idx), expected, atol=1e-4, rtol=0)
+    assert not imported.model.training
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_text_equals_that_of_transformers(tmp_path: Path, family: str) -> None:
+    """Cached, batched, with prompts of different lengths, past the window of those that have one."""
+    model = tiny(family)
+    imported = import_model(str(save(model, tmp_path)))
+    prompts = [token_ids(length, rows=1)[0].tolist() for length in (3, 17, 9)]
+    answers = generate(gpt_of(imported), prompts, max_new_tokens=30)
+    assert answers == greedy(model, prompts, 30)
+    assert len({token for answer in answers for token in answer}) > 5
+    assert generate(gpt_of(imported), prompts[:1], max_new_tokens=30) == answers[:1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_half_precision_is_kept_or_converted(tmp_path: Path, family: str, dtype: torch.dtype) -> None:
+    save(tiny(family).to(dtype), tmp_path)
+    kept, full = import_model(str(tmp_path)), import_model(str(tmp_path), torch.float32)
+    half = import_model(str(tmp_path), torch.bfloat16)
+    assert {p.dtype for p in kept.model.parameters()} == {dtype}
+    assert {p.dtype for p in full.model.parameters()} == {torch.float32}
+    for name, tensor in gpt_of(kept).state_dict().items():
+        assert torch.equal(tensor.float(), full.model.state_dict()[name])
+        assert torch.equal(tensor.bfloat16(), half.model.state_dict()[name])
+    idx = token_ids(20)
+    torch.testing.assert_close(ours(full, idx), theirs(reopened(tmp_path, dtype=torch.float32), idx), atol=1e-4, rtol=0)
+
+
+def test_shards_are_one_model(tmp_path: Path) -> None:
+    model = tiny("llama")
+    whole = import_model(str(save(model, tmp_path / "whole")))
+    save(model, tmp_path / "shards", max_shard_size="30KB")
+    assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 2
+    assert same_weights(import_model(str(tmp_path / "shards")), whole)
+
+
+def test_files_without_the_head_and_with_old_constants(tmp_path: Path) -> None:
+    """As OpenAI's GPT-2 lies on the hub: no prefix, no head, and the causal masks; and as early Llamas do."""
+    for family, prefix, constants in (
+        ("gpt2", "transformer.", {"h.0.attn.bias": torch.ones(1, 1, 64, 64), "h.1.attn.masked_bias": torch.ones(())}),
+        ("llama, tied, one key for all queries", "model.", {"layers.1.self_attn.rotary_emb.inv_freq": torch.ones(4)}),
+    ):
+        folder = save(tiny(family), tmp_path / prefix)
+        expected = import_model(str(folder))
+        stored = load_file(folder / "model.safetensors")
+        assert all(name.startswith(prefix) for name in stored)
+        save_file({n.removeprefix(prefix): t for n, t in stored.items()} | constants, folder / "model.safetensors")
+        assert same_weights(import_model(str(folder)), expected)
+        save_file(stored | {prefix + n: t for n, t in constants.items()}, folder / "model.safetensors")
+        assert same_weights(import_model(str(folder)), expected)
+
+
+def test_a_tied_head_may_be_stored_twice_but_not_differ(tmp_path: Path) -> None:
+    folder = save(tiny("qwen2"), tmp_path)
+    expected = import_model(str(folder))
+    stored = load_file(folder / "model.safetensors")
+    head = stored["model.embed_tokens.weight"].clone()
+    save_file(stored | {"lm_head.weight": head}, folder / "model.safetensors")
+    imported = import_model(str(folder))
+    assert same_weights(imported, expected)
+    assert gpt_of(imported).lm_head.weight is gpt_of(imported).tok_emb.weight
+    head[3, 5] += 1
+    save_file(stored | {"lm_head.weight": head}, folder / "model.safetensors")
+    with pytest.raises(InputError, match=r"tie_word_embeddings is true, but lm_head\.weight is not the embedding"):
+        import_model(str(folder))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is read from Linux's /proc")
+def test_weights_are_never_in_memory_twice(tmp_path: Path) -> None:
+    """The peak of an import is the weights and little more, whether they stay as they are or are converted."""
+    widths = {"emb_dim": 512, "n_heads": 8, "n_kv_heads": 8, "head_dim": 64, "ffn_dim": 2048}
+    gpt = GPT(gpt_config(**widths, vocab_size=8192, n_layers=16, tie_embeddings=False))
+    config = ModelFolderConfig(kind="base", gpt=gpt.config)
+    export_hf(ModelFolder(gpt.to(torch.bfloat16), tiny_tokenizer(), config), tmp_path / "theirs")
+    code = (
+        "import re, sys\n"
+        "from pathlib import Path\n"
+        "import psutil, torch\n"
+        "from llm.checkpoint.folder import save_model_folder\n"
+        "from llm.convert.hf import import_model\n"
+        "before = psutil.Process().memory_info().rss\n"
+        "folder = import_model(sys.argv[1], getattr(torch, sys.argv[2]))\n"
+        "save_model_folder(Path(sys.argv[3]), folder)\n"
+        "peak = int(re.search(r'VmHWM:\\s+(\\d+) kB', Path('/proc/self/status').read_text())[1]) * 1024\n"
+        "size = sum(p.numel() * p.element_size() for p in folder.model.parameters())\n"
+        "print((peak - before) / size)\n"
+    )
+    for source, dtype in (("theirs", "bfloat16"), ("ours", "float32")):
+        command = [sys.executable, "-c", code, str(tmp_path / source), dtype, str(tmp_path / "ours")]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        assert float(done.stdout) < 1.1, (source, dtype)
+
+
+# ---- in: what a config says ------------------------------------------------------------------------------------------
+
+# As they are found on the hub, shortened: written by several versions of transformers.
+SMOLLM2 = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "is_llama_config": True,
+    "max_position_embeddings": 8192,
+    "mlp_bias": False,
+    "model_type": "llama",
+    "num_attention_heads": 9,
+    "num_hidden_layers": 30,
+    "num_key_value_heads": 3,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_interleaved": False,
+    "rope_scaling": None,
+    "rope_theta": 100000,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 49152,
+}
+LLAMA_3_1 = {
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 131072,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "vocab_size": 128256,
+}
+LLAMA_2 = {
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "max_position_embeddings": 4096,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "rms_norm_eps": 1e-05,
+    "vocab_size": 32000,
+}
+QWEN_2_5 = {
+    "hidden_act": "silu",
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "max_position_embeddings": 32768,
+    "max_window_layers": 21,
+    "model_type": "qwen2",
+    "num_attention_heads": 14,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": {"factor": 4.0, "original_max_position_embeddings": 32768, "type": "yarn"},
+    "rope_theta": 1000000.0,
+    "sliding_window": 32768,
+    "tie_word_embeddings": True,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+QWEN_3 = {
+    "attention_bias": False,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "layer_types": ["full_attention"] * 28,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 28,
+    "model_type": "qwen3",
+    "num_attention_heads": 16,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-06,
+    "rope_parameters": {"rope_theta": 1000000, "rope_type": "default"},
+    "sliding_window": None,
+    "tie_word_embeddings": True,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+MISTRAL = {
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 32768,
+    "model_type": "mistral",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 10000.0,
+    "sliding_window": 4096,
+    "tie_word_embeddings": False,
+    "vocab_size": 32000,
+}
+GPT2 = {
+    "activation_function": "gelu_new",
+    "attn_pdrop": 0.1,
+    "bos_token_id": 50256,
+    "eos_token_id": 50256,
+    "layer_norm_epsilon": 1e-05,
+    "model_type": "gpt2",
+    "n_ctx": 1024,
+    "n_embd": 1600,
+    "n_head": 25,
+    "n_layer": 48,
+    "n_positions": 1024,
+    "vocab_size": 50257,
+}
+LLAMA3_SCALING = {"factor": 8.0, "original_context_length": 8192, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN_SCALING = {"factor": 4.0, "original_context_length": 32768, "beta_fast": 32.0, "beta_slow": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (SMOLLM2, {"n_kv_heads": 3, "head_dim": 64, "rope_theta": 1e5, "tie_embeddings": True, "rope_scaling": None}),
+        (LLAMA_3_1, {"rope_theta": 5e5, "rope_scaling": RopeScaling(kind="llama3", **LLAMA3_SCALING)}),  # type: ignore[arg-type]
+        (LLAMA_2, {"n_kv_heads": 32, "rope_theta": 1e4, "tie_embeddings": False, "qkv_bias": False, "bias": False}),
+        (
+            QWEN_2_5,
+            {
+                "qkv_bias": True,
+                "bias": False,
+                "sliding_window": None,
+                "rope_scaling": RopeScaling(kind="yarn", attention_factor=1.138629436111989, **YARN_SCALING),  # type: ignore[arg-type]
+            },
+        ),
+        (QWEN_3, {"qk_norm": True, "qkv_bias": False, "head_dim": 128, "rope_theta": 1e6, "sliding_window": None}),
+        (MISTRAL, {"sliding_window": 4096, "qkv_bias": False, "head_dim": 128, "rope_scaling": None}),
+        (MISTRAL | {"sliding_window": None}, {"sliding_window": None}),
+        (GPT2, {"ffn_dim": 6400, "head_dim": 64, "tie_embeddings": True, "positions": "learned", "qkv_bias": True}),
+    ],
+    ids=lambda value: value.get("model_type", "") if isinstance(value, dict) else "",
+)
+def test_configs_as_they_are_found(tmp_path: Path, content: dict[str, Any], expected: dict[str, Any]) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(content))
+    gpt = llm.convert.hf.read_form(path).gpt_config()
+    assert {name: getattr(gpt, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "changes", "message"),
+    [
+        (GPT2, {"model_type": "bert"}, "model_type 'bert' is not known; known are gpt2, llama, mistral, qwen2, qwen3"),
+        (GPT2, {"model_type": None}, "model_type None is not known"),
+        (GPT2, {"n_embd": None}, "n_embd: input should be a valid integer, found None"),
+        (GPT2, {"n_layer": "48"}, "n_layer: input should be a valid integer, found '48'"),
+        (GPT2, {"n_head": 24}, "n_embd 1600 must be a multiple of n_head 24"),
+        (GPT2, {"activation_function": "gelu"}, "activation_function: .*'gelu_new'.*found 'gelu'"),
+        (GPT2, {"scale_attn_weights": False}, "scale_attn_weights: .*found False"),
+        (GPT2, {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx: .*found True"),
+        (GPT2, {"add_cross_attention": True}, "add_cross_attention: .*found True"),
+        (LLAMA_2, {"hidden_act": "gelu"}, "hidden_act: input should be 'silu' or 'swish', found 'gelu'"),
+        (LLAMA_2, {"quantization_config": {"bits": 4}}, "quantization_config: .*found {'bits': 4}"),
+        (LLAMA_2, {"attention_bias": True}, "attention_bias True with mlp_bias False"),
+        (LLAMA_2, {"mlp_bias": True}, "attention_bias False with mlp_bias True"),
+        (QWEN_3, {"attention_bias": True}, "attention_bias True with mlp_bias False"),
+        (LLAMA_2, {"partial_rotary_factor": 0.5}, "partial_rotary_factor: .*found 0.5"),
+        (SMOLLM2, {"rope_interleaved": True}, "rope_interleaved: .*found True"),
+        (SMOLLM2, {"num_key_value_heads": 2}, "n_heads 9 must be a multiple of n_kv_heads 2"),
+        (LLAMA_2, {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling.type: .*found 'dynamic'"),
+        (LLAMA_2, {"rope_scaling": {"type": "linear"}}, "factor: .*found None"),
+        (LLAMA_3_1, {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "llama3: low_freq_factor is missing"),
+        (QWEN_3, {"rope_parameters": {"partial_rotary_factor": 0.5}}, "rope_parameters.partial_rotary_factor: .*0.5"),
+        (QWEN_3, {"rope_parameters": {"full_attention": {}}}, "rope_parameters: full_attention is an option that GPT"),
+        (QWEN_2_5, {"rope_scaling": {"type": "yarn", "factor": 4.0, "truncate": False}}, "truncate: .*found False"),
+        (QWEN_2_5, {"use_sliding_window": True}, "layer_types: full and sliding attention are mixed"),
+        (QWEN_3, {"layer_types": ["full_attention", "sliding_attention"] * 14}, "layer_types: full and sliding"),
+        (QWEN_3, {"layer_types": ["linear_attention"] * 28}, "layer_types.0: .*found 'linear_attention'"),
+    ],
+)
+def test_what_gpt_cannot_express_is_named(
+    tmp_path: Path, content: dict[str, Any], changes: dict[str, Any], message: str
+) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(content | changes))
+    with pytest.raises(InputError, match=rf"config\.json: .*{message}") as error:
+        import_model(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+# ---- in: what can be wrong -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(tiny("llama"), tmp_path_factory.mktemp("sound"))
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("nowhere", "nowhere: not found; give a model folder, a .gguf file or a hub name"),
+        ("some/where.gguf", "some/where.gguf: not found"),
+        ("a/b/c", "a/b/c: not found"),
+        (str(ROOT / "README.md"), "README.md: no folder and no .gguf file"),
+        ("nobody/nothing", "nobody/nothing: no such folder, and the hub did not give it"),
+    ],
+)
+def test_sources_that_are_none(source: str, message: str) -> None:
+    with pytest.raises(InputError, match=message) as error:
+        import_model(source)
+    assert "\n" not in str(error.value)
+
+
+# ---- in: other sources -----------------------------------------------------------------------------------------------
+
+
+def test_a_hub_name_comes_from_the_cache_without_a_network(sound: Path, tmp_path: Path) -> None:
+    """`HF_HOME` says where the cache is; the environment is read when huggingface_hub is imported."""
+    repository = tmp_path / "hub" / "models--some--model"
+    shutil.copytree(sound, repository / "snapshots" / "abc")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    code = (
+        "import sys\nfrom llm.convert.hf import import_model, import_tokenizer\n"
+        "print(sum(p.numel() for p in import_model('some/model').model.parameters()))\n"
+        "print(import_tokenizer('some/model').tokenizer.vocab_size)\n"
+    )
+    env = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    env.pop("HF_HUB_CACHE", None)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    expected = sum(p.numel() for p in import_model(str(sound)).model.parameters())
+    assert done.stdout == f"{expected}\n280\n"
+
+
+def test_no_pickle_is_fetched_from_the_hub(monkeypatch: pytest.MonkeyPatch, sound: Path) -> None:
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    wanted = ["config.json", "tokenizer.json", "chat_template.jinja", "merges.txt", "model.safetensors.index.json"]
+    weights = ["model.safetensors", "model-00001-of-00002.safetensors"]
+    others = ["pytorch_model.bin", "flax_model.msgpack", "original/consolidated.00.pth", "onnx/model.onnx", "README.md"]
+    others += ["onnx/config.json", "consolidated.safetensors", "modeling_custom.py", "model.gguf"]
+
+    def fetched(name: str, **options: Any) -> str:
+        assert name == "some/model"
+        files = [*wanted, *weights, *others]
+        chosen.append(set(huggingface_hub.utils.filter_repo_objects(files, **options)))
+        return str(sound)
+
+    chosen: list[set[str]] = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetched)
+    assert source_files("some/model") == sound
+    import_tokenizer("some/model")
+    assert chosen == [{*wanted, *weights}, set(wanted)]
+
+
+def test_a_hub_name_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(InputError, match=r"some/model: no such folder, .* pip install 'textmill\[hf\]'"):
+        source_files("some/model")
+
+
+def test_a_model_folder_of_ours_is_a_source_too(tmp_path: Path) -> None:
+    gpt = randomize(GPT(gpt_config(**SHIPPED_FORM, vocab_size=280)))
+    config = ModelFolderConfig(kind="instruct", gpt=gpt.config, template="chatml", system="Be brief.")  # type: ignore[arg-type]
+    saved = ModelFolder(gpt.to(torch.bfloat16), tiny_tokenizer(), config)  # type: ignore[arg-type]
+    save_model_folder(tmp_path / "ours", saved)
+    imported = import_model(str(tmp_path / "ours"))
+    assert same_weights(imported, saved)
+    assert imported.config == config
+    tokenizer, template, system = import_tokenizer(str(tmp_path / "ours"))
+    assert (tokenizer.ranks, template, system) == (tiny_tokenizer().ranks, "chatml", "Be brief.")
+
+
+def test_a_chat_template_makes_an_instruct_model(tmp_path: Path) -> None:
+    save(tiny("llama"), tmp_path)
+    assert import_model(str(tmp_path)).config.kind == "base"
+    write_tokenizer_json(tmp_path, tiny_tokenizer(), "chatml", None)
+    imported = import_model(str(tmp_path))
+    assert (imported.config.kind, imported.config.template) == ("instruct", "chatml")
+    assert imported.tokenizer.encode("the cat sat") == tiny_tokenizer().encode("the cat sat")
+    assert import_tokenizer(str(tmp_path)).template == "chatml"
+
+
+def test_describe(sound: Path, tmp_path: Path) -> None:
+    n = sum(p.numel() for p in reopened(sound).parameters())
+    assert describe(import_model(str(sound))) == f"llama, {n:,} parameters, float32, base"
+    save(tiny("gpt2").to(torch.bfloat16), tmp_path)
+    assert describe(import_model(str(tmp_path))).startswith("gpt2, ")
+    own = GPT(gpt_config(**SHIPPED_FORM))
+    folder = ModelFolder(own, tiny_tokenizer(), ModelFolderConfig(kind="instruct", gpt=own.config, template="alpaca"))
+    n = sum(p.numel() for p in own.parameters())
+    assert describe(folder) == f"{n:,} parameters, float32, template alpaca"
+
+
+# ---- out -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_export_opens_in_transformers_with_the_same_weights(tmp_path: Path, family: str) -> None:
+    """In, out, and in again is what it was, bit for bit; so is what transformers makes of it."""
+    model = tiny(family)
+    imported = import_model(str(save(model, tmp_path / "in")))
+    export_hf(imported, tmp_path / "out")
+    opened = reopened(tmp_path / "out")
+    assert type(opened) is type(model)
+    expected = model.state_dict()
+    assert opened.state_dict().keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in opened.state_dict().items())
+    idx = token_ids(CONTEXT)
+    torch.testing.assert_close(theirs(opened, idx), theirs(model, idx), atol=1e-5, rtol=0)
+    again = import_model(str(tmp_path / "out"))
+    assert same_weights(again, imported)
+    assert again.config == imported.config
+
+
+FITTING: dict[str, dict[str, Any]] = {
+    "gpt2": {},
+    "gpt2, untied": {"tie_embeddings": False},
+    "gpt2, another rope_theta": {"rope_theta": 5e5},  # which learned positions do not use
+    "llama": LLAMA_FORM,
+    "llama, grouped, tied": LLAMA_FORM | {"n_kv_heads": 2, "head_dim": 6},
+    "llama, biases": LLAMA_FORM | {"qkv_bias": True, "bias": True},
+    "mistral": LLAMA_FORM | {"sliding_window": 3, "tie_embeddings": False},
+    "mistral for the widths": LLAMA_FORM | {"emb_dim": 18},
+    "qwen2": LLAMA_FORM | {"qkv_bias": True},
+    "qwen3": LLAMA_FORM | {"qk_norm": True, "head_dim": 10},
+    "qwen3, window": LLAMA_FORM | {"qk_norm": True, "sliding_window": 3},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", FITTING)
+def test_a_model_made_here_runs_in_transformers(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
+    form = FITTING[name] | {"vocab_size": VOCAB}
+    model = randomize(GPT(gpt_config(**form))).to(dtype)
+    assert isinstance(model, GPT)
+    tokenizer = qwen_tokenizer() if name == "qwen2" else tiny_tokenizer()
+    saved = ModelFolder(model, tokenizer, ModelFolderConfig(kind="base", gpt=model.config))
+    export_hf(saved, tmp_path / "out")
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+        assert {file.get_tensor(key).dtype for key in file.keys()} == {dtype}  # noqa: SIM118
+    opened = reopened(tmp_path / "out")
+    assert {p.dtype for p in opened.parameters()} == {dtype}
+    assert type(opened).__name__.lower().startswith(name.split(",")[0].split()[0])
+    idx = token_ids(16)
+    expected = ours(ModelFolder(model.float(), saved.tokenizer, saved.config), idx)
+    torch.testing.assert_close(theirs(opened.float(), idx), expected, atol=1e-5, rtol=1e-5)
+    model.to(dtype)
+    again = import_model(str(tmp_path / "out"))
+    assert same_weights(again, saved)
+    if name != "gpt2, another rope_theta":
+        assert again.config == saved.config
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        (SHIPPED_FORM, r"qwen3 has no place for activation 'relu2' \(only 'swiglu'\)"),
+        ({"norm": "rmsnorm"}, r"gpt2 has no place for norm 'rmsnorm' \(only 'layernorm'\)"),
+        ({"qk_norm": True}, "gpt2 has no place for qk_norm True"),
+        ({"bias": False}, r"gpt2 has no place for bias False \(only True\)"),
+        ({"n_kv_heads": 2}, r"gpt2 has no place for n_kv_heads 2 \(only 4\)"),
+        ({"head_dim": 8}, r"gpt2 has no place for head_dim 8 \(only 4\)"),
+        ({"emb_dim": 18}, "n_embd 18 must be a multiple of n_head 4"),
+        ({"activation": "swiglu"}, "gpt2 has no place for activation 'swiglu'"),
+        ({"sliding_window": 3}, "gpt2 has no place for sliding_window 3"),
+        (LLAMA_FORM | {"norm": "layernorm"}, "llama has no place for norm 'layernorm'"),
+        (LLAMA_FORM | {"bias": True}, "llama has no place for qkv_bias False"),
+        (LLAMA_FORM | {"activation": "gelu", "norm": "layernorm"}, "norm 'layernorm' .*, activation 'gelu'"),
+        (LLAMA_FORM | {"sliding_window": 3, "bias": True}, "mistral has no place for bias True"),
+        (LLAMA_FORM | {"qkv_bias": True}, "qkv_bias without bias is the form of Qwen2"),
+    ],
+)
+def test_what_transformers_cannot_say_is_named(tmp_path: Path, form: dict[str, Any], message: str) -> None:
+    model = GPT(gpt_config(**form, vocab_size=VOCAB))
+    with pytest.raises(InputError, match=message) as error:
+        export_hf(
+            ModelFolder(model, tiny_tokenizer(), ModelFolderConfig(kind="base", gpt=model.config)), tmp_path / "o"
+        )
+    assert "\n" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_form_is_written_or_refused(tmp_path: Path) -> None:
+    written = []
+    for name, form in FORMS.items():
+        model = GPT(gpt_config(**form, vocab_size=VOCAB))
+        folder = ModelFolder(model, tiny_tokenizer(), ModelFolderConfig(kind="base", gpt=model.config))
+        try:
+            export_hf(folder, tmp_path / "out")
+        except InputError:
+            continue
+        assert same_weights(import_model(str(tmp_path / "out")), folder)
+        written.append(name)
+    assert written == ["gpt2", "llama, two queries for each key", "llama, one key for all queries"]
+
+
+def test_a_classifier_is_not_exported(tmp_path: Path) -> None:
+    gpt = GPT(gpt_config(**LLAMA_FORM, vocab_size=VOCAB))
+    config = ModelFolderConfig(kind="classifier", gpt=gpt.config, labels=["a", "b"], max_length=8)
+    with pytest.raises(InputError, match="a classifier's head has a bias"):
+        export_hf(ModelFolder(GPTClassifier(gpt, 2), tiny_tokenizer(), config), tmp_path / "out")
+
+
+def instruct(**changes: Any) -> ModelFolder:
+    model = randomize(GPT(gpt_config(**(LLAMA_FORM | {"vocab_size": VOCAB, "context_length": 128} | changes))))
+    assert isinstance(model, GPT)
+    config = ModelFolderConfig(kind="instruct", gpt=model.config, template="chatml", system="Be brief.")
+    return ModelFolder(model, tiny_tokenizer(), config)
+
+
+def test_an_exported_instruct_model_answers_in_transformers(tmp_path: Path) -> None:
+    """Its tokenizer and chat template give our prompt, its text is ours, and it ends where ours ends."""
+    from llm.data.examples import encode_prompt, end_tokens
+
+    folder = instruct()
+    tokenizer = folder.tokenizer
+    export_hf(folder, tmp_path / "out")
+    opened = reopened(tmp_path / "out")
+    ends = sorted(end_tokens(tokenizer, "chatml"))
+    assert ends == sorted({tokenizer.eot, tokenizer.special_tokens["<|im_end|>"]})
+    assert opened.generation_config.eos_token_id == opened.config.eos_token_id == ends
+    assert opened.generation_config.bos_token_id is opened.config.bos_token_id is None
+
+    auto = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    prompt = encode_prompt(tokenizer, "chatml", "Where is the cat?", system="Be brief.")
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Where is the cat?"}]
+    assert auto.apply_chat_template(turns, add_generation_prompt=True, return_dict=False) == prompt
+    [expected] = generate(gpt_of(folder), [prompt], max_new_tokens=20)
+    [answer] = greedy(opened, [prompt], 20)
+    stop = next((i for i, token in enumerate(expected) if token in ends), len(expected))
+    assert answer[:stop] == expected[:stop] and (stop == 20 or answer[stop] in ends)
+    assert auto.decode(answer[:stop]) == tokenizer.decode(expected[:stop])
+    again = import_model(str(tmp_path / "out"))
+    assert same_weights(again, folder)
+    assert again.config == folder.config
+
+
+def test_an_export_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = instruct()
+    export_hf(folder, tmp_path / "a")
+    export_hf(folder, tmp_path / "b")
+    contents = [{path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in "ab"]
+    assert contents[0] == contents[1]
+    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} <= contents[0].keys()
+    assert (tmp_path / "a" / "model.safetensors").stat().st_mode == (tmp_path / "a" / "config.json").stat().st_mode
+
+    def fails(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(llm.convert.hf, "write_tokenizer_json", fails)
+    for name in "ac":
+        with pytest.raises(OSError, match="disk full"):
+            export_hf(instruct(n_layers=1), tmp_path / name)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()} == contents[0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_every_option_of_gpt_is_said_or_refused() -> None:
+    """A new option has to be given a value here: no export may lose one silently."""
+    changes: dict[str, Any] = {
+        "vocab_size": 99,
+        "context_length": 9,
+        "emb_dim": 20,
+        "n_layers": 3,
+        "n_heads": 8,
+        "n_kv_heads": 2,
+        "head_dim": 6,
+        "ffn_dim": 7,
+        "positions": "learned",
+        "rope_theta": 5.0,
+        "rope_scaling": RopeScaling(kind="linear", factor=2.0),
+        "sliding_window": 2,
+        "norm": "layernorm",
+        "norm_eps": 0.001,
+        "activation": "relu2",
+        "qk_norm": True,
+        "qkv_bias": True,
+        "bias": True,
+        "tie_embeddings": False,
+    }
+    assert changes.keys() == GPTConfig.model_fields.keys()
+    refused = set()
+    for name, value in changes.items():
+        config = gpt_config(**(LLAMA_FORM | {name: value}))
+        try:
+            assert llm.convert.hf.form_of(config).gpt_config() == config, name
+        except InputError:
+            refused.add(name)
+    assert refused == {"positions", "norm", "activation", "bias"}

@@ -1,0 +1,74 @@
+"""Labels for texts: the answer depends on the text and on nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llm.checkpoint.folder import ModelFolder, ModelFolderConfig, load_model_folder, save_model_folder
+from llm.config import InputError
+from llm.inference.classify import classify_texts
+from llm.model.gpt import GPT, GPTClassifier
+from tests.helpers import LLAMA_FORM, gpt_config, randomize, tiny_tokenizer
+
+LABELS = ["ham", "spam", "neither"]
+
+
+def classifier(max_length: int = 12) -> ModelFolder:
+    tokenizer = tiny_tokenizer()
+    gpt = GPT(gpt_config(**LLAMA_FORM, vocab_size=tokenizer.vocab_size))
+    config = ModelFolderConfig(kind="classifier", gpt=gpt.config, labels=LABELS, max_length=max_length)
+    model = GPTClassifier(gpt, len(LABELS))
+    randomize(model)
+    return ModelFolder(model, tokenizer, config)
+
+
+TEXTS = ["the cat sat on the mat", "ham", "", "spam and ham, spam and ham, spam and ham", "ß 1234 zzz", "the dog"]
+
+
+def test_probabilities_are_the_softmax_of_the_models_logits() -> None:
+    folder = classifier()
+    found = classify_texts(folder, TEXTS)
+    assert found.shape == (len(TEXTS), 3)
+    torch.testing.assert_close(found.sum(dim=1), torch.ones(len(TEXTS)))
+    for text, probabilities in zip(TEXTS, found, strict=True):
+        ids = folder.tokenizer.encode(text)[:12] or [folder.tokenizer.eot]
+        with torch.no_grad():
+            logits = folder.model(torch.tensor([ids]), torch.tensor([len(ids)]))[0]
+        torch.testing.assert_close(probabilities, logits.softmax(dim=0), atol=1e-6, rtol=0)
+    assert found.std(dim=0).min() > 0.01  # the texts do get different answers
+
+
+@settings(max_examples=25, deadline=None)
+@given(rows=st.lists(st.sampled_from(range(len(TEXTS))), max_size=9), batch_size=st.integers(1, 5))
+def test_an_answer_does_not_depend_on_batch_padding_or_order(rows: list[int], batch_size: int) -> None:
+    folder = classifier()
+    alone = torch.cat([classify_texts(folder, [text]) for text in TEXTS])
+    found = classify_texts(folder, [TEXTS[row] for row in rows], batch_size)
+    torch.testing.assert_close(found, alone[rows], atol=1e-6, rtol=0)
+
+
+def test_only_max_length_tokens_are_read() -> None:
+    folder = classifier(max_length=4)
+    start = folder.tokenizer.decode(folder.tokenizer.encode(TEXTS[3])[:4])
+    assert torch.equal(classify_texts(folder, [TEXTS[3]]), classify_texts(folder, [start]))
+    assert not torch.equal(classify_texts(classifier(), [TEXTS[3]]), classify_texts(classifier(), [start]))
+
+
+def test_a_saved_classifier_answers_the_same(tmp_path: Path) -> None:
+    folder = classifier()
+    save_model_folder(tmp_path / "it", folder)
+    assert torch.equal(classify_texts(load_model_folder(tmp_path / "it"), TEXTS), classify_texts(folder, TEXTS))
+
+
+def test_another_kind_of_model_is_named() -> None:
+    folder = classifier()
+    assert isinstance(folder.model, GPTClassifier)
+    gpt = folder.model.gpt
+    base = ModelFolder(gpt, folder.tokenizer, ModelFolderConfig(kind="base", gpt=gpt.config))
+    with pytest.raises(InputError, match="a model of kind base, not a classifier; name one such as models/classifier"):
+        classify_texts(base, ["ham"])

@@ -1,0 +1,180 @@
+"""Products by oneDNN against the plain formula in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from llm.model.gpt import GPT
+from llm.model.linear import (
+    FEW_INT8_ROWS,
+    FEW_ROWS,
+    ONEDNN,
+    Int8Linear,
+    Linear,
+    PackedLinear,
+    linear,
+    product,
+    to_int8,
+    to_packed,
+)
+from tests.helpers import gpt_config
+
+SIZES = [(1, 48), (5, 48), (90, 48), (2, 3, 48), (1, 1, 48), (4, 1, 7, 48), (48,), (0, 48)]
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def with_gradients(x: Tensor, weight: Tensor, bias: Tensor | None, by_hand: bool) -> list[Tensor]:
+    """The product and its gradients, by hand in float64."""
+    inputs = [t.detach().double() if by_hand else t.detach() for t in (x, weight, bias) if t is not None]
+    inputs = [t.requires_grad_() for t in inputs]
+    if by_hand:
+        y = (inputs[0][..., None, :] * inputs[1]).sum(-1)
+        y = y if bias is None else y + inputs[2]
+    else:
+        y = linear(*inputs)
+    return [y.detach(), *torch.autograd.grad(y, inputs, torch.linspace(-1, 2, y.numel()).view_as(y).to(y.dtype))]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_product_and_gradients_equal_the_plain_formula(size: tuple[int, ...], has_bias: bool) -> None:
+    x, weight, bias = random(*size), random(31, 48), random(31) if has_bias else None
+    found, expected = with_gradients(x, weight, bias, False), with_gradients(x, weight, bias, True)
+    for ours, plain in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours.double(), plain, atol=3e-5, rtol=1e-5)
+    with torch.no_grad():
+        for without_gradients in (linear(x, weight, bias), product(x, weight, bias)):
+            torch.testing.assert_close(without_gradients.double(), expected[0], atol=3e-5, rtol=1e-5)
+
+
+@pytest.mark.skipif(not ONEDNN, reason="this PyTorch has no oneDNN")
+def test_few_rows_and_trainings_in_fp32_on_a_cpu_have_onednn_and_nothing_else_has() -> None:
+    """So that the other tests are not passed by the usual way alone."""
+    with torch.profiler.profile() as profile:
+        linear(random(2, 48), random(31, 48))
+        linear(random(2, 48).requires_grad_(), random(31, 48)).sum().backward()
+    assert sum(event.name == "mkldnn::_linear_pointwise" for event in profile.events()) == 3
+    with torch.profiler.profile() as profile:
+        linear(random(FEW_ROWS + 1, 48), random(31, 48))
+        linear(random(2, 48).double(), random(31, 48).double())
+        linear(random(2, 48).bfloat16(), random(31, 48).bfloat16())
+        with torch.autocast("cpu", torch.bfloat16):
+            assert linear(random(2, 48), random(31, 48)).dtype == torch.bfloat16
+    assert not [event for event in profile.events() if event.name == "mkldnn::_linear_pointwise"]
+
+
+def test_what_lies_in_memory_with_gaps_is_read_right() -> None:
+    x, weight = random(6, 5, 96)[:, -1, ::2], random(62, 96)[::2, ::2]
+    torch.testing.assert_close(linear(x, weight), x @ weight.T, atol=3e-5, rtol=1e-5)
+    turned = random(48, 31).T
+    torch.testing.assert_close(linear(x, turned), x @ turned.T, atol=3e-5, rtol=1e-5)
+    assert linear(random(1, 48).expand(4, 48), weight).unique(dim=0).shape == (1, 31)
+
+
+def test_the_bits_do_not_depend_on_the_number_of_threads() -> None:
+    x, weight, bias = random(300, 48), random(70, 48), random(70)
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for n in (1, 2):
+            torch.set_num_threads(n)
+            found.append(with_gradients(x, weight, bias, False))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
+
+
+def test_only_the_gradients_that_are_asked_for_are_computed() -> None:
+    layer = Linear(48, 31).requires_grad_(False)
+    x = random(3, 48).requires_grad_()
+    layer(x).sum().backward()
+    torch.testing.assert_close(x.grad, layer.weight.sum(0).expand(3, 48), atol=1e-5, rtol=1e-5)
+    assert layer.weight.grad is None
+
+
+def test_it_starts_as_its_parent_and_holds_the_same_tensors() -> None:
+    torch.manual_seed(3)
+    ours = Linear(48, 31)
+    torch.manual_seed(3)
+    theirs = nn.Linear(48, 31)
+    assert {name: tensor.tolist() for name, tensor in ours.state_dict().items()} == {
+        name: tensor.tolist() for name, tensor in theirs.state_dict().items()
+    }
+
+
+# ---- packed weights --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not ONEDNN, reason="this PyTorch has no oneDNN")
+@pytest.mark.parametrize("size", [(1, 48), (3, 48), (16, 1, 48), (2, 60, 48), (48,)])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_packed_weights_give_the_plain_formula(size: tuple[int, ...], has_bias: bool) -> None:
+    torch.manual_seed(0)
+    layer = Linear(48, 31, bias=has_bias)
+    x = random(*size)
+    expected = (x.double()[..., None, :] * layer.weight.double()).sum(-1)
+    expected = expected + layer.bias.double() if has_bias else expected
+    with torch.inference_mode():
+        torch.testing.assert_close(PackedLinear(layer)(x).double(), expected, atol=3e-5, rtol=1e-5)
+
+
+def test_a_packed_model_predicts_the_same() -> None:
+    """Where oneDNN computes it, and otherwise as it did."""
+    torch.manual_seed(0)
+    model = GPT(gpt_config(vocab_size=64, context_length=32)).eval()
+    idx = torch.randint(64, (3, 20))
+    with torch.inference_mode():
+        expected = model(idx)
+        to_packed(model)
+        torch.testing.assert_close(model(idx), expected, atol=3e-5, rtol=1e-5)
+    assert (not [part for part in model.modules() if isinstance(part, nn.Linear)]) == ONEDNN
+    exact = GPT(gpt_config(vocab_size=64, context_length=32)).double()
+    to_packed(exact)
+    assert isinstance(exact.lm_head, Linear), "in float64 there is no other way"
+
+
+# ---- weights of 8 bits -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [0, 1, 3, FEW_INT8_ROWS, FEW_INT8_ROWS + 1, 70])
+@pytest.mark.parametrize(
+    ("n_in", "n_out", "has_bias"), [(64, 96, True), (64, 96, False), (40, 7, True), (100, 31, True)]
+)
+def test_rounded_weights_are_near_the_exact_ones(rows: int, n_in: int, n_out: int, has_bias: bool) -> None:
+    """Within half a step of each weight, and the rounding of a few rows to bf16."""
+    torch.manual_seed(0)
+    layer = Linear(n_in, n_out, bias=has_bias)
+    rounded = Int8Linear(layer)
+    assert rounded.weight.dtype == torch.int8 and rounded.weight.abs().amax() == 127
+    steps = rounded.scale.float()[:, None]  # [O, 1]
+    assert ((rounded.weight * steps - layer.weight).abs() <= 0.51 * steps).all()
+    x = random(rows, n_in)
+    with torch.inference_mode():
+        torch.testing.assert_close(rounded(x), layer(x), atol=0.05, rtol=0.02)
+        torch.testing.assert_close(rounded(x[:, None]), rounded(x)[:, None])
+
+
+def test_a_row_of_zeros_stays_zero() -> None:
+    layer = nn.Linear(64, 32, bias=False)
+    nn.init.zeros_(layer.weight)
+    with torch.inference_mode():
+        assert not Int8Linear(layer)(random(2, 64)).any()
+
+
+def test_a_model_with_rounded_weights_predicts_nearly_the_same() -> None:
+    torch.manual_seed(0)
+    model = GPT(gpt_config(vocab_size=64, context_length=32, emb_dim=64, head_dim=16, ffn_dim=128)).eval()
+    idx = torch.randint(64, (4, 20))
+    with torch.inference_mode():
+        expected = model(idx)
+        embeddings = model.tok_emb.weight.clone()
+        to_int8(model)
+        assert not [name for name, part in model.named_modules() if isinstance(part, nn.Linear)]
+        assert torch.equal(model.tok_emb.weight, embeddings)
+        for inputs in (idx, idx[:, :4]):  # many rows, and few
+            torch.testing.assert_close(model(inputs), expected[:, : inputs.shape[1]], atol=0.02, rtol=0.05)

@@ -1,0 +1,314 @@
+"""What every stage relies on: its inputs, one process at a time, signals, and errors that a user can read."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from llm.config import InputError, parse_params
+from stages.runtime import run
+from tests.conftest import ROOT
+
+SHIPPED = (ROOT / "params.yaml").read_text(encoding="utf-8")
+DVC_YAML = """
+stages:
+  demo:
+    cmd: python demo.py
+    deps: [code.py, data/folder]
+    params: [seed, pretrain.lr]
+  last:
+    cmd: "true"
+"""
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A repository with one stage, `demo`."""
+    (tmp_path / "params.yaml").write_text(SHIPPED, encoding="utf-8")
+    (tmp_path / "dvc.yaml").write_text(DVC_YAML)
+    (tmp_path / "code.py").write_text("a = 1\n")
+    (tmp_path / "data/folder/inner").mkdir(parents=True)
+    (tmp_path / "data/folder/b.txt").write_text("b")
+    (tmp_path / "data/folder/inner/a.txt").write_text("a")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LLM_TRACKING", "off")
+    return tmp_path
+
+
+def script(body: str) -> list[str]:
+    """A command that runs `body` as the stage `demo`; it can use `run`."""
+    lines = "".join(f"    {line}\n" for line in body.splitlines())
+    code = (
+        "import errno, os, signal, sys, time\nfrom pathlib import Path\nfrom llm.config import InputError\n"
+        f"import stages.runtime.run\nstages.runtime.run.LOCK_PATIENCE = 0\ndef demo(run):\n{lines}stages.runtime.run.main('demo', demo)\n"
+    )
+    return [sys.executable, "-c", code]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(ROOT)}
+
+
+def execute(body: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(script(body), env=environment(), capture_output=True, text=True, timeout=60)
+
+
+def begin(body: str) -> subprocess.Popen[str]:
+    """Starts the stage and returns when it has printed its first line."""
+    process = subprocess.Popen(
+        script(body), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    return process
+
+
+def current_fingerprint(**changes: Any) -> str:
+    values = yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8"))
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        values[section] = values[section] | {name: value} if name else value
+    return run.fingerprint(run.read_inputs("demo", values), parse_params(values))
+
+
+# ---- inputs ----------------------------------------------------------------------------------------------------------
+
+
+def test_fingerprint_follows_params_code_and_data_and_nothing_else(place: Path) -> None:
+    before = current_fingerprint()
+    assert current_fingerprint(seed=7) != before
+    assert current_fingerprint(pretrain__lr=0.5) != before
+    assert current_fingerprint(pretrain__max_steps=7) == before, "not in the stage's list"
+    assert current_fingerprint(runtime__log_interval=77) == before
+    os.utime("code.py", (1, 1))
+    (place / "data/folder/__pycache__").mkdir()
+    (place / "data/folder/__pycache__/x.pyc").write_text("x")
+    assert current_fingerprint() == before
+    (place / "code.py").write_text("a = 2\n")
+    changed_code = current_fingerprint()
+    assert changed_code != before
+    (place / "data/folder/inner/a.txt").rename(place / "data/folder/inner/z.txt")
+    assert current_fingerprint() not in (before, changed_code)
+
+
+def test_fingerprint_follows_the_device_of_a_stage_that_uses_torch(place: Path) -> None:
+    import torch  # noqa: F401
+
+    assert current_fingerprint(runtime__device="cpu") != current_fingerprint(runtime__device="mps")
+
+
+def test_digests_of_data_are_those_of_dvc(place: Path) -> None:
+    from dvc_data.hashfile.hash_info import HashInfo
+    from dvc_data.hashfile.tree import Tree
+
+    inputs = run.read_inputs("demo", yaml.safe_load(SHIPPED))
+    tree = Tree()
+    for name in ("b.txt", "inner/a.txt"):
+        md5 = inputs.files[f"data/folder/{name}"].md5
+        tree.add(tuple(name.split("/")), None, HashInfo("md5", md5))  # type: ignore[arg-type]
+    tree.digest()
+    assert tree.hash_info is not None and tree.hash_info.value is not None
+    assert run.data_digests(inputs) == {"data/folder": tree.hash_info.value.removesuffix(".dir")}
+
+
+@pytest.mark.parametrize("change", ["Path('code.py').write_text('a = 2')", "Path('data/folder/new').write_text('')"])
+def test_inputs_that_change_while_the_stage_runs_are_an_error(place: Path, change: str) -> None:
+    done = execute(change)
+    assert done.returncode == 1
+    assert "changed while the stage ran" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_only_listed_params_may_not_change_while_the_stage_runs(place: Path) -> None:
+    edit = "p = Path('params.yaml'); p.write_text(p.read_text().replace('{}', '{}'))"
+    assert execute(edit.format("log_interval: 10", "log_interval: 11")).returncode == 0
+    done = execute(edit.format("seed: 123", "seed: 124"))
+    assert (done.returncode, done.stderr.split(" changed")[0]) == (1, "demo: seed")
+
+
+# ---- one process at a time, and state --------------------------------------------------------------------------------
+
+
+def test_a_second_process_is_refused_and_told_of_the_first(place: Path) -> None:
+    first = begin("print('ready', flush=True)\ntime.sleep(60)")
+    try:
+        done = execute("print('never')")
+        assert done.returncode == 1
+        assert done.stdout == ""
+        assert f"process {first.pid}" in done.stderr
+    finally:
+        first.kill()
+        first.communicate()
+    assert execute("print('now')").stdout == "now\n"
+
+
+def test_a_worker_that_survives_its_stage_does_not_hold_the_lock(place: Path) -> None:
+    first = begin("if os.fork() == 0:\n    time.sleep(60)\nprint('ready', flush=True)\ntime.sleep(60)")
+    workers = psutil.Process(first.pid).children()
+    first.kill()
+    first.wait()
+    done = execute("print('now')")
+    assert [worker.is_running() for worker in workers] == [True]
+    workers[0].kill()
+    assert done.stdout == "now\n"
+
+
+def test_state_is_found_again_after_a_kill_and_removed_after_success(place: Path) -> None:
+    killed = begin("(run.state_dir / 'step').write_text('5')\nprint('saved', flush=True)\ntime.sleep(60)")
+    killed.kill()
+    killed.communicate()
+    look = "print(sorted(p.name for p in run.state_dir.iterdir() if p.name == 'step'))"
+    other = SHIPPED.replace("seed: 123", "seed: 124")
+    (place / "params.yaml").write_text(other)
+    assert execute(look).stdout == "[]\n"
+    (place / "params.yaml").write_text(SHIPPED)
+    assert execute(look).stdout == "['step']\n"
+    assert [path.name for path in (place / ".work/demo").iterdir()] == ["lock"]
+
+
+def test_two_experiments_with_equal_inputs_do_not_share_a_state(place: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for name in ("params.yaml", "dvc.yaml", "code.py"):
+        shutil.copy(name, copy)
+    shutil.copytree("data", copy / "data")
+    first = begin("print('ready', flush=True)\ntime.sleep(60)")
+    try:
+        body = "print(run.state_dir)"
+        variables = environment() | {"DVC_ROOT": str(place)}
+        done = subprocess.run(script(body), cwd=copy, env=variables, capture_output=True, text=True, timeout=60)
+    finally:
+        first.kill()
+        first.communicate()
+    held = next(path.parent for path in (place / ".work/demo").glob("*/lock"))
+    assert done.stdout.strip() == f"{held}-1"
+
+
+# ---- signals ---------------------------------------------------------------------------------------------------------
+
+TRAINING = """
+with run.graceful():
+    print('ready', flush=True)
+    while not run.stop_requested:
+        time.sleep(0.01)
+    (run.state_dir / 'saved').write_text('')
+    {then}
+print('never')
+"""
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_lets_a_training_save_its_state(place: Path, number: signal.Signals, status: int) -> None:
+    process = begin(TRAINING.format(then="pass"))
+    process.send_signal(number)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out) == (status, "")
+    assert len(err.splitlines()) == 1
+    assert list((place / ".work/demo").glob("*/saved"))
+
+
+def test_a_second_signal_ends_at_once(place: Path) -> None:
+    process = begin(TRAINING.format(then="print('saved', flush=True); time.sleep(60)"))
+    process.send_signal(signal.SIGTERM)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "saved\n"
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode == 143
+
+
+def test_outside_of_a_training_a_signal_ends_at_once_and_cleans_up(place: Path) -> None:
+    body = "try:\n    print('ready', flush=True)\n    time.sleep(60)\nfinally:\n    Path('cleaned').touch()"
+    process = begin(body)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode == 143
+    assert (place / "cleaned").exists()
+
+
+def test_asked_to_stop_while_it_waits_for_the_delivery_it_has_done_its_work(place: Path) -> None:
+    body = "from stages.tracking.journal import Journal\nJournal.end = lambda *_: (print('waiting', flush=True), time.sleep(60))"
+    process = begin(body)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode == 0
+
+
+# ---- errors and figures ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("raise InputError('x.txt: wrong')", "demo: x.txt: wrong"),
+        ("raise OSError(errno.ENOSPC, 'No space left on device', 'models/base')", "models/base: No space left"),
+        ("raise PermissionError(errno.EACCES, 'Permission denied', 'reports/a')", "reports/a: Permission denied"),
+        ("raise MemoryError", "demo: out of memory; a training with a smaller batch_size"),
+        ("import torch; torch.zeros(10**14)", "demo: out of memory; a training with a smaller batch_size"),
+        ("raise RuntimeError('CUDA out of memory. Tried to allocate 2 GiB')", "demo: out of memory"),
+    ],
+)
+def test_what_the_user_can_act_on_is_one_line(place: Path, body: str, message: str) -> None:
+    done = execute(body)
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
+    assert message in done.stderr
+
+
+def test_other_errors_keep_their_traceback(place: Path) -> None:
+    done = execute("raise KeyError('bug')")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr and "KeyError: 'bug'" in done.stderr
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(content=st.text("ab01 :-[]{}!?&*#|>%@'\"\n\t,.~<", max_size=60).map(str.encode) | st.binary(max_size=60))
+def test_any_file_is_keys_with_values_or_one_line(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "params.yaml").write_bytes(content)
+    try:
+        assert isinstance(run.read_yaml(tmp_path / "params.yaml"), dict)
+    except InputError as error:
+        assert str(error).isprintable() and str(error).startswith(f"{tmp_path}/params.yaml")
+
+
+def test_a_missing_file_is_named(place: Path) -> None:
+    shutil.rmtree("data/folder")
+    with pytest.raises(InputError, match="data/folder: missing"):
+        run.read_inputs("demo", yaml.safe_load(SHIPPED))
+    Path("params.yaml").unlink()
+    with pytest.raises(InputError, match=r"params.yaml: not found in .*run from the repository's root"):
+        run.read_yaml(Path("params.yaml"))
+
+
+def test_metrics_are_rounded_json_in_the_order_given(place: Path) -> None:
+    done = execute("run.write_metrics({'val/loss': 1.23456789, 'test': {'n': 1234567, 'bad': float('nan')}})")
+    assert done.returncode == 0, done.stderr
+    text = (place / "reports/metrics/demo.json").read_text()
+    assert text == json.dumps({"val/loss": 1.23457, "test": {"n": 1234567, "bad": None}}, indent=2) + "\n"
+    assert [path.name for path in (place / "reports/metrics").iterdir()] == ["demo.json"]
+
+
+def test_atomic_writing_leaves_the_old_file_when_it_fails(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = place / "file.json"
+    run.write_atomic(path, "old")
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(OSError, match="No space"):
+        run.write_atomic(path, "new")
+    assert path.read_text() == "old"
+    assert not list(place.glob(".file*"))

@@ -1,0 +1,120 @@
+"""The tokenize stage on a small `data/raw`: what it writes, and what it leaves when it fails."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock
+
+import pytest
+import torch
+import yaml
+
+from llm.checkpoint.folder import ModelFolder, ModelFolderConfig, load_model_folder, save_model_folder
+from llm.config import InputError, parse_params
+from llm.model.gpt import GPT
+from llm.preprocess.text import SPLITS
+from llm.tokenizer.bpe import Tokenizer
+from stages.pretrain import pretrain
+from stages.runtime.run import Run
+from stages.tokenize import tokenize
+from tests.datasets import document, folder_digest, write_corpus, write_lines
+from tests.helpers import LLAMA_FORM, gpt_config, randomize, tiny_tokenizer
+
+
+class FakeRun:
+    """What the stage uses of a run."""
+
+    def __init__(self, **changes: Any) -> None:
+        values = yaml.safe_load((Path(__file__).parents[2] / "params.yaml").read_text())
+        values["tokenize"]["tokenizer"].update(kind="bpe", vocab_size=300)
+        values["tokenize"].update(changes)
+        self.params = parse_params(values)
+        self.metrics: dict[str, Any] = {}
+
+    def write_metrics(self, values: dict[str, Any]) -> None:
+        self.metrics = values
+
+    def artifact(self, path: Path) -> None:
+        assert path.exists()
+
+
+@pytest.fixture
+def raw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A small `data/raw`, in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "data" / "raw"
+    folder.mkdir(parents=True)
+    write_corpus(folder / "corpus.jsonl", [document(seed) for seed in range(40)])
+    messages = [{"text": f"text {i}", "label": "spam" if i % 2 else "ham"} for i in range(50)]
+    write_lines(folder / "messages.jsonl", messages)
+    pairs = [{"instruction": f"do {i}", "input": "", "output": f"done {i}", "task": "doing"} for i in range(50)]
+    write_lines(folder / "instructions.jsonl", pairs)
+    (folder / "labels.json").write_text('["ham", "spam"]')
+    sources = {kind: {"source": "tiny", "licence": "MIT"} for kind in ("corpus", "messages", "instructions")}
+    (folder / "sources.json").write_text(json.dumps(sources))
+    return folder
+
+
+def test_the_stage_writes_everything_and_the_same_again(raw: Path) -> None:
+    run: Any = FakeRun()
+    tokenize(run)
+    tokens, reports = Path("data/tokens"), Path("reports")
+    first = folder_digest(tokens), folder_digest(reports)
+    assert sorted(path.relative_to(tokens).as_posix() for path in tokens.rglob("*.*")) == [
+        *(f"corpus/{name}" for name in ("meta.json", "test-00000.bin", "train-00000.bin", "val-00000.bin")),
+        *(f"instructions/{name}.jsonl" for name in ("test", "train", "val")),
+        *(f"messages/{name}" for name in ("labels.json", "test.jsonl", "train.jsonl", "val.jsonl")),
+        "tokenizer/bpe.json",
+    ]
+    assert Tokenizer.load(tokens / "tokenizer").vocab_size == 300
+    n_messages = [len((tokens / "messages" / f"{name}.jsonl").read_text().splitlines()) for name in SPLITS]
+    assert [run.metrics["messages"][name] for name in SPLITS] == n_messages == [35, 5, 10]
+    card = json.loads((reports / "data_card.json").read_text())
+    assert card["sources"]["corpus"] == {"source": "tiny", "licence": "MIT"}
+    assert card["instructions"]["tasks"]["doing"] == {name: run.metrics["instructions"][name] for name in SPLITS}
+    assert run.metrics["corpus"]["train_tokens"] == card["corpus"]["splits"]["train"]["tokens"]
+    markdown = (reports / "data_card.md").read_text()
+    assert "| corpus | tiny | MIT | leak_free |" in markdown
+    assert "| ham | 17 |" in markdown or "| ham | 18 |" in markdown
+    tokenize(run)
+    assert (folder_digest(tokens), folder_digest(reports)) == first
+
+
+def test_a_stage_that_fails_leaves_nothing_behind(raw: Path) -> None:
+    run: Any = FakeRun(tokenizer={"kind": "bpe", "vocab_size": 100_000, "train_chars": 1000})
+    with pytest.raises(InputError, match="too small for 100000 tokens; it allows at most"):
+        tokenize(run)
+    assert [path.name for path in Path("data").iterdir()] == ["raw"]
+    assert not Path("reports").exists()
+
+
+def test_gpt2_files_that_are_missing(raw: Path) -> None:
+    run: Any = FakeRun(tokenizer={"kind": "gpt2", "vocab_size": 300, "train_chars": 1000})
+    with pytest.raises(InputError, match=r"encoder\.json: file not found"):
+        tokenize(run)
+
+
+def test_open_weights_bring_their_tokenizer_and_pass_through(raw: Path) -> None:
+    config = gpt_config(**LLAMA_FORM | {"vocab_size": 300, "context_length": 64})  # 20 rows more than tokens
+    source = ModelFolder(GPT(config), tiny_tokenizer(), ModelFolderConfig(kind="base", gpt=config))
+    randomize(source.model)
+    save_model_folder(raw.parent / "open", source)
+    run: Any = FakeRun()
+    changes = {"init": str(raw.parent / "open"), "max_steps": 0}
+    run.params = run.params.model_copy(update={"pretrain": run.params.pretrain.model_copy(update=changes)})
+
+    tokenize(run)
+    assert Tokenizer.load(Path("data/tokens/tokenizer")) == tiny_tokenizer()
+    assert json.loads(Path("reports/data_card.json").read_text())["tokenizer"]["vocab_size"] == 280
+
+    stage = Run("pretrain", run.params, raw.parent / "state", MagicMock())
+    pretrain(stage)
+    base = load_model_folder(Path("models/base"))
+    assert base.config.gpt == config
+    assert all(torch.equal(base.model.state_dict()[name], t) for name, t in source.model.state_dict().items())
+
+    Tokenizer.train(["another text " * 9], 262).save(Path("data/tokens/tokenizer"))
+    with pytest.raises(InputError, match="is not the one that data/tokens was encoded with; run tokenize again"):
+        pretrain(stage)

@@ -1,0 +1,593 @@
+"""Journals and their delivery: MLflow may be late, twice, down or hanging, and a training does not notice."""
+
+from __future__ import annotations
+
+import contextlib
+import http.server
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from llm.checkpoint.folder import ModelFolder, ModelFolderConfig, save_model_folder
+from llm.model.gpt import GPT, GPTClassifier
+from llm.tokenizer.bpe import Tokenizer
+from stages import sync
+from stages.tracking import journal as tracking
+from stages.tracking.journal import Journal, Process
+from tests.conftest import ROOT
+from tests.helpers import gpt_config
+
+START = {"seed": 123, "model.n_layers": 6}
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LLM_TRACKING", "off")
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The address of a database that processes in two repositories raced to create: none may fail."""
+    uri = f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db"
+    places = [tmp_path_factory.mktemp("repository") for _ in range(2)]
+    racing = [places[0], places[1], places[1]]
+    for number, place in enumerate(racing):
+        journal = Journal(place / ".work/runs" / f"pipeline-{number}" / "demo-1")
+        journal._write(event="start", stage="demo", title="t", process=Process(1, 1, "elsewhere"), params={}, tags={})
+        journal.end("FINISHED")
+    processes = [command("stages.sync", place, LLM_TRACKING="on", MLFLOW_TRACKING_URI=uri) for place in racing]
+    for process in processes:
+        told = process.communicate(timeout=400)
+        assert process.returncode == 0, told
+    client = MlflowClient(uri)
+    assert [e.name for e in client.search_experiments()] == ["llm", "Default"]
+    assert len(all_runs(uri)) == 6
+    return uri
+
+
+@pytest.fixture
+def delivery(store: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[sync.Delivery]:
+    """A delivery to the store, into an experiment of this test alone."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", place.name)
+    yield sync.Delivery()
+
+
+def command(module: str, cwd: Path, *words: str, **variables: str) -> subprocess.Popen[str]:
+    env = os.environ | {"PYTHONPATH": str(ROOT)} | variables
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        [sys.executable, "-m", module, *words], cwd=cwd, env=env, stdout=pipe, stderr=pipe, text=True
+    )
+
+
+def all_runs(uri: str, experiment: str = "llm") -> list[Run]:
+    client = MlflowClient(uri)
+    found = client.get_experiment_by_name(experiment)
+    return list(client.search_runs([found.experiment_id])) if found else []
+
+
+def snapshot(uri: str, experiment: str) -> dict[str, Any]:
+    """All that MLflow knows of an experiment's runs, by the names we gave them."""
+    client, content = MlflowClient(uri), {}
+    for run in all_runs(uri, experiment):
+        history = {
+            key: [
+                (point.step, point.timestamp, point.value) for point in client.get_metric_history(run.info.run_id, key)
+            ]
+            for key in run.data.metrics
+        }
+        files = sorted(file.path for file in client.list_artifacts(run.info.run_id))
+        inputs = [(i.dataset.name, i.dataset.digest, i.tags[0].value) for i in run.inputs.dataset_inputs]
+        times = run.info.status, run.info.start_time, run.info.end_time
+        content[run.data.tags["llm.run"]] = run.info.run_name, times, run.data.params, history, files, inputs
+    return content
+
+
+def record(stage: str = "pretrain", steps: int = 30, **params: Any) -> Journal:
+    """A stage's journal, open."""
+    journal = Journal.start(stage, START | params, "sample")
+    for step in range(0, steps, 10):
+        journal.metrics({"train/loss": 5 - step / 10, "lr": 0.1}, step)
+    journal.dataset("data/tokens", "0" * 32, "data/tokens", "pretrain")
+    return journal
+
+
+# ---- the journal -----------------------------------------------------------------------------------------------------
+
+
+def test_a_journal_tells_the_whole_run(place: Path) -> None:
+    journal = record()
+    (place / "report.md").write_text("before")
+    journal.artifact(place / "report.md")
+    (place / "report.md").write_text("after")
+    journal.summary({"val/loss": 1.5})
+    journal.metrics({"val/loss": torch.tensor(0.5), "x": float("nan")}, 20)  # type: ignore[dict-item]
+    journal.end("FINISHED")
+    events = tracking.read_events(journal.folder)
+    own = [e for e in events if not any("system/" in key or "time/" in key for key in e.get("values", {}))]
+    assert [e["event"] for e in own] == [
+        *["start", "metrics", "metrics", "metrics", "dataset", "artifact", "summary", "metrics", "end"]
+    ]
+    assert events[0]["params"] == {"seed": "123", "model.n_layers": "6"}
+    assert Process(**events[0]["process"]).pid == os.getpid()
+    system = {key for event in events for key in event.get("values", {}) if key.startswith("system/")}
+    assert {"system/cpu_utilization_percentage", "system/system_memory_usage_megabytes"} <= system
+    assert (journal.folder / "files/report.md").read_text() == "before"
+    assert own[-2]["values"]["val/loss"] == 0.5
+
+
+def test_a_record_that_cannot_be_written_is_one_line_and_no_error(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    journal = record()
+    (journal.folder / "events.jsonl").unlink()
+    (journal.folder / "events.jsonl").mkdir()
+    for step in range(5):
+        journal.metrics({"train/loss": 1.0}, step)
+    journal.artifact(place / "missing.md")
+    journal.end("FINISHED")
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_resumed_run_has_the_whole_curve_once(place: Path) -> None:
+    (place / "state").mkdir()
+    for first, last in ((0, 50), (30, 60), (50, 80)):  # killed after 50 and 60, resumed from states at 30 and 50
+        journal = Journal.start("pretrain", START, "sample")
+        journal.resume(place / "state")
+        for step in range(first, last, 10):
+            journal.metrics({"train/loss": 100.0 * first + step}, step)
+            if first == 0 and step == 20:
+                journal.metrics({"scratch/loss": 7.0}, 400)
+    journal.end("FINISHED")
+    events = [event for event in tracking.read_events(journal.folder) if event["event"] == "metrics"]
+    curve = {event["step"]: event["values"]["train/loss"] for event in events if "train/loss" in event["values"]}
+    assert len([event for event in events if "train/loss" in event["values"]]) == 8
+    assert curve == {0: 0, 10: 10, 20: 20, 30: 3030, 40: 3040, 50: 5050, 60: 5060, 70: 5070}
+    assert [event["step"] for event in events if "scratch/loss" in event["values"]] == [400]
+
+
+def test_a_prolonged_run_has_the_curve_of_the_shorter_one_before_its_decay(place: Path) -> None:
+    """Steps of 40 and 60 that decay after 30 and 50; the longer one is killed in between. Another run logs less."""
+    kept = place / "kept"
+    kept.mkdir()
+    runs = (("short", 0, 40, 30, 5), ("long", 30, 50, 50, 10), ("long", 40, 60, 50, 10), ("longest", 50, 80, 70, 10))
+    for name, first, last, stable, interval in runs:
+        (place / name).mkdir(exist_ok=True)
+        journal = Journal.start("pretrain", START, "sample")
+        journal.resume(place / name, kept, stable)
+        for step in range(first + interval, last + 1, interval):
+            journal.metrics({"train/loss": step + first / 100}, step)
+        journal.end("FINISHED")
+    events = [event for event in tracking.read_events(journal.folder) if event["event"] == "metrics"]
+    curve = [event["values"]["train/loss"] for event in events if "train/loss" in event["values"]]
+    assert curve == [5, 10, 15, 20, 25, 30, 40.3, 50.4, 60.5, 70.5, 80.5]
+
+
+def test_user_and_password_are_never_shown() -> None:
+    assert tracking.printable("https://me:secret@host:5000/path?a@b") == "https://host:5000/path"
+    assert tracking.printable("is 'https://host/a?token=secret' up? see b") == "is 'https://host/a' up? see b"
+    assert tracking.printable("sqlite:////home/me@work/mlflow.db") == "sqlite:////home/me@work/mlflow.db"
+
+
+def test_a_pipeline_is_recognised_by_the_dvc_process_above_it(place: Path) -> None:
+    """Both stages of an invocation name the same process, those of another invocation another one."""
+    (place / "dvc").write_text(
+        "import subprocess, sys\n"
+        "code = 'from stages.tracking.journal import invocation, pipeline_name; print(pipeline_name(invocation()))'\n"
+        "for _ in range(2):\n"
+        "    subprocess.run(['sh', '-c', f'{sys.executable} -c \"{code}\"; true'])\n"
+    )
+    started = [
+        subprocess.Popen(
+            [sys.executable, "dvc"], env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
+    first, second = (process.communicate(timeout=60)[0].split() for process in started)
+    assert len(first) == len(second) == 2
+    assert first[0] == first[1] != second[0] == second[1]
+
+
+# ---- delivery --------------------------------------------------------------------------------------------------------
+
+
+def test_one_parent_for_a_pipeline_and_a_child_for_each_stage(delivery: sync.Delivery, place: Path, store: str) -> None:
+    first = record("pretrain", lr="x" * 7000)
+    delivery.pipeline(first.folder.parent)
+    runs = {run.info.run_name: run for run in all_runs(store, place.name)}
+    assert {run.info.status for run in runs.values()} == {"RUNNING"}, "while a stage runs"
+    first.summary({"val/loss": 1.5})
+    first.end("FINISHED")
+    second = record("evaluate", model="y")
+    second.end("FAILED")
+    delivery.pipeline(first.folder.parent)
+
+    runs = {run.info.run_name: run for run in all_runs(store, place.name)}
+    parent = runs.pop("run sample")
+    assert set(runs) == {"pretrain", "evaluate"}
+    assert {run.data.tags["mlflow.parentRunId"] for run in runs.values()} == {parent.info.run_id}
+    assert [runs[name].info.status for name in ("pretrain", "evaluate")] == ["FINISHED", "FAILED"]
+    assert parent.info.status == "FAILED"
+    assert parent.info.end_time == runs["evaluate"].info.end_time
+    assert parent.data.params == {"seed": "123", "model.n_layers": "6", "lr": "x" * 6000, "model": "y"}
+    assert parent.data.metrics == {"pretrain/val/loss": 1.5}
+    assert runs["pretrain"].data.metrics["val/loss"] == 1.5
+    assert runs["pretrain"].data.metrics["train/loss"] == 3.0
+
+
+def test_delivering_again_in_any_order_changes_nothing(delivery: sync.Delivery, place: Path, store: str) -> None:
+    pipelines = []
+    for number in range(2):
+        journal = record(steps=3000)  # more than one batch
+        (place / "report.md").write_text("r")
+        journal.artifact(place / "report.md")
+        journal.summary({"val/loss": 1.5})
+        journal.end("FINISHED")
+        pipelines.append(journal.folder.parent.rename(journal.folder.parent.with_name(f"pipeline-{number}")))
+    shutil.copytree(place / ".work", place / "kept")
+    for pipeline in pipelines:
+        delivery.pipeline(pipeline)
+    before = snapshot(store, place.name)
+    assert len(before) == 4
+    child = next(value for name, value in before.items() if "pipeline-0/" in name)
+    assert child[1][0] == "FINISHED"
+    assert [step for step, _, _ in child[3]["train/loss"]] == list(range(0, 3000, 10))
+    assert child[4:] == (["report.md"], [("data/tokens", "0" * 32, "pretrain")])
+    assert not (pipelines[0] / "files").exists()
+
+    shutil.rmtree(place / ".work")  # as if nothing had been delivered
+    (place / "kept").rename(place / ".work")
+    again = sync.Delivery()
+    for pipeline in reversed(pipelines):
+        again.pipeline(pipeline)
+        again.pipeline(pipeline)
+    assert snapshot(store, place.name) == before
+    assert sync.undelivered() == []
+
+
+def test_a_killed_stage_is_closed_as_killed(delivery: sync.Delivery, place: Path, store: str) -> None:
+    code = (
+        "import os, signal; from stages.tracking.journal import Journal; j = Journal.start('pretrain', {}, 'sample')\n"
+        "j.metrics({'train/loss': 2.0}, 5); f = (j.folder / 'events.jsonl').open('a'); f.write('{\"time\": 1, \"ev')\n"
+        "f.flush(); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=60)
+    assert done.returncode == -signal.SIGKILL
+    [pipeline] = sync.undelivered()
+    delivery.pipeline(pipeline)
+    runs = all_runs(store, place.name)
+    assert [run.info.status for run in runs] == ["KILLED", "KILLED"]
+    assert all(run.info.end_time >= run.info.start_time for run in runs)
+    assert [run.data.metrics["train/loss"] for run in runs if run.info.run_name == "pretrain"] == [2.0]
+
+
+def test_a_store_that_was_deleted_gets_everything_again(
+    delivery: sync.Delivery, place: Path, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = record()
+    delivery.pipeline(journal.folder.parent)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", f"{place.name}-2")
+    journal.end("FINISHED")
+    sync.Delivery().pipeline(journal.folder.parent)
+    [child] = [run for run in all_runs(store, f"{place.name}-2") if run.info.run_name == "pretrain"]
+    assert child.data.metrics["train/loss"] == 3.0
+
+
+STAGE = """
+from pathlib import Path
+from stages.runtime import run
+from stages.tracking import journal as tracking
+
+tracking.DELIVERY_PATIENCE = 300  # until the delivery says what is wrong, on a slow machine too
+
+
+def demo(run):
+    for step in range(0, 50, 10):
+        run.log({"train/loss": 5 - step / 10}, step)
+    Path("out.txt").write_text("a result")
+    run.write_metrics({"val/loss": 1.5})
+
+
+run.main("demo", demo)
+"""
+
+
+class FaultyServer(http.server.BaseHTTPRequestHandler):
+    """Answers as the first part of the path says."""
+
+    def do_GET(self) -> None:
+        body = b"{}"
+        match self.path.split("/")[1]:
+            case "error":
+                self.send_response(500)
+            case "garbage":
+                self.send_response(200)
+                body = b"\xff<html>"
+            case "dies":
+                self.send_response(200)
+                self.send_header("Content-Length", "1000")
+            case "slow":
+                time.sleep(3)  # longer than the delivery waits
+                self.send_response(503)
+            case "forbidden":
+                self.send_response(401)
+            case "redirect":
+                self.send_response(302)
+                self.send_header("Location", self.path)
+        self.end_headers()
+        with contextlib.suppress(OSError):
+            self.wfile.write(body)
+
+    do_POST = do_GET  # noqa: N815
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@pytest.fixture
+def bad_stores(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """Addresses of tracking servers and databases, by what is wrong with them."""
+    folder = tmp_path_factory.mktemp("stores")
+    (folder / "file").touch()
+    with (
+        socket.create_server(("127.0.0.1", 0)) as hanging,
+        socket.create_server(("127.0.0.1", 0)) as closed,
+        http.server.ThreadingHTTPServer(("127.0.0.1", 0), FaultyServer) as faulty,
+    ):
+        threading.Thread(target=faulty.serve_forever, daemon=True).start()
+        ports = {"hangs": hanging.getsockname()[1], "refuses": closed.getsockname()[1]}
+        closed.close()
+        kinds = ("error", "garbage", "dies", "slow", "forbidden", "redirect")
+        yield {
+            **{kind: f"http://me:secret@127.0.0.1:{port}" for kind, port in ports.items()},
+            **{kind: f"http://me:secret@127.0.0.1:{faulty.server_address[1]}/{kind}" for kind in kinds},
+            "disk full": f"sqlite:///{folder}/mlflow.db",
+            "no folder": f"sqlite:///{folder}/file/mlflow.db",
+        }
+        faulty.shutdown()
+
+
+def small_files() -> None:
+    """As on a disk with little room: enough for a journal, not for a database."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))
+
+
+def test_no_fault_of_a_store_reaches_a_stage_and_nothing_is_lost(
+    place: Path, store: str, bad_stores: dict[str, str]
+) -> None:
+    variables = {"DVC_ROOT": str(place), "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "1"}
+    stages = {}
+    for kind, address in {"undisturbed": "", **bad_stores}.items():  # all at once, as experiments of a queue are
+        folder = place / kind
+        folder.mkdir()
+        shutil.copy(ROOT / "params.yaml", folder)
+        (folder / "dvc.yaml").write_text("stages: {demo: {cmd: python stage.py, deps: [stage.py], params: [seed]}}")
+        (folder / "stage.py").write_text(STAGE)
+        stages[kind] = subprocess.Popen(
+            [sys.executable, "stage.py"],
+            cwd=folder,
+            env=os.environ
+            | {"PYTHONPATH": str(ROOT), "LLM_TRACKING": "on" if address else "off", "MLFLOW_TRACKING_URI": address}
+            | variables,
+            preexec_fn=small_files if kind == "disk full" else None,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    for kind, stage in stages.items():
+        out, err = stage.communicate(timeout=400)
+        address = tracking.printable(bad_stores.get(kind, ""))
+        assert (stage.returncode, out) == (0, ""), f"{kind}: {err}"
+        line = (
+            f"tracking: MLflow at {address} (did not answer|failed: .*); the record is kept: python -m stages.sync .*\n"
+        )
+        assert re.fullmatch(line if address else "", err), f"{kind}: {err}"
+        for name in ("out.txt", "reports/metrics/demo.json"):
+            assert (place / kind / name).read_bytes() == (place / "undisturbed" / name).read_bytes()
+    for pipeline in place.glob(".work/runs/*/"):
+        wait_for_lock(pipeline)
+        [journal] = sync.journals(pipeline)
+        events = [
+            e
+            for e in tracking.read_events(journal)
+            if not {"system", "time"} & {key.split("/")[0] for key in e.get("values", {})}
+        ]
+        assert [e["event"] for e in events] == ["start", *["metrics"] * 5, "summary", "end"]
+    for path in place.rglob(".work/**/*"):
+        assert path.is_dir() or b"secret" not in path.read_bytes(), path
+
+    known: list[dict[str, Any]] = []
+    for _ in range(2):
+        for path in place.glob(".work/runs/*/*/"):  # as if nothing had been delivered
+            for name in ("delivered", "progress.json"):
+                (path / name).unlink(missing_ok=True)
+        later = command("stages.sync", place, MLFLOW_TRACKING_URI=store, MLFLOW_EXPERIMENT_NAME=place.name)
+        assert later.communicate(timeout=400) == (f"{len(stages)} runs delivered to {store}\n", "")
+        known.append(snapshot(store, place.name))
+    assert known[0] == known[1]
+    demos = [run for run in known[0].values() if run[0] == "demo"]
+    assert (len(demos), len(known[0])) == (len(stages), 2 * len(stages))
+    for _, times, _, history, *_ in demos:
+        assert times[0] == "FINISHED"
+        assert [(step, value) for step, _, value in history["train/loss"]] == [
+            (s, 5 - s / 10) for s in range(0, 50, 10)
+        ]
+
+
+def wait_for_lock(pipeline: Path) -> None:
+    """Until the process that the stage started has ended."""
+    from stages.runtime.run import locked
+
+    with locked(pipeline / "lock", patience=300) as holder:
+        assert holder is None
+
+
+def test_an_experiment_that_another_clone_makes_first_is_taken(
+    delivery: sync.Delivery, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = MlflowClient(os.environ["MLFLOW_TRACKING_URI"]).create_experiment(place.name)
+    first_look = MlflowClient.get_experiment_by_name
+
+    def too_early(client: MlflowClient, name: str) -> None:
+        monkeypatch.setattr(MlflowClient, "get_experiment_by_name", first_look)
+
+    monkeypatch.setattr(MlflowClient, "get_experiment_by_name", too_early)
+    assert delivery._client()[1] == made
+
+
+def dead_journal(place: Path, name: str) -> Journal:
+    """That of a stage whose process is gone without a word."""
+    journal = Journal(place / ".work/runs" / name / "pretrain-1")
+    gone = Process(2**22, 1, socket.gethostname())
+    journal._write(event="start", stage="pretrain", title=name, process=gone._asdict(), params={}, tags={})
+    return journal
+
+
+def test_a_stage_is_delivered_when_it_ends_and_the_next_one_closes_what_died(place: Path, store: str) -> None:
+    dead = dead_journal(place, "died")
+    variables = {"LLM_TRACKING": "on", "MLFLOW_TRACKING_URI": store, "MLFLOW_EXPERIMENT_NAME": place.name}
+    (place / "stage.py").write_text(
+        "from stages import tracking; tracking.DELIVERY_PATIENCE = 300\n"
+        "j = tracking.Journal.start('pretrain', {'seed': 1}, 'sample')\n"
+        "j.metrics({'train/loss': 2.0}, 5); j.end('FINISHED'); print((j.folder / 'delivered').exists())"
+    )
+    stage = command("stage", place, MLFLOW_RUN_ID="0" * 32, **variables)
+    assert stage.communicate(timeout=400) == ("True\n", "")
+    for _ in range(3000):  # what delivered it goes on with what was left
+        if (dead.folder / "delivered").exists():
+            break
+        time.sleep(0.1)
+    runs = sorted((run.info.run_name, run.info.status) for run in all_runs(store, place.name))
+    assert runs == [("died", "KILLED"), ("pretrain", "FINISHED"), ("pretrain", "KILLED"), ("run sample", "FINISHED")]
+
+
+def test_one_bad_journal_does_not_keep_the_others_back(
+    delivery: sync.Delivery, place: Path, store: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    empty = place / ".work/runs/1/pretrain-1/events.jsonl"
+    empty.parent.mkdir(parents=True)
+    empty.touch()  # a full disk refused the first line
+    bad = dead_journal(place, "2")
+    bad._write(event="artifact", name="lost.md")
+    good = dead_journal(place, "3")
+    assert sync.sync() == 1
+    said = capsys.readouterr()
+    assert said.out == f"1 runs delivered to {store}\n"
+    assert re.search(r"^tracking: MLflow at sqlite:.* failed: .*lost.md", said.err, re.MULTILINE)
+    assert [path.parent for path in place.glob(".work/runs/*/*/delivered")] == [good.folder]
+
+
+def test_an_error_without_words_is_called_by_its_name(place: Path) -> None:
+    assert sync.note_problem(place, TimeoutError()).endswith("failed: TimeoutError")
+
+
+def test_a_line_that_a_full_disk_cut_costs_no_other(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = record(steps=0)
+    with (journal.folder / "events.jsonl").open("rb") as file:
+        size = len(file.read())
+    code = (
+        "import resource, sys; from pathlib import Path; from stages.tracking.journal import Journal\n"
+        "journal = Journal(Path(sys.argv[1]))\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))\n"
+        "journal.metrics({'a': 1.0}, 1)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))\n"
+        "journal.metrics({'a': 1.0}, 2)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(journal.folder), str(size + 20)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (
+        0,
+        "tracking: metrics is not recorded: [Errno 28] No space left on device\n",
+    )
+    assert [e["step"] for e in tracking.read_events(journal.folder) if e["event"] == "metrics"] == [2]
+
+
+def test_switched_off_it_only_keeps_the_journal(place: Path) -> None:
+    journal = record()
+    journal.end("FINISHED")
+    assert [path.name for path in journal.folder.parent.iterdir()] == [journal.folder.name]
+
+
+# ---- models ----------------------------------------------------------------------------------------------------------
+
+
+def make_models(place: Path) -> None:
+    tokenizer = Tokenizer.train(["the cat sat on the mat. " * 50], 270)
+    config = gpt_config(vocab_size=tokenizer.vocab_size, context_length=128)
+    torch.manual_seed(0)
+    gpt = GPT(config)
+    labels = ["ham", "spam"]
+    kinds = {
+        "base": (gpt, ModelFolderConfig(kind="base", gpt=config)),
+        "instruct": (gpt, ModelFolderConfig(kind="instruct", gpt=config, template="chatml")),
+        "classifier": (
+            GPTClassifier(gpt, 2),
+            ModelFolderConfig(kind="classifier", gpt=config, labels=labels, max_length=32),
+        ),
+    }
+    for kind, (model, folder_config) in kinds.items():
+        save_model_folder(place / "models" / kind, ModelFolder(model, tokenizer, folder_config))
+
+
+@pytest.mark.filterwarnings("ignore:.*AnyType")  # an answer's values are texts or tables
+def test_registered_models_load_without_pickle_and_answer(delivery: sync.Delivery, place: Path, store: str) -> None:
+    make_models(place)
+    journal = record("evaluate")
+    for kind in ("base", "classifier", "instruct"):
+        journal.model(f"llm-{kind}", place / "models" / kind)
+    shutil.rmtree(place / "models")  # what was handed over counts
+    journal.end("FINISHED")
+    delivery.pipeline(journal.folder.parent)
+    sync.Delivery().pipeline(journal.folder.parent)
+
+    code = """
+import json, mlflow, pandas as pd
+answers = {}
+for name in ("llm-base", "llm-classifier", "llm-instruct"):
+    model = mlflow.pyfunc.load_model(f"models:/{name}@candidate")
+    answers[name] = model.predict(["the cat", "a mat on the mat"]), model.predict(pd.DataFrame({"text": ["the cat"]}))
+params = {"max_new_tokens": 2, "temperature": 1.0, "seed": 3}
+answers["short"] = mlflow.pyfunc.load_model("models:/llm-base@candidate").predict(["the cat"], params=params)
+import llm
+answers["code"] = llm.__file__
+print(json.dumps(answers))
+"""
+    env = os.environ | {"MLFLOW_TRACKING_URI": store, "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=place, env=env, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    answers = json.loads(done.stdout.splitlines()[-1])
+    assert "/artifacts/code/llm/" in answers["code"], "the code that the model was made with"
+    for name in ("llm-base", "llm-instruct"):
+        assert [set(answer) for answer in answers[name][0]] == [{"text"}, {"text"}]
+        assert answers[name][0][:1] == answers[name][1]
+    assert len(answers["short"][0]["text"]) < len(answers["llm-base"][1][0]["text"])
+    labelled = answers["llm-classifier"][0][0]
+    assert labelled["label"] == max(labelled["probabilities"], key=labelled["probabilities"].get)
+    assert sum(labelled["probabilities"].values()) == pytest.approx(1, abs=1e-5)
+    requirements = next((place / "mlruns").rglob("requirements.txt"))
+    assert f"torch=={version('torch')}" in requirements.read_text()
