@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from llm.bench import KINDS, TRAININGS
+from llm.common.errors import InputError
 from llm.common.sanitize import CONTROLS, one_line, visible
-from llm.config import InputError
 
 if TYPE_CHECKING:
     from llm.checkpoint.folder import ModelFolder
@@ -62,7 +62,7 @@ def generate(args: argparse.Namespace) -> None:
 
 def chat(args: argparse.Namespace) -> None:
     """Answers one instruction a line; each stands alone, the model does not see earlier ones."""
-    from llm.data.examples import encode_prompt
+    from llm.tokenizer.prompts import encode_prompt
 
     context = checked_text(args.input, "--input")
     folder, model = load_gpt(args.model_dir, "instruct", int8=args.int8)
@@ -111,7 +111,7 @@ def score(args: argparse.Namespace) -> None:
     """Prints how well the model predicts a text."""
     import torch
 
-    from llm.evaluation.metrics import score_tokens
+    from llm.inference.score import score_tokens
 
     name = "stdin" if args.file == "-" else args.file
     content = sys.stdin.buffer.read() if args.file == "-" else Path(args.file).read_bytes()
@@ -142,7 +142,8 @@ def import_(args: argparse.Namespace) -> None:
     check_place(args.model_dir, args.source)
     folder = import_model(args.source)
     if args.adapter is not None:
-        from llm.model.lora import load_adapter, merge_lora
+        from llm.checkpoint.adapter import load_adapter
+        from llm.model.lora import merge_lora
 
         folder = load_adapter(args.adapter, folder)
         merge_lora(folder.model)
@@ -281,8 +282,8 @@ def check_place(out: Path, source: str | Path, kind: str = "model folder", holds
 def load_gpt(path: Path, *kinds: str, int8: bool = False) -> tuple[ModelFolder, GPT]:
     """A model folder of one of these kinds, and its GPT."""
     from llm.checkpoint.folder import load_model_folder
+    from llm.inference.int8 import to_int8
     from llm.model.gpt import GPT
-    from llm.model.linear import to_int8
 
     folder = load_model_folder(path)
     if folder.config.kind not in kinds or not isinstance(folder.model, GPT):
@@ -311,8 +312,11 @@ def answering(folder: ModelFolder, model: GPT, args: argparse.Namespace) -> Call
 
     What a prompt begins with as the one before it did is not read again.
     """
-    from llm.data.examples import end_tokens
-    from llm.inference.generate import Prefix, Sampling, compile_step, stream, stream_text
+    from llm.inference.compiled import compile_step
+    from llm.inference.generate import stream, stream_text
+    from llm.inference.prefill import Prefix
+    from llm.inference.sampling import Sampling
+    from llm.tokenizer.prompts import end_tokens
 
     sampling = Sampling(
         repetition_penalty=args.repetition_penalty,

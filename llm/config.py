@@ -7,7 +7,6 @@ was found.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
@@ -15,31 +14,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from llm.common.sanitize import one_line
-
-LONGEST_MESSAGE = 2000  # characters
-
-
-class InputError(ValueError):
-    """Something the user gave is wrong. The message is one line: what, where, and what to do.
-
-    It may quote a file that anybody wrote: what is not printable in it is escaped here, for whoever prints it, and what
-    is too long loses its middle.
-    """
-
-    def __init__(self, message: str) -> None:
-        line = one_line(message)
-        if len(line) > LONGEST_MESSAGE:
-            line = f"{line[: LONGEST_MESSAGE // 2]} ... {line[-LONGEST_MESSAGE // 2 :]}"
-        super().__init__(line)
-
-
-def parse_json(text: str | bytes) -> Any:
-    """`json.loads`, but whatever is wrong with the text is a `ValueError`."""
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise ValueError("too many brackets inside one another") from None
+from llm.common.errors import InputError
 
 
 class Strict(BaseModel):

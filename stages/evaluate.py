@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 
 from llm.checkpoint.folder import ModelFolder, load_model_folder
+from llm.common.device import pick_device
+from llm.common.files import write_atomic
 from llm.evaluation import report
 from llm.evaluation.evaluate import (
     BaseResult,
@@ -20,8 +22,7 @@ from llm.evaluation.evaluate import (
     evaluate_classifiers,
     evaluate_instruct,
 )
-from llm.training.fit import pick_device
-from stages.runtime.run import Run, main, shortage, write_atomic
+from stages.runtime.run import Run, main, shortage
 
 MODELS, TOKENS, REPORTS = Path("models"), Path("data/tokens"), Path("reports")
 FIGURES = REPORTS / "figures"

@@ -9,9 +9,11 @@ from functools import partial
 from pathlib import Path
 
 from llm.checkpoint.folder import ModelFolder, ModelFolderConfig
-from llm.data.examples import class_weights, collate_labels, message_examples, read_labels, read_messages
-from llm.model.gpt import GPT, GPTClassifier
-from llm.training.fit import label_loss, label_metrics
+from llm.data.batches import collate_labels
+from llm.data.examples import class_weights, message_examples, read_labels, read_messages
+from llm.model.classifier import GPTClassifier
+from llm.model.gpt import GPT
+from llm.training.losses import label_loss, label_metrics
 from stages.runtime.finetune import Task, finetune
 from stages.runtime.processes import main_training
 from stages.runtime.run import Run

@@ -9,10 +9,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from llm.checkpoint.folder import ModelFolder, ModelFolderConfig
-from llm.data.examples import Batch, collate_pairs, encode_prompt, pair_examples, read_pairs, stop_token
+from llm.data.batches import Batch, collate_pairs
+from llm.data.examples import pair_examples, read_pairs
 from llm.inference.generate import generate
 from llm.model.gpt import GPT
-from llm.training.fit import mean_loss, next_token_loss
+from llm.tokenizer.prompts import encode_prompt, stop_token
+from llm.training.losses import mean_loss, next_token_loss
 from stages.runtime.finetune import Task, finetune
 from stages.runtime.processes import main_training
 from stages.runtime.run import Run

@@ -7,16 +7,23 @@ from pathlib import Path
 
 import torch
 
+from llm.checkpoint.adapter import save_trained
 from llm.checkpoint.folder import ModelFolder, language_model
 from llm.common import distributed as parallel
-from llm.config import SCRATCH, GPTConfig, InputError, PretrainParams
+from llm.common.device import pick_device
+from llm.common.errors import InputError
+from llm.config import SCRATCH, GPTConfig, PretrainParams
 from llm.convert.hf import import_model
-from llm.data.examples import TokenShards, held_out_windows, window_batches
-from llm.inference.generate import Sampling, generate
+from llm.data.batches import held_out_windows, window_batches
+from llm.data.shards import TokenShards
+from llm.inference.generate import generate
+from llm.inference.sampling import Sampling
 from llm.model.gpt import GPT
-from llm.model.lora import save_trained
 from llm.tokenizer.bpe import Tokenizer
-from llm.training.fit import base_dtype, fit, freeze, mean_loss, next_token_loss, pick_device, trained_parameters
+from llm.training.fit import fit
+from llm.training.freeze import freeze, trained_parameters
+from llm.training.losses import mean_loss, next_token_loss
+from llm.training.precision import base_dtype
 from stages.runtime.processes import main_training
 from stages.runtime.run import Run
 

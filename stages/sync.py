@@ -22,8 +22,9 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llm.common.files import write_atomic
 from stages import timeline
-from stages.runtime.run import locked, write_atomic
+from stages.runtime.run import locked
 from stages.tracking.journal import Process, is_delivered, printable, repository, runs_folder, tracking_uri
 from stages.tracking.journals import (
     Event,

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from llm.common.errors import InputError
+from llm.common.files import write_atomic
 from llm.common.plotting import BASE, CONTROL, OURS, new_figure, save, style
 from llm.common.sanitize import escape, table
-from llm.config import InputError
-from stages.runtime.run import write_atomic
 from stages.tracking.journal import runs_folder
 from stages.tracking.journals import end_event, first_event, is_open, journals
 

@@ -8,13 +8,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from llm.common.files import write_atomic
 from llm.config import SCRATCH
 from llm.preprocess import data_card as datacard
 from llm.preprocess import supervised as labelled
 from llm.preprocess.corpus import Workers, batches_of, encode_corpus, plan_corpus, training_texts
 from llm.preprocess.text import read_raw_json
 from llm.tokenizer.bpe import Tokenizer
-from stages.runtime.run import Run, main, write_atomic
+from stages.runtime.run import Run, main
 
 RAW, TOKENS = Path("data/raw"), Path("data/tokens")
 

@@ -35,14 +35,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llm.__main__ import main as llm_main
+from llm.checkpoint.adapter import save_trained
 from llm.checkpoint.folder import ModelFolder, ModelFolderConfig, save_model_folder
 from llm.convert.gguf import export_gguf
 from llm.convert.hf import export_hf
-from llm.model.gpt import GPT, GPTClassifier
-from llm.model.lora import save_trained
+from llm.model.classifier import GPTClassifier
+from llm.model.gpt import GPT
 from llm.preprocess.text import SPLITS
 from llm.tokenizer.bpe import GPT2_PATTERN, Tokenizer
-from llm.training.fit import freeze
+from llm.training.freeze import freeze
 from stages.runtime import run as stage_run
 from tests.conftest import ROOT
 from tests.helpers import LLAMA_FORM, gpt_config, randomize, tiny_tokenizer, train_params

@@ -11,7 +11,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm.config import LONGEST_MESSAGE, InputError, parse_json, parse_params
+from llm.common.errors import LONGEST_MESSAGE, InputError
+from llm.common.files import parse_json
+from llm.config import parse_params
 from tests.conftest import ROOT
 
 SHIPPED: dict[str, Any] = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))

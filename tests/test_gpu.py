@@ -11,9 +11,11 @@ import torch
 from llm.bench.contest import compare
 from llm.bench.models import Shape
 from llm.bench.training import TRAIN
-from llm.inference.generate import compile_step, generate
+from llm.inference.compiled import compile_step
+from llm.inference.generate import generate
 from llm.model.gpt import GPT
-from llm.training.fit import fit, mean_loss, next_token_loss
+from llm.training.fit import fit
+from llm.training.losses import mean_loss, next_token_loss
 from tests.helpers import FORMS, gpt_config, randomize, runtime_params, train_params
 from tests.training.test_fit import new_gpt, random_batch
 

@@ -369,9 +369,9 @@ def test_asked_to_stop_in_an_evaluation_all_leave_it(pipeline: Path) -> None:
         pipeline,
         "finetune-classify",
         "import os, signal\nif 'RANK' not in os.environ:\n"
-        "    import llm.training.fit\n    evaluate = llm.training.fit.label_metrics\n"
+        "    import llm.training.fit\n    evaluate = llm.training.losses.label_metrics\n"
         "    def stopped(*given, **more):\n        os.kill(os.getpid(), signal.SIGTERM)\n"
-        "        return evaluate(*given, **more)\n    llm.training.fit.label_metrics = stopped\n",
+        "        return evaluate(*given, **more)\n    llm.training.losses.label_metrics = stopped\n",
     )
     assert done.returncode == 143
     assert "finetune-classify: stopped by SIGTERM" in done.stderr
@@ -397,7 +397,7 @@ def test_a_process_that_fails_ends_all_with_its_message(pipeline: Path) -> None:
         pipeline,
         "pretrain",
         "import os\nif os.environ.get('RANK') == '1':\n"
-        "    import llm.data.examples\n    llm.data.examples.TokenShards = lambda *_: llm.data.examples.read_lines(llm.data.examples.Path('/no/shards'))\n",
+        "    import llm.data.examples\n    llm.data.shards.TokenShards = lambda *_: llm.data.examples.read_lines(llm.data.examples.Path('/no/shards'))\n",
     )
     assert done.returncode == 1
     assert "pretrain: /no/shards: missing" in done.stderr

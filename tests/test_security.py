@@ -29,27 +29,23 @@ import yaml
 
 import llm.convert.gguf
 import stages.sync
-from llm.checkpoint.folder import (
-    ModelFolder,
-    ModelFolderConfig,
-    load_model_folder,
-    load_state,
-    save_model_folder,
-    save_state,
-)
+from llm.checkpoint.adapter import read_adapter
+from llm.checkpoint.folder import ModelFolder, ModelFolderConfig, load_model_folder, save_model_folder
 from llm.common import sanitize as display
+from llm.common.errors import InputError
+from llm.common.files import write_atomic
 from llm.common.sanitize import CONTROLS, escape, one_line, visible
-from llm.config import CorpusSource, InputError, SourceFile
+from llm.config import CorpusSource, SourceFile
 from llm.convert.gguf import export_gguf
 from llm.convert.hf import export_hf, import_model
-from llm.data.examples import TokenShards
+from llm.data.shards import TokenShards
 from llm.download.fetch import fetch
 from llm.download.readers import write_records
 from llm.model.gpt import GPT
-from llm.model.lora import read_adapter
 from llm.tokenizer.bpe import GPT2_PATTERN, Tokenizer
 from llm.tokenizer.chat_template import render, render_untrusted
-from stages.runtime.run import read_yaml, write_atomic
+from llm.training.state import load_state, save_state
+from stages.runtime.run import read_yaml
 from tests.conftest import ROOT
 from tests.download.test_fetch import DATA, Server, serving
 from tests.helpers import LLAMA_FORM, gpt_config, randomize, tiny_tokenizer

@@ -23,8 +23,8 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import psutil  # type: ignore[import-untyped]
 
+from llm.common.errors import InputError
 from llm.common.sanitize import table
-from llm.config import InputError
 
 OURS = "this project"  # what the names of our own contestants begin with
 PATIENCE = 5  # seconds that a contestant has to end

@@ -19,11 +19,13 @@ import torch
 
 from llm.bench.contest import OURS, Contest, Cost, LeftOut, Turn, apart
 from llm.bench.models import Shape, check_shape, gpt_config, matrix_weights, transformers_model
-from llm.config import InputError
+from llm.common.errors import InputError
 from llm.convert.gguf import FileType, export_gguf
-from llm.inference.generate import compile_step, generate
+from llm.inference.compiled import compile_step
+from llm.inference.generate import generate
+from llm.inference.int8 import to_int8
 from llm.model.gpt import GPT
-from llm.model.linear import to_int8, to_packed
+from llm.model.linear import to_packed
 from llm.tokenizer.bpe import END_OF_TEXT, GPT2_PATTERN, Tokenizer
 
 

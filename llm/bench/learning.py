@@ -20,14 +20,19 @@ from pydantic import ValidationError
 
 from llm.bench.contest import OURS, machine, matrix_limit, title, versions
 from llm.bench.tokenizing import SAMPLE, read_documents, write_records
+from llm.common.device import pick_device
+from llm.common.errors import InputError
 from llm.common.sanitize import table
-from llm.config import GPTConfig, InputError, Params, PretrainParams, RuntimeParams, explain
+from llm.config import GPTConfig, Params, PretrainParams, RuntimeParams, explain
 from llm.convert.hf import GPT2Form
-from llm.data.examples import TokenShards, held_out_windows, window_batches
+from llm.data.batches import held_out_windows, window_batches
+from llm.data.shards import TokenShards
 from llm.model.gpt import GPT
 from llm.preprocess.corpus import Workers, encode_corpus, plan_corpus, training_texts
 from llm.tokenizer.bpe import Tokenizer
-from llm.training.fit import fit, has_bf16_units, mean_loss, mixes, next_token_loss, pick_device
+from llm.training.fit import fit
+from llm.training.losses import mean_loss, next_token_loss
+from llm.training.precision import has_bf16_units, mixes
 
 NANOGPT = "nanoGPT's recipe"
 OURS_IN_BF16 = f"{OURS}, bf16"

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from llm.bench.contest import Cost
-from llm.config import GPTConfig, InputError, explain
+from llm.common.errors import InputError
+from llm.config import GPTConfig, explain
 from llm.convert.hf import GPT2Form, LlamaForm
 
 

@@ -18,9 +18,10 @@ from pydantic import ValidationError
 
 from llm.bench.contest import machine, title, versions
 from llm.bench.learning import Lesson, Recipe, encode, lesson_of, our_config, parameters, train, training
+from llm.common.errors import InputError
 from llm.common.sanitize import table
-from llm.config import InputError, Params, explain
-from llm.data.examples import TokenShards
+from llm.config import Params, explain
+from llm.data.shards import TokenShards
 
 SMALLER = (2, 3, 4, 6)  # eighths of the width: the models that the law is made from
 WARMUP = 0.05  # of the steps, which are few for a small model

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llm.bench.contest import OURS, Contest, Turn, apart
-from llm.config import CorpusSplit, InputError
+from llm.common.errors import InputError
+from llm.config import CorpusSplit
 from llm.preprocess.corpus import Batch, Workers, batch_records, encode_corpus, plan_corpus
 from llm.preprocess.text import normalise
 from llm.tokenizer.bpe import GPT2_PATTERN, SPECIAL_TOKENS, Tokenizer

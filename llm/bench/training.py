@@ -11,9 +11,12 @@ from torch import Tensor, nn
 
 from llm.bench.contest import OURS, Contest, Turn
 from llm.bench.models import Shape, check_shape, gpt_config, training_cost, transformers_config, transformers_model
-from llm.data.examples import Batch, Example, collate_labels, example_batches
-from llm.model.gpt import GPT, GPTClassifier
-from llm.training.fit import keep_freed_memory, label_loss, next_token_loss
+from llm.data.batches import Batch, collate_labels, example_batches
+from llm.data.examples import Example
+from llm.model.classifier import GPTClassifier
+from llm.model.gpt import GPT
+from llm.training.losses import label_loss, next_token_loss
+from llm.training.precision import keep_freed_memory
 
 
 def training_turn(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], shape: Shape) -> Turn:

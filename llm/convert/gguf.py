@@ -29,17 +29,12 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from llm.checkpoint.folder import (
-    ModelFolder,
-    assign_tensor,
-    check_layers,
-    language_model,
-    stored_tensors,
-    tie_head,
-    without_weights,
-)
-from llm.config import MAX_SIZE, GPTConfig, InputError, RopeScaling, explain
-from llm.model.gpt import GPT, rotary_frequencies
+from llm.checkpoint.folder import ModelFolder, language_model
+from llm.checkpoint.weights import assign_tensor, check_layers, stored_tensors, tie_head, without_weights
+from llm.common.errors import InputError
+from llm.config import MAX_SIZE, GPTConfig, RopeScaling, explain
+from llm.model.gpt import GPT
+from llm.model.rotary import rotary_frequencies
 from llm.tokenizer.hf import ImportedTokenizer, gguf_tokenizer_fields, tokenizer_from_gguf
 
 ARCHITECTURES = ("gpt2", "llama", "qwen2", "qwen3")  # llama: also SmolLM2 and Mistral

@@ -20,36 +20,23 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from llm.checkpoint.folder import (
-    ModelFolder,
+from llm.checkpoint.folder import ModelFolder, language_model, load_model_folder, read_model_folder
+from llm.checkpoint.weights import (
     assign_tensor,
     check_layers,
-    language_model,
-    load_model_folder,
-    read_model_folder,
-    replaced_folder,
     stored_tensors,
     tie_head,
     unreadable,
     without_weights,
     write_tensors,
 )
-from llm.config import (
-    GPTConfig,
-    InputError,
-    Layers,
-    NonNegative,
-    NonNegativeFloat,
-    Positive,
-    PositiveFloat,
-    RopeScaling,
-    explain,
-    parse_json,
-)
-from llm.data.examples import end_tokens
+from llm.common.errors import InputError
+from llm.common.files import parse_json, replaced_folder
+from llm.config import GPTConfig, Layers, NonNegative, NonNegativeFloat, Positive, PositiveFloat, RopeScaling, explain
 from llm.model.gpt import GPT
 from llm.tokenizer.bpe import FILE_NAME as OUR_TOKENIZER
 from llm.tokenizer.hf import ImportedTokenizer, read_tokenizer_json, write_tokenizer_json
+from llm.tokenizer.prompts import end_tokens
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")

@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from llm.checkpoint.folder import replaced_folder
-from llm.config import InputError
+from llm.checkpoint.adapter import read_adapter
+from llm.common.errors import InputError
+from llm.common.files import replaced_folder
 from llm.convert.hf import NAMES, form_of
-from llm.model.lora import read_adapter
 
 
 def export_peft(adapter: Path, out: Path, base: str | None = None) -> None:

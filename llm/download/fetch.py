@@ -40,8 +40,9 @@ import urllib3
 from filelock import FileLock
 from tqdm import tqdm
 
+from llm.common.errors import InputError
 from llm.common.sanitize import one_line
-from llm.config import InputError, SourceFile
+from llm.config import SourceFile
 
 SCHEMES = ("https", "http", "file", "s3", "gs", "hf")
 TRACKED = (Path("data/own"), Path("data/sample"))  # DVC notices changes of local files here

@@ -22,7 +22,9 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from llm.config import CorpusSource, InputError, InstructionsSource, MessagesSource, parse_json
+from llm.common.errors import InputError
+from llm.common.files import parse_json
+from llm.config import CorpusSource, InstructionsSource, MessagesSource
 from llm.download.fetch import BLOCK, DataFile
 
 TEXT = (".txt", ".md")

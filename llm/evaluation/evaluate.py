@@ -11,36 +11,28 @@ import torch
 from numpy.typing import NDArray
 
 from llm.checkpoint.folder import ModelFolder
-from llm.config import EvaluateParams, InputError, Template
-from llm.data.examples import (
-    Pair,
-    TokenShards,
-    batches_by_length,
-    collate_pairs,
-    encode_prompt,
-    end_tokens,
-    pair_examples,
-    read_labels,
-    read_messages,
-    read_pairs,
-    stop_token,
-)
+from llm.common.errors import InputError
+from llm.config import EvaluateParams, Template
+from llm.data.batches import batches_by_length, collate_pairs
+from llm.data.examples import Pair, pair_examples, read_labels, read_messages, read_pairs
+from llm.data.shards import TokenShards
 from llm.evaluation.baselines import NGram, classical_classifiers, xz_bytes
 from llm.evaluation.metrics import (
     AnswerReport,
     ClassificationReport,
-    Score,
     answer_report,
     by_task,
     classification_report,
     roc_points,
-    score_tokens,
 )
 from llm.inference.classify import classify_texts
-from llm.inference.generate import GREEDY, Sampling, generate
+from llm.inference.generate import generate
+from llm.inference.sampling import GREEDY, Sampling
+from llm.inference.score import Score, score_tokens
 from llm.model.gpt import GPT
 from llm.tokenizer.bpe import Tokenizer
-from llm.training.fit import mean_loss, next_token_loss
+from llm.tokenizer.prompts import encode_prompt, end_tokens, stop_token
+from llm.training.losses import mean_loss, next_token_loss
 
 Row = TypeVar("Row")
 Floats = NDArray[np.float64]

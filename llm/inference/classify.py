@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from llm.checkpoint.folder import ModelFolder
-from llm.config import InputError
-from llm.data.examples import Example, batches_by_length, collate_labels, encode_message
-from llm.model.gpt import GPTClassifier
+from llm.common.errors import InputError
+from llm.data.batches import batches_by_length, collate_labels
+from llm.data.examples import Example, encode_message
+from llm.model.classifier import GPTClassifier
 
 
 @torch.no_grad()

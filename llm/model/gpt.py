@@ -12,8 +12,6 @@ D head_dim, F ffn_dim, V vocab_size.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from functools import lru_cache
 from itertools import islice
 
 import torch
@@ -23,62 +21,9 @@ from torch.utils.checkpoint import checkpoint
 
 from llm.config import GPTConfig
 from llm.model.attention import causal_attention
+from llm.model.kv_cache import KVCache
 from llm.model.linear import Linear
-
-
-class KVCache:
-    """Keys and values of all layers, allocated once for `max_length` tokens a row; `length` tokens are filled.
-
-    A call may have fewer rows than the cache: they are its first ones.
-    """
-
-    def __init__(
-        self,
-        config: GPTConfig,
-        batch_size: int,
-        max_length: int,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        shape = (config.n_layers, batch_size, config.n_kv_heads, max_length, config.head_dim)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)  # [layers, B, K, max_length, D]
-        self.values = torch.zeros_like(self.keys)
-        self.max_length = max_length
-        self.length = 0
-
-    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores one layer's [B, K, T, D] behind what it holds; returns all of it, [B, K, S, D], without a copy."""
-        rows, end = keys.shape[0], self.length + keys.shape[2]
-        if end > self.max_length:
-            raise ValueError(f"the cache holds {self.max_length} tokens, {end} were asked for")
-        self.keys[layer, :rows, :, self.length : end] = keys
-        self.values[layer, :rows, :, self.length : end] = values
-        return self.keys[layer, :rows, :, :end], self.values[layer, :rows, :, :end]
-
-    def part(self, row: int, start: int, end: int) -> tuple[Tensor, Tensor]:
-        """What a row holds from one position to another: 2 x [layers, K, end - start, D], without a copy."""
-        return self.keys[:, row, :, start:end], self.values[:, row, :, start:end]
-
-    def put(self, row: int, start: int, keys: Tensor, values: Tensor) -> None:
-        """Copies a part [layers, K, n, D] into a row."""
-        end = start + keys.shape[2]
-        self.keys[:, row, :, start:end] = keys
-        self.values[:, row, :, start:end] = values
-
-    def keep(self, rows: Sequence[int]) -> None:
-        """Makes the given rows the first ones, in that order."""
-        moved = [(to, row) for to, row in enumerate(rows) if to != row]
-        if moved:
-            to, of = map(list, zip(*moved, strict=True))
-            self.keys[:, to, :, : self.length] = self.keys[:, of, :, : self.length]
-            self.values[:, to, :, : self.length] = self.values[:, of, :, : self.length]
-
-    def shift(self, n: int) -> None:
-        """Moves all that it holds by n positions, to the left where n is negative: what leaves is forgotten."""
-        kept = slice(max(0, -n), self.length)
-        self.length += n
-        self.keys[..., max(0, n) : self.length, :] = self.keys[..., kept, :].clone()
-        self.values[..., max(0, n) : self.length, :] = self.values[..., kept, :].clone()
+from llm.model.rotary import rotary, rotate
 
 
 class RMSNorm(nn.RMSNorm):
@@ -93,49 +38,6 @@ def make_norm(config: GPTConfig, size: int) -> nn.Module:
     if config.norm == "rmsnorm":
         return RMSNorm(size, eps=config.norm_eps)
     return nn.LayerNorm(size, eps=config.norm_eps, bias=config.bias)
-
-
-@lru_cache(maxsize=16)
-def rotary_frequencies(config: GPTConfig, device: torch.device) -> Tensor:
-    """The angle that each pair of a head turns by from one position to the next, [D/2] in radians, fp32."""
-    D, scaling = config.head_dim, config.rope_scaling
-    frequencies = config.rope_theta ** -(torch.arange(0, D, 2, device=device).float() / D)  # [D/2]
-    if scaling is None:
-        return frequencies
-    stretched = frequencies / scaling.factor
-    if scaling.kind == "llama3":
-        assert scaling.original_context_length and scaling.low_freq_factor and scaling.high_freq_factor
-        turns = scaling.original_context_length * frequencies / (2 * math.pi)  # within the original context
-        low, high = scaling.low_freq_factor, scaling.high_freq_factor
-        kept = ((turns - low) / (high - low)).clamp(0, 1)  # 1: high frequency, as it was
-        return kept * frequencies + (1 - kept) * stretched
-    if scaling.kind == "yarn":
-        original, fast, slow = scaling.original_context_length, scaling.beta_fast, scaling.beta_slow
-        assert original and fast and slow
-        # The pairs that turn so often within the original context; those between them are blended.
-        first, last = (
-            D * math.log(original / (n * 2 * math.pi)) / (2 * math.log(config.rope_theta)) for n in (fast, slow)
-        )
-        low, high = max(math.floor(first), 0), min(math.ceil(last), D - 1)
-        ramp = (torch.arange(D // 2, device=device).float() - low) / max(high - low, 0.001)
-        kept = 1 - ramp.clamp(0, 1)  # [D/2]
-        return kept * frequencies + (1 - kept) * stretched
-    return stretched
-
-
-def rotary(config: GPTConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the angles at `positions` [T] or [B, T]: 2 x [T, D/2] or [B, 1, T, D/2], fp32."""
-    angles = positions[..., None].float() * rotary_frequencies(config, positions.device)
-    if positions.ndim == 2:
-        angles = angles[:, None]  # [B, 1, T, D/2]: the same for all heads
-    scale = 1.0 if config.rope_scaling is None else config.rope_scaling.attention_factor or 1.0
-    return angles.cos() * scale, angles.sin() * scale
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions: turns each pair (x_i, x_{i+D/2}) of [B, H, T, D] by its position's angle, in fp32."""
-    first, second = x.float().chunk(2, dim=-1)  # 2 x [B, H, T, D/2]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
 class CausalSelfAttention(nn.Module):
@@ -336,23 +238,3 @@ class GPT(nn.Module):
     def forward(self, idx: Tensor, cache: KVCache | None = None, pad: Tensor | None = None) -> Tensor:
         """Token ids [B, T] to logits [B, T, V]; cache and pad as in `hidden`."""
         return self.lm_head(self.hidden(idx, cache, pad))
-
-
-class GPTClassifier(nn.Module):
-    """A GPT whose hidden state at the last token of each row is mapped to labels."""
-
-    def __init__(self, gpt: GPT, n_labels: int) -> None:
-        super().__init__()
-        self.gpt = gpt
-        self.head = Linear(gpt.config.emb_dim, n_labels)
-        nn.init.normal_(self.head.weight, std=0.02)
-        nn.init.zeros_(self.head.bias)
-
-    def forward(self, idx: Tensor, lengths: Tensor, lower: Tensor | None = None, n_lower: int = 0) -> Tensor:
-        """Right-padded ids [B, T] with `lengths` [B] real tokens each, to logits [B, n_labels]; `lower` as in `hidden`.
-
-        Attention is causal, so what stands behind a row's last token cannot change its answer.
-        """
-        hidden = self.gpt.hidden(idx, lower=lower, n_lower=n_lower)  # [B, T, C]
-        last = hidden[torch.arange(len(idx), device=idx.device), lengths - 1]  # [B, C]
-        return self.head(last)

@@ -27,7 +27,8 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from llm.config import CorpusSplit, InputError
+from llm.common.errors import InputError
+from llm.config import CorpusSplit
 from llm.preprocess.text import (
     SPLITS,
     TEST,

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llm.config import InputError, LabelledSplit
+from llm.common.errors import InputError
+from llm.config import LabelledSplit
 from llm.preprocess.text import SPLITS, key_hash, leak_key, read_records, text_field
 
 BOOK_SEED = 123  # of the book's own splits, whatever the seed of the pipeline

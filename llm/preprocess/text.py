@@ -12,7 +12,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from llm.config import InputError, parse_json
+from llm.common.errors import InputError
+from llm.common.files import parse_json
 
 SPLITS = ("train", "val", "test")  # the later one is the more held out
 TRAIN, VAL, TEST = range(3)

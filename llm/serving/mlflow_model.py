@@ -12,10 +12,11 @@ import mlflow.models
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 from llm.checkpoint.folder import ModelFolder, load_model_folder
-from llm.data.examples import encode_prompt, end_tokens
 from llm.inference.classify import classify_texts
-from llm.inference.generate import Sampling, generate
+from llm.inference.generate import generate
+from llm.inference.sampling import Sampling
 from llm.model.gpt import GPT
+from llm.tokenizer.prompts import encode_prompt, end_tokens
 
 
 class TextModel(PythonModel):

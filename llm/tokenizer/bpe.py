@@ -23,7 +23,8 @@ import regex
 import rustbpe
 import tiktoken
 
-from llm.config import InputError, parse_json
+from llm.common.errors import InputError
+from llm.common.files import parse_json
 
 FILE_NAME = "bpe.json"
 END_OF_TEXT = "<|endoftext|>"

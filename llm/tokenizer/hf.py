@@ -16,8 +16,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llm.config import InputError, Template, parse_json
-from llm.data.examples import ALPACA_INSTRUCTION, ALPACA_PREAMBLE, ALPACA_RESPONSE, stop_token
+from llm.common.errors import InputError
+from llm.common.files import parse_json
+from llm.config import Template
 from llm.tokenizer.bpe import (
     END_OF_TEXT,
     GPT2_PATTERN,
@@ -27,6 +28,7 @@ from llm.tokenizer.bpe import (
     gpt2_bytes,
 )
 from llm.tokenizer.chat_template import render, render_untrusted
+from llm.tokenizer.prompts import ALPACA_INSTRUCTION, ALPACA_PREAMBLE, ALPACA_RESPONSE, stop_token
 
 MAX_TOKEN = 1000  # bytes; known tokens have up to 256, and how long one takes to check grows with the square or worse
 
@@ -482,7 +484,7 @@ def _recognise(
 
 
 def _chat_template(tokenizer: Tokenizer, template: Template, system: str | None) -> str:
-    """`llm.data.examples.encode_prompt` as a Jinja template, for chats of any length."""
+    """`llm.tokenizer.prompts.encode_prompt` as a Jinja template, for chats of any length."""
 
     def text(value: str) -> str:
         return json.dumps(value, ensure_ascii=False)

@@ -3,36 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextvars import ContextVar
-from itertools import islice
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from llm.checkpoint.folder import gpt_of, load_state, save_state
 from llm.common import distributed as parallel
-from llm.config import InputError, RuntimeParams, TrainParams
-from llm.data.examples import IGNORE, Batch, Collate, Example, batches_by_length
-from llm.model.gpt import GPT, GPTClassifier
-from llm.model.lora import add_lora
-from llm.model.loss import linear_cross_entropy
-from llm.training.optim import lr_factor, make_optimizers, set_lr
-
-# A loss function returns the sum of the losses in nats and the weight that it sums to (the number of counted targets).
-LossFunction = Callable[[Any, Batch], tuple[Tensor, Tensor]]
-
-KEPT_BYTES = 2**29  # the most that `keep_lower` may take for one set of examples, in all processes together
+from llm.common.errors import InputError
+from llm.config import RuntimeParams, TrainParams
+from llm.data.batches import IGNORE, Batch
+from llm.model.gpt import GPT
+from llm.training.losses import LossFunction, _should_stop, _StoppedError
+from llm.training.optim import make_optimizers, set_lr
+from llm.training.precision import keep_freed_memory, precision
+from llm.training.schedule import lr_factor
+from llm.training.state import _State, load_state, save_state
 
 
 class FitResult(NamedTuple):
@@ -46,208 +38,6 @@ class FitResult(NamedTuple):
         """The losses at `best_step`: those of the weights that the model has now."""
         row = next(row for row in reversed(self.history) if row["step"] <= self.best_step)
         return {name: value for name, value in row.items() if "/" in name}
-
-
-def next_token_loss(model: GPT, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Cross entropy over the counted targets; positions whose target is ignored never reach the output layer."""
-    targets = batch.targets.flatten()  # [B*T]
-    counted = (targets != IGNORE).nonzero().squeeze(1)  # [N]
-    hidden = model.hidden(batch.idx, lower=batch.lower, n_lower=batch.n_lower).flatten(0, 1)  # [B*T, C]
-    if len(counted) < len(targets):
-        hidden, targets = hidden.index_select(0, counted), targets.index_select(0, counted)  # [N, C], [N]
-    return linear_cross_entropy(hidden, model.lm_head.weight, targets), torch.tensor(float(len(counted)))
-
-
-def label_loss(model: GPTClassifier, batch: Batch, class_weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Cross entropy of the labels, each weighted by its class."""
-    logits = model(batch.idx, batch.lengths, batch.lower, batch.n_lower)  # [B, labels]
-    return weighted_cross_entropy(logits, batch.targets, class_weights)
-
-
-def weighted_cross_entropy(logits: Tensor, labels: Tensor, class_weights: Tensor | None) -> tuple[Tensor, Tensor]:
-    loss = F.cross_entropy(logits.float(), labels, weight=class_weights, reduction="sum")
-    weight = class_weights[labels].sum() if class_weights is not None else torch.tensor(float(len(logits)))
-    return loss, weight
-
-
-def mean_loss(model: nn.Module, loss_function: LossFunction, batches: Iterable[Batch]) -> float:
-    """The exact mean in nats over all counted targets of all batches."""
-    device = next(model.parameters()).device
-    loss, weight = _totals(2, (loss_function(model, batch.to(device)) for batch in _own(batches)))
-    return loss / weight
-
-
-def label_metrics(
-    model: GPTClassifier, batches: Iterable[Batch], class_weights: Tensor | None = None
-) -> dict[str, float]:
-    """The exact mean loss, and the fraction of messages whose likeliest label is theirs."""
-    device = next(model.parameters()).device
-
-    def sums(batch: Batch) -> tuple[Tensor, ...]:
-        logits = model(batch.idx, batch.lengths, batch.lower, batch.n_lower)  # [B, labels]
-        right = (logits.argmax(dim=-1) == batch.targets).sum()
-        return *weighted_cross_entropy(logits, batch.targets, class_weights), right, torch.tensor(len(logits))
-
-    loss, weight, right, rows = _totals(4, (sums(batch.to(device)) for batch in _own(batches)))
-    return {"val/loss": loss / weight, "val/accuracy": right / rows}
-
-
-def _own(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """Those of the batches that this process evaluates. Before each round the processes agree whether to go on."""
-    rounds = iter(batches)
-    while batches_of_round := list(islice(rounds, parallel.world_size())):
-        if parallel.anywhere(_should_stop.get()()):
-            raise _StoppedError
-        yield from batches_of_round[parallel.rank() :][:1]
-
-
-def _totals(n: int, sums: Iterable[tuple[Tensor, ...]]) -> list[float]:
-    """The `n` sums over all batches of all processes; the second one is the weight, which cannot be zero."""
-    totals = torch.zeros(n, dtype=torch.float64)
-    for values in sums:
-        totals += torch.tensor([value.item() for value in values], dtype=torch.float64)
-    totals = parallel.total(totals)
-    if not totals[1]:
-        raise InputError("there is nothing to evaluate on: the validation split is empty; give more data to tokenize")
-    found: list[float] = totals.tolist()
-    return found
-
-
-def freeze(model: GPT | GPTClassifier, params: TrainParams) -> None:
-    """Leaves only what `params.trainable` says to be trained: in fp32, and the rest in the dtype that it has.
-
-    `head`: a classifier's. `last_blocks`: so many, with the final norm and a classifier's head. `lora`: adapters, which
-    are added here, and a classifier's head. `all`: everything that the loss depends on.
-    """
-    gpt, n = gpt_of(model), params.last_blocks
-    model.requires_grad_(params.trainable == "all")
-    if isinstance(model, GPTClassifier):
-        model.head.requires_grad_(True)
-        if not gpt.config.tie_embeddings:
-            gpt.lm_head.requires_grad_(False)  # a classifier does not use it
-    elif params.trainable == "head":
-        raise InputError("trainable: head is for a classifier, and this model is none; take last_blocks, lora or all")
-    if params.trainable == "last_blocks":
-        if n > len(gpt.blocks):
-            raise InputError(f"last_blocks: {n}, but the model has {len(gpt.blocks)} blocks")
-        for module in (*list(gpt.blocks)[len(gpt.blocks) - n :], gpt.final_norm):
-            module.requires_grad_(True)
-    elif params.trainable == "lora":
-        add_lora(model, params.lora)
-    for p in model.parameters():
-        if p.requires_grad:
-            p.data = p.data.float()
-
-
-def trained_parameters(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
-def frozen_blocks(model: GPT | GPTClassifier) -> int:
-    """How many of the lowest blocks, with the embeddings below them, a training leaves as they are."""
-    gpt = gpt_of(model)
-    layers = [nn.ModuleList(child for child in gpt.children() if isinstance(child, nn.Embedding)), *gpt.blocks]
-    trained = [any(p.requires_grad for p in layer.parameters()) for layer in layers]
-    return max(0, trained.index(True) - 1) if True in trained else len(gpt.blocks)
-
-
-def keep_lower(
-    model: GPT | GPTClassifier,
-    examples: Sequence[Example],
-    collate: Collate,
-    params: TrainParams,
-    runtime: RuntimeParams,
-    reads: int,
-) -> Collate:
-    """A `collate` for these examples whose batches also hold what the frozen lower blocks make of them.
-
-    That never changes while nothing below is trained or dropped: it is computed here, once for each example, and kept
-    in memory. What stands behind an example's last token does not change it, as attention is causal and positions
-    count from the first token. The batches in which it is computed depend on nothing but the examples, so that a
-    training that is continued has the same bits.
-
-    Returns `collate` itself where every block is trained, with dropout, for fewer `reads` of examples than there are,
-    and where it would take more than `KEPT_BYTES`: then the lower blocks run every time.
-    """
-    gpt, n = gpt_of(model), frozen_blocks(model)
-    if n == 0 or params.dropout > 0 or reads < len(examples):
-        return collate
-    size = sum(len(example.ids) for example in examples) * gpt.config.emb_dim * 4
-    what = f"what the lower {n} of {len(gpt.blocks)} blocks make of {len(examples):,} examples"
-    if size * parallel.world_size() > KEPT_BYTES:
-        _say(f"{what} would take {size / 1e6:,.0f} MB in each process: it is computed again at every step")
-        return collate
-    _say(f"{what} is computed once and kept: {size / 1e6:,.1f} MB in each process")
-    device = gpt.tok_emb.weight.device
-    kept: dict[int, Tensor] = {}
-    with torch.no_grad(), precision(device, runtime):
-        for batch in batches_by_length(examples, collate, params.batch_size):
-            assert batch.lengths is not None
-            lower = gpt.stream(batch.idx.to(device), n).cpu()  # [B, T, C]
-            for row, states, length in zip(batch.rows, lower, batch.lengths.tolist(), strict=True):
-                kept[row] = states[:length].clone()  # [length, C]
-
-    def collate_with_lower(all_examples: Sequence[Example], rows: Sequence[int]) -> Batch:
-        assert all_examples is examples
-        lower = pad_sequence([kept[row] for row in rows], batch_first=True)  # [B, T, C]
-        return collate(examples, rows)._replace(lower=lower, n_lower=n)
-
-    return collate_with_lower
-
-
-def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA, else Apple's MPS, else the CPU."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("runtime.device: cuda was asked for, but torch sees no CUDA device; use auto or cpu")
-    if name == "mps" and not torch.backends.mps.is_available():
-        raise InputError("runtime.device: mps was asked for, but torch sees no Apple GPU; use auto or cpu")
-    return torch.device(name)
-
-
-def precision(device: torch.device, runtime: RuntimeParams) -> contextlib.AbstractContextManager[Any]:
-    """Matrix products in bf16 where `mixes` says so, with weights and all else in fp32.
-
-    Whether a GPU may make those in fp32 as TF32, with 10 bits of mantissa in place of 23, is a setting of the process.
-    """
-    torch.set_float32_matmul_precision("high" if runtime.precision == "tf32" else "highest")
-    return torch.autocast(device.type, torch.bfloat16) if mixes(device, runtime) else contextlib.nullcontext()
-
-
-def mixes(device: torch.device, runtime: RuntimeParams) -> bool:
-    """Whether products are made in bf16: on CUDA if nothing else is said, on a CPU where it is asked for.
-
-    A CPU without units for them would take a hundred times as long: there it is refused.
-    """
-    if runtime.precision == "auto":
-        return device.type == "cuda"
-    has_units = device.type == "cuda" or (runtime.precision == "bf16" and device.type == "cpu" and has_bf16_units())
-    if runtime.precision in ("bf16", "tf32") and not has_units:
-        raise InputError(
-            f"runtime.precision: {runtime.precision} was asked for, but this {device.type} device has no units for it; "
-            "use auto or fp32"
-        )
-    return runtime.precision == "bf16"
-
-
-def has_bf16_units() -> bool:
-    """Of this CPU: x86's AVX512 or AMX, or ARM's."""
-    found = torch.cpu.get_capabilities()
-    return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-
-
-def base_dtype(device: torch.device, runtime: RuntimeParams) -> torch.dtype | None:
-    """What a finetuning loads its base in: None, as it is stored, where `precision` mixes dtypes; fp32 elsewhere."""
-    return None if mixes(device, runtime) else torch.float32
-
-
-def keep_freed_memory() -> None:
-    """Has glibc keep what a step frees for the next one, which would have to be given it again page by page."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block is a mapping of its own, which would go back to the system
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: as much free heap stays
 
 
 def fit(
@@ -477,13 +267,6 @@ def _evaluate(
         state.evals_since_best += 1
 
 
-class _StoppedError(Exception):
-    """An evaluation was left before its end; it has changed nothing."""
-
-
-_should_stop: ContextVar[Callable[[], bool]] = ContextVar("should_stop", default=lambda: False)
-
-
 @contextlib.contextmanager
 def _stopped_by(should_stop: Callable[[], bool], model: nn.Module) -> Iterator[None]:
     """Within it a long evaluation does not delay a stop: each batch asks first, see also `_own`.
@@ -506,62 +289,3 @@ def _stopped_by(should_stop: Callable[[], bool], model: nn.Module) -> Iterator[N
         _should_stop.reset(token)
         for hook in hooks:
             hook.remove()
-
-
-class _State:
-    """Everything that a training needs to go on where it stopped."""
-
-    def __init__(self, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
-        self.model, self.optimizers = model, optimizers
-        self.step = 0
-        self.losses: list[float] = []  # of the steps since the last evaluation
-        self.recent: list[float] = []  # of the last 20 steps
-        self.history: list[dict[str, float]] = []
-        self.best_loss, self.best_step, self.evals_since_best = math.inf, 0, 0
-        self.best: dict[str, Tensor] = {}  # the trained weights at best_step
-
-    def remember_best(self, loss: float) -> None:
-        self.best_loss, self.best_step, self.evals_since_best = loss, self.step, 0
-        self.best = {name: p.detach().clone() for name, p in self.model.named_parameters() if p.requires_grad}
-
-    def take_best(self) -> None:
-        with torch.no_grad():
-            for name, p in self.model.named_parameters():
-                if name in self.best:
-                    p.copy_(self.best[name])
-
-    def content(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        tensors = {f"model.{name}": p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
-        tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
-        for i, optimizer in enumerate(self.optimizers):
-            for j, entries in optimizer.state_dict()["state"].items():
-                tensors |= {f"optimizer.{i}.{j}.{key}": value for key, value in entries.items()}
-        tensors["random.cpu"] = torch.get_rng_state()
-        if torch.cuda.is_available():
-            tensors["random.cuda"] = torch.cuda.get_rng_state()
-        values = {
-            name: getattr(self, name)
-            for name in ("step", "losses", "recent", "history", "best_loss", "best_step", "evals_since_best")
-        }
-        return tensors, values
-
-    def restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-        for name, value in values.items():
-            setattr(self, name, value)
-        parameters = dict(self.model.named_parameters())
-        states: list[dict[int, dict[str, Tensor]]] = [{} for _ in self.optimizers]
-        with torch.no_grad():
-            for name, tensor in tensors.items():
-                part, rest = name.split(".", 1)
-                if part == "model":
-                    parameters[rest].copy_(tensor)
-                elif part == "best":
-                    self.best[rest] = tensor.to(parameters[rest].device)
-                elif part == "optimizer":
-                    i, j, key = rest.split(".")
-                    states[int(i)].setdefault(int(j), {})[key] = tensor
-        for optimizer, state in zip(self.optimizers, states, strict=True):
-            optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-        torch.set_rng_state(tensors["random.cpu"])
-        if "random.cuda" in tensors and torch.cuda.is_available():
-            torch.cuda.set_rng_state(tensors["random.cuda"])

@@ -9,22 +9,19 @@ from typing import Any, NamedTuple
 
 import torch
 
+from llm.checkpoint.adapter import save_trained
 from llm.checkpoint.folder import ModelFolder, ModelFolderConfig, load_model_folder
 from llm.common import distributed as parallel
+from llm.common.device import pick_device
 from llm.config import ClassifyParams, InstructParams
-from llm.data.examples import Batch, Collate, Example, batches_by_length, example_batches
-from llm.model.gpt import GPT, GPTClassifier
-from llm.model.lora import save_trained
-from llm.training.fit import (
-    FitResult,
-    LossFunction,
-    base_dtype,
-    fit,
-    freeze,
-    keep_lower,
-    pick_device,
-    trained_parameters,
-)
+from llm.data.batches import Batch, Collate, batches_by_length, example_batches
+from llm.data.examples import Example
+from llm.model.classifier import GPTClassifier
+from llm.model.gpt import GPT
+from llm.training.fit import FitResult, fit
+from llm.training.freeze import freeze, keep_lower, trained_parameters
+from llm.training.losses import LossFunction
+from llm.training.precision import base_dtype
 from stages.runtime.processes import control_beside, has_room_beside, is_control, leave_result
 from stages.runtime.run import Run
 

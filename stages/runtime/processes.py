@@ -23,8 +23,10 @@ from pathlib import Path
 import torch
 
 from llm.common import distributed as parallel
-from llm.config import InputError, parse_params
-from stages.runtime.run import Run, device_kind, locked, main, read_yaml, write_atomic
+from llm.common.errors import InputError
+from llm.common.files import write_atomic
+from llm.config import parse_params
+from stages.runtime.run import Run, device_kind, locked, main, read_yaml
 from stages.tracking.journal import Journal, read_events
 
 CONTROL = "LLM_CONTROL"  # in the environment of a control: the folder of the stage's training state

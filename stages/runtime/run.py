@@ -32,7 +32,9 @@ from typing import Any, NamedTuple, NoReturn, TextIO
 
 import yaml
 
-from llm.config import InputError, Params, parse_params
+from llm.common.errors import InputError
+from llm.common.files import write_atomic
+from llm.config import Params, parse_params
 from stages.tracking.journal import Clock, Journal, repository
 
 EXIT_STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130}
@@ -399,17 +401,6 @@ def flatten(values: Mapping[str, Any], separator: str = ".") -> dict[str, Any]:
         else:
             flat[key] = value
     return flat
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """The whole file or none of it, whenever the process ends; one writer at a time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.partial")  # that of a killed process is taken by the next
-    try:
-        draft.write_text(text, encoding="utf-8", newline="\n")
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def _rounded(value: Any) -> Any:

@@ -38,7 +38,8 @@ from llm.bench.tokenizing import (
     tokenize_ours,
     tokenizers_encoder,
 )
-from llm.config import GPTConfig, InputError, Params
+from llm.common.errors import InputError
+from llm.config import GPTConfig, Params
 from llm.model.gpt import GPT
 from llm.tokenizer.bpe import Tokenizer
 
@@ -423,7 +424,7 @@ def test_ours_trains_in_bf16_too_where_there_are_units_for_it(
     lesson: Lesson, params: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(learning, "has_bf16_units", lambda: True)
-    monkeypatch.setattr("llm.training.fit.has_bf16_units", lambda: True)
+    monkeypatch.setattr("llm.training.precision.has_bf16_units", lambda: True)
     autocast: list[tuple[str, bool]] = []
     hidden = GPT.hidden
 

@@ -13,18 +13,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from llm.checkpoint.folder import (
-    ModelFolder,
-    ModelFolderConfig,
-    load_model_folder,
-    load_state,
-    replaced_folder,
-    save_model_folder,
-    save_state,
-    sync,
-)
-from llm.model.gpt import GPT, GPTClassifier
+from llm.checkpoint.folder import ModelFolder, ModelFolderConfig, load_model_folder, save_model_folder
+from llm.common.files import replaced_folder, sync
+from llm.model.classifier import GPTClassifier
+from llm.model.gpt import GPT
 from llm.tokenizer.bpe import Tokenizer
+from llm.training.state import load_state, save_state
 from tests.conftest import ROOT
 from tests.helpers import FORMS, gpt_config, randomize, tiny_tokenizer
 
@@ -176,7 +170,7 @@ def test_the_disk_has_a_folder_before_it_gets_its_name(tmp_path: Path, monkeypat
         synced.append(f"{path.relative_to(tmp_path)} {(tmp_path / 'it').exists()}")
         sync(path)
 
-    monkeypatch.setattr("llm.checkpoint.folder.sync", note)
+    monkeypatch.setattr("llm.common.files.sync", note)
     with replaced_folder(tmp_path / "it") as new:
         (new / "inner").mkdir()
         (new / "inner/a").touch()

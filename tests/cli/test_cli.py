@@ -20,15 +20,17 @@ import pytest
 import torch
 
 from llm.__main__ import main
+from llm.checkpoint.adapter import save_trained
 from llm.checkpoint.folder import ModelFolder, ModelFolderConfig, load_model_folder, save_model_folder
 from llm.common.sanitize import CONTROLS, visible
-from llm.data.examples import encode_prompt
 from llm.inference.classify import classify_texts
-from llm.inference.generate import Sampling, generate
-from llm.model.gpt import GPT, GPTClassifier
-from llm.model.lora import save_trained
+from llm.inference.generate import generate
+from llm.inference.sampling import Sampling
+from llm.model.classifier import GPTClassifier
+from llm.model.gpt import GPT
 from llm.tokenizer.bpe import Tokenizer
-from llm.training.fit import freeze
+from llm.tokenizer.prompts import encode_prompt
+from llm.training.freeze import freeze
 from tests.helpers import LLAMA_FORM, SHIPPED_FORM, gpt_config, randomize, train_params
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -379,7 +381,7 @@ def test_weights_of_8_bits_a_draft_and_a_compiled_step(
     assert cli("generate", folders.base, "--prompt", "One", "--draft", folders.base).out == plain.out
     assert cli("generate", folders.base, "--prompt", "One", "--int8").out.startswith("One")
     compiled: list[object] = []
-    monkeypatch.setattr("llm.inference.generate.compile_step", compiled.append)
+    monkeypatch.setattr("llm.inference.compiled.compile_step", compiled.append)
     found = cli("generate", folders.base, "--prompt", "One", "--draft", folders.base, "--compile")
     assert (found.out, found.err) == (plain.out, "compiling the step of a token\n") and len(compiled) == 2
     text = tmp_path / "text.txt"

@@ -17,12 +17,15 @@ import transformers
 from torch import Tensor
 
 import llm.convert.gguf
-from llm.checkpoint.folder import ModelFolder, ModelFolderConfig, stored_tensors
-from llm.config import InputError, RopeScaling
+from llm.checkpoint.folder import ModelFolder, ModelFolderConfig
+from llm.checkpoint.weights import stored_tensors
+from llm.common.errors import InputError
+from llm.config import RopeScaling
 from llm.convert.gguf import export_gguf, gguf_tokenizer, read_gguf
-from llm.data.examples import encode_prompt
 from llm.inference.generate import generate
-from llm.model.gpt import GPT, GPTClassifier
+from llm.model.classifier import GPTClassifier
+from llm.model.gpt import GPT
+from llm.tokenizer.prompts import encode_prompt
 from tests.helpers import LLAMA_FORM, gpt_config, randomize, tiny_tokenizer
 
 gguf = pytest.importorskip("gguf")

@@ -19,10 +19,12 @@ from torch import Tensor, nn
 
 import llm.convert.hf
 from llm.checkpoint.folder import ModelFolder, ModelFolderConfig, save_model_folder
-from llm.config import GPTConfig, InputError, RopeScaling
+from llm.common.errors import InputError
+from llm.config import GPTConfig, RopeScaling
 from llm.convert.hf import describe, export_hf, import_model, import_tokenizer, source_files
 from llm.inference.generate import generate
-from llm.model.gpt import GPT, GPTClassifier
+from llm.model.classifier import GPTClassifier
+from llm.model.gpt import GPT
 from llm.tokenizer.hf import write_tokenizer_json
 from tests.helpers import FORMS, LLAMA_FORM, SHIPPED_FORM, gpt_config, qwen_tokenizer, randomize, tiny_tokenizer
 
@@ -655,7 +657,7 @@ def instruct(**changes: Any) -> ModelFolder:
 
 def test_an_exported_instruct_model_answers_in_transformers(tmp_path: Path) -> None:
     """Its tokenizer and chat template give our prompt, its text is ours, and it ends where ours ends."""
-    from llm.data.examples import encode_prompt, end_tokens
+    from llm.tokenizer.prompts import encode_prompt, end_tokens
 
     folder = instruct()
     tokenizer = folder.tokenizer

@@ -12,13 +12,14 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from llm.checkpoint.adapter import save_adapter
 from llm.checkpoint.folder import ModelFolder, ModelFolderConfig
-from llm.config import InputError
+from llm.common.errors import InputError
 from llm.convert.hf import export_hf
 from llm.convert.peft import export_peft
-from llm.model.gpt import GPT, GPTClassifier
-from llm.model.lora import save_adapter
-from llm.training.fit import freeze
+from llm.model.classifier import GPTClassifier
+from llm.model.gpt import GPT
+from llm.training.freeze import freeze
 from tests.helpers import LLAMA_FORM, SHIPPED_FORM, gpt_config, qwen_tokenizer, randomize, tiny_tokenizer, train_params
 
 QWEN = LLAMA_FORM | {"qkv_bias": True, "n_kv_heads": 2, "tie_embeddings": False}

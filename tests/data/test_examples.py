@@ -15,33 +15,33 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from llm.config import InputError
-from llm.data.examples import (
+from llm.common.errors import InputError
+from llm.data.batches import (
     IGNORE,
     Batch,
+    batches_by_length,
+    collate_labels,
+    collate_pairs,
+    example_batches,
+    held_out_windows,
+    window_batches,
+)
+from llm.data.examples import (
     Example,
     Message,
     Pair,
-    TokenShards,
-    batches_by_length,
     class_weights,
-    collate_labels,
-    collate_pairs,
     encode_message,
-    encode_prompt,
-    end_tokens,
-    example_batches,
-    held_out_windows,
     message_examples,
     pair_examples,
     read_labels,
     read_messages,
     read_pairs,
-    stop_token,
-    window_batches,
 )
+from llm.data.shards import TokenShards
 from llm.model.gpt import GPT
 from llm.tokenizer.bpe import GPT2_PATTERN, Tokenizer
+from llm.tokenizer.prompts import encode_prompt, end_tokens, stop_token
 from tests.helpers import gpt_config, randomize, tiny_tokenizer
 
 in_one_folder = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

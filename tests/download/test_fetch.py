@@ -22,7 +22,8 @@ import pytest
 import requests
 import urllib3
 
-from llm.config import InputError, SourceFile
+from llm.common.errors import InputError
+from llm.config import SourceFile
 from llm.download import fetch as fetching
 from llm.download.fetch import DataFile, fetch
 

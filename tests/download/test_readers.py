@@ -12,7 +12,8 @@ from typing import Any
 import pandas
 import pytest
 
-from llm.config import CorpusSource, InputError, InstructionsSource, MessagesSource, SourceFile
+from llm.common.errors import InputError
+from llm.config import CorpusSource, InstructionsSource, MessagesSource, SourceFile
 from llm.download import fetch
 from llm.download import readers as sources
 from llm.download.fetch import DataFile

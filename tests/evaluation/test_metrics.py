@@ -8,19 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from llm.config import InputError
+from llm.common.errors import InputError
 from llm.evaluation import metrics
-from llm.evaluation.metrics import (
-    Score,
-    answer_report,
-    by_task,
-    classification_report,
-    fold,
-    numbers,
-    roc_points,
-    score_tokens,
-    wilson,
-)
+from llm.evaluation.metrics import answer_report, by_task, classification_report, fold, numbers, roc_points, wilson
+from llm.inference.score import Score, score_tokens
 from llm.model.gpt import GPT
 from tests.helpers import SHIPPED_FORM, gpt_config
 

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from llm.checkpoint.folder import ModelFolder, ModelFolderConfig
-from llm.config import EvaluateParams, InputError
-from llm.data.examples import Pair, encode_prompt
+from llm.common.errors import InputError
+from llm.config import EvaluateParams
+from llm.data.examples import Pair
 from llm.evaluation import report
 from llm.evaluation.evaluate import (
     BaseResult,
@@ -29,9 +30,12 @@ from llm.evaluation.evaluate import (
     response_loss,
     text_bytes,
 )
-from llm.evaluation.metrics import Score, answer_report, by_task, classification_report, roc_points
-from llm.model.gpt import GPT, GPTClassifier
+from llm.evaluation.metrics import answer_report, by_task, classification_report, roc_points
+from llm.inference.score import Score
+from llm.model.classifier import GPTClassifier
+from llm.model.gpt import GPT
 from llm.tokenizer.bpe import Tokenizer
+from llm.tokenizer.prompts import encode_prompt
 from stages import evaluate as stage
 from tests.helpers import SHIPPED_FORM, gpt_config
 

@@ -32,7 +32,7 @@ PLACES = {  # functions that stages call, where it would hurt most
     "state": "llm.training.fit.save_state",
     "evaluation": "llm.training.fit._evaluate",
     "model": "llm.model.lora.save_model_folder",
-    "file": "stages.runtime.run.write_atomic",
+    "file": "llm.common.files.write_atomic",
     "classifiers": "stages.evaluate.evaluate_classifiers",
     "pictures": "llm.evaluation.report.draw_classifiers",
 }

@@ -24,15 +24,9 @@ import pyarrow.parquet
 import torch
 from safetensors.torch import load
 
-from llm.checkpoint.folder import (
-    ModelFolder,
-    ModelFolderConfig,
-    load_model_folder,
-    load_state,
-    save_model_folder,
-    save_state,
-)
-from llm.config import CorpusSource, InputError, InstructionsSource, MessagesSource, SourceFile
+from llm.checkpoint.folder import ModelFolder, ModelFolderConfig, load_model_folder, save_model_folder
+from llm.common.errors import InputError
+from llm.config import CorpusSource, InstructionsSource, MessagesSource, SourceFile
 from llm.convert.gguf import export_gguf, read_gguf
 from llm.convert.hf import export_hf, import_model
 from llm.download.fetch import fetch
@@ -41,6 +35,7 @@ from llm.model.gpt import GPT
 from llm.tokenizer.bpe import FILE_NAME, GPT2_PATTERN, Tokenizer
 from llm.tokenizer.chat_template import render_untrusted
 from llm.tokenizer.hf import read_tokenizer_json
+from llm.training.state import load_state, save_state
 from tests.helpers import GPT2_FORM, LLAMA_FORM, gpt_config, randomize
 
 CORPUS = Path(__file__).with_name("corpus")  # by parser, inputs that once reached code which no seed does

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm.checkpoint.folder import ModelFolder, ModelFolderConfig, load_model_folder, save_model_folder
-from llm.config import InputError
+from llm.common.errors import InputError
 from llm.inference.classify import classify_texts
-from llm.model.gpt import GPT, GPTClassifier
+from llm.model.classifier import GPTClassifier
+from llm.model.gpt import GPT
 from tests.helpers import LLAMA_FORM, gpt_config, randomize, tiny_tokenizer
 
 LABELS = ["ham", "spam", "neither"]

@@ -18,22 +18,16 @@ from torch import Tensor
 from transformers.generation import logits_process as warpers
 
 import llm.inference.generate
-from llm.config import GPTConfig, InputError
-from llm.inference.generate import (
-    GREEDY,
-    Prefix,
-    Sampling,
-    compile_step,
-    filter_logits,
-    generate,
-    penalise,
-    probabilities,
-    sample,
-    stream,
-    stream_text,
-)
-from llm.model.gpt import GPT, KVCache
-from llm.model.linear import Int8Linear, to_int8, to_packed
+from llm.common.errors import InputError
+from llm.config import GPTConfig
+from llm.inference.compiled import compile_step
+from llm.inference.generate import generate, stream, stream_text
+from llm.inference.int8 import Int8Linear, to_int8
+from llm.inference.prefill import Prefix
+from llm.inference.sampling import GREEDY, Sampling, filter_logits, penalise, probabilities, sample
+from llm.model.gpt import GPT
+from llm.model.kv_cache import KVCache
+from llm.model.linear import to_packed
 from llm.tokenizer.bpe import Tokenizer
 from tests.helpers import LLAMA_FORM, gpt_config
 from tests.model.test_gpt import gpt2_weights

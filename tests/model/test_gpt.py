@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llm.config import GPTConfig
-from llm.model.gpt import GPT, GPTClassifier, KVCache
+from llm.model.classifier import GPTClassifier
+from llm.model.gpt import GPT
+from llm.model.kv_cache import KVCache
 from tests.helpers import FORMS, LLAMA_FORM, SHIPPED_FORM, gpt_config, randomize
 
 every_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())

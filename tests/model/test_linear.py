@@ -6,19 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from llm.inference.int8 import FEW_INT8_ROWS, Int8Linear, to_int8
 from llm.model.gpt import GPT
-from llm.model.linear import (
-    FEW_INT8_ROWS,
-    FEW_ROWS,
-    ONEDNN,
-    Int8Linear,
-    Linear,
-    PackedLinear,
-    linear,
-    product,
-    to_int8,
-    to_packed,
-)
+from llm.model.linear import FEW_ROWS, ONEDNN, Linear, PackedLinear, linear, product, to_packed
 from tests.helpers import gpt_config
 
 SIZES = [(1, 48), (5, 48), (90, 48), (2, 3, 48), (1, 1, 48), (4, 1, 7, 48), (48,), (0, 48)]

@@ -16,20 +16,15 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from llm.checkpoint.folder import ModelFolder, ModelFolderConfig, gpt_of, load_model_folder, save_model_folder
-from llm.config import InputError, LoRAParams, Params, parse_params
+from llm.checkpoint.adapter import base_digest, load_adapter, save_adapter, save_trained
+from llm.checkpoint.folder import ModelFolder, ModelFolderConfig, load_model_folder, save_model_folder
+from llm.common.errors import InputError
+from llm.config import LoRAParams, Params, parse_params
 from llm.convert.hf import export_hf, import_model
-from llm.model.gpt import GPT, GPTClassifier
-from llm.model.lora import (
-    LoRALinear,
-    add_lora,
-    base_digest,
-    load_adapter,
-    merge_lora,
-    save_adapter,
-    save_trained,
-)
-from llm.training.fit import freeze, trained_parameters
+from llm.model.classifier import GPTClassifier, gpt_of
+from llm.model.gpt import GPT
+from llm.model.lora import LoRALinear, add_lora, merge_lora
+from llm.training.freeze import freeze, trained_parameters
 from stages.finetune_classify import finetune_classify
 from stages.finetune_instruct import finetune_instruct
 from stages.pretrain import pretrain

@@ -25,7 +25,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llm.config import CorpusSplit, InputError
+from llm.common.errors import InputError
+from llm.config import CorpusSplit
 from llm.preprocess import corpus
 from llm.preprocess import data_card as datacard
 from llm.preprocess.corpus import EncodedCorpus, Workers, cut_sections, encode_corpus, plan_corpus, training_texts

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm.config import InputError, LabelledSplit
+from llm.common.errors import InputError
+from llm.config import LabelledSplit
 from llm.preprocess import data_card as datacard
 from llm.preprocess import supervised as labelled
 from llm.preprocess.supervised import Row, SplitRows

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from llm.config import InputError
+from llm.common.errors import InputError
 from llm.preprocess import text as records
 from llm.preprocess.text import CLEAN, CONTROLS, LINE_ENDS, key_hash, leak_key, normalise, read_records
 from tests.datasets import write_lines

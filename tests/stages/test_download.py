@@ -10,7 +10,8 @@ from typing import Any, cast
 import pytest
 import yaml
 
-from llm.config import InputError, parse_params
+from llm.common.errors import InputError
+from llm.config import parse_params
 from stages.download import download
 from stages.runtime.run import Run
 

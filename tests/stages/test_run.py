@@ -17,7 +17,8 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llm.config import InputError, parse_params
+from llm.common.errors import InputError
+from llm.config import parse_params
 from stages.runtime import run
 from tests.conftest import ROOT
 

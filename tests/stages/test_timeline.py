@@ -15,7 +15,7 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 
-from llm.config import InputError
+from llm.common.errors import InputError
 from stages import sync, timeline
 from stages.tracking import journal as tracking
 from stages.tracking.journal import Clock, Journal, Process

@@ -12,7 +12,8 @@ import torch
 import yaml
 
 from llm.checkpoint.folder import ModelFolder, ModelFolderConfig, load_model_folder, save_model_folder
-from llm.config import InputError, parse_params
+from llm.common.errors import InputError
+from llm.config import parse_params
 from llm.model.gpt import GPT
 from llm.preprocess.text import SPLITS
 from llm.tokenizer.bpe import Tokenizer

@@ -26,7 +26,8 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from llm.checkpoint.folder import ModelFolder, ModelFolderConfig, save_model_folder
-from llm.model.gpt import GPT, GPTClassifier
+from llm.model.classifier import GPTClassifier
+from llm.model.gpt import GPT
 from llm.tokenizer.bpe import Tokenizer
 from stages import sync
 from stages.tracking import journal as tracking

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import llm.tokenizer.bpe
-from llm.config import InputError
+from llm.common.errors import InputError
 from llm.tokenizer.bpe import END_OF_TEXT, FILE_NAME, GPT2_PATTERN, MIN_VOCAB_SIZE, Tokenizer
 
 STORY = "one morning the baker of the hill town met a young potter who sold 12 blue bowls and didn't smile"

@@ -21,8 +21,8 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Original
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from llm.config import InputError, Template
-from llm.data.examples import encode_prompt
+from llm.common.errors import InputError
+from llm.config import Template
 from llm.tokenizer.bpe import FILE_NAME, Tokenizer
 from llm.tokenizer.hf import (
     SPLITS,
@@ -31,6 +31,7 @@ from llm.tokenizer.hf import (
     tokenizer_from_gguf,
     write_tokenizer_json,
 )
+from llm.tokenizer.prompts import encode_prompt
 from tests.conftest import ROOT
 from tests.helpers import tiny_tokenizer
 

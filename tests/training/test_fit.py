@@ -15,31 +15,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llm.checkpoint.folder import load_state
-from llm.config import InputError, TrainParams
-from llm.data.examples import IGNORE, Batch, Example, batches_by_length, collate_labels, collate_pairs, example_batches
+from llm.common.device import pick_device
+from llm.common.errors import InputError
+from llm.config import TrainParams
+from llm.data.batches import IGNORE, Batch, batches_by_length, collate_labels, collate_pairs, example_batches
+from llm.data.examples import Example
 from llm.inference.generate import generate
-from llm.model.gpt import GPT, GPTClassifier, RMSNorm
+from llm.model.classifier import GPTClassifier
+from llm.model.gpt import GPT, RMSNorm
 from llm.model.linear import Linear
 from llm.training import fit as training
-from llm.training.fit import (
-    FitResult,
-    _Objective,
-    _step,
-    base_dtype,
-    fit,
-    freeze,
-    frozen_blocks,
-    keep_lower,
-    label_loss,
-    label_metrics,
-    mean_loss,
-    next_token_loss,
-    pick_device,
-    precision,
-    trained_parameters,
-)
+from llm.training.fit import FitResult, _Objective, _step, fit
+from llm.training.freeze import freeze, frozen_blocks, keep_lower, trained_parameters
+from llm.training.losses import label_loss, label_metrics, mean_loss, next_token_loss
 from llm.training.optim import orthogonalize
+from llm.training.precision import base_dtype, precision
+from llm.training.state import load_state
 from tests.helpers import GPT2_FORM, SHIPPED_FORM, gpt_config, randomize, runtime_params, train_params
 
 CPU = torch.device("cpu")
@@ -304,7 +295,7 @@ def test_what_cannot_be_trained_is_named() -> None:
 @pytest.mark.parametrize("trainable", ["head", "last_blocks", "lora", "all"])
 def test_a_bf16_base_stays_bf16_where_nothing_is_trained(trainable: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With products in bf16; what is trained is fp32, learns, and everything else keeps its bits."""
-    monkeypatch.setattr("llm.training.fit.has_bf16_units", lambda: True)
+    monkeypatch.setattr("llm.training.precision.has_bf16_units", lambda: True)
     gpt = new_gpt(**SHIPPED_FORM).to(torch.bfloat16)
     model = GPTClassifier(gpt, 3) if trainable == "head" else gpt
     loss: Any = label_loss if trainable == "head" else next_token_loss
@@ -485,17 +476,17 @@ def test_what_would_take_too_much_memory_is_not_kept(
     examples = ragged_examples()
     size = sum(len(example.ids) for example in examples) * 16 * 4
     monkeypatch.setattr("llm.common.distributed.world_size", lambda: processes)
-    monkeypatch.setattr("llm.training.fit.KEPT_BYTES", processes * size)
+    monkeypatch.setattr("llm.training.freeze.KEPT_BYTES", processes * size)
     assert keep_lower(model, examples, collate, params, runtime_params(), reads=8) is not collate
     assert "the lower 2 of 3 blocks make of 8 examples is computed once and kept" in capsys.readouterr().err
-    monkeypatch.setattr("llm.training.fit.KEPT_BYTES", processes * size - 1)
+    monkeypatch.setattr("llm.training.freeze.KEPT_BYTES", processes * size - 1)
     assert keep_lower(model, examples, collate, params, runtime_params(), reads=8) is collate
     assert "it is computed again at every step" in capsys.readouterr().err
 
 
 def test_a_bf16_base_is_kept_as_it_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     """With products in bf16."""
-    monkeypatch.setattr("llm.training.fit.has_bf16_units", lambda: True)
+    monkeypatch.setattr("llm.training.precision.has_bf16_units", lambda: True)
     model = new_gpt(**SHIPPED_FORM | {"n_layers": 3}).to(torch.bfloat16)
     params = train_params(trainable="last_blocks")
     freeze(model, params)
@@ -1044,7 +1035,7 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("form", [GPT2_FORM, SHIPPED_FORM], ids=["gpt2", "shipped"])
 def test_products_in_bf16_train_as_those_in_fp32(form: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llm.training.fit.has_bf16_units", lambda: True)
+    monkeypatch.setattr("llm.training.precision.has_bf16_units", lambda: True)
     batches = [random_batch(seed) for seed in range(3)]
     seen: list[tuple[str, torch.dtype]] = []
 
@@ -1088,7 +1079,7 @@ def test_muon_iterates_in_the_dtype_of_the_products() -> None:
 def test_a_precision_is_refused_where_nothing_is_made_for_it(
     asked: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llm.training.fit.has_bf16_units", lambda: asked == "tf32")
+    monkeypatch.setattr("llm.training.precision.has_bf16_units", lambda: asked == "tf32")
     monkeypatch.setattr(
         torch, "set_float32_matmul_precision", lambda _: None
     )  # of the process: other tests would have it
@@ -1121,6 +1112,6 @@ def test_tf32_is_used_only_where_it_is_asked_for() -> None:
 def test_where_products_are_in_bf16_a_base_keeps_its_dtype(
     device: str, asked: str, mixed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llm.training.fit.has_bf16_units", lambda: True)
+    monkeypatch.setattr("llm.training.precision.has_bf16_units", lambda: True)
     found = base_dtype(torch.device(device), runtime_params(precision=asked))
     assert found == (None if mixed else torch.float32)

@@ -11,9 +11,11 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llm.model.gpt import GPT, GPTClassifier
-from llm.training.fit import freeze
-from llm.training.optim import Muon, lr_factor, make_optimizers, orthogonalize, set_lr
+from llm.model.classifier import GPTClassifier
+from llm.model.gpt import GPT
+from llm.training.freeze import freeze
+from llm.training.optim import Muon, make_optimizers, orthogonalize, set_lr
+from llm.training.schedule import lr_factor
 from tests.helpers import gpt_config, train_params
 
 # ---- schedules -------------------------------------------------------------------------------------------------------

@@ -1,0 +1,112 @@
+"""LoRA adapters in folders of their own."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from llm.checkpoint.folder import ModelFolder, ModelFolderConfig, save_model_folder
+from llm.checkpoint.weights import stored_tensors, unreadable
+from llm.common.errors import InputError
+from llm.common.files import parse_json, replaced_folder
+from llm.config import LoRAParams, Sha256, Strict, TrainParams, explain
+from llm.model.classifier import GPTClassifier, gpt_of
+from llm.model.gpt import GPT
+from llm.model.lora import add_lora, merge_lora
+
+
+class AdapterConfig(Strict):
+    """What `adapter.json` holds."""
+
+    lora: LoRAParams
+    base: Sha256  # of the model that it was trained on
+    model: ModelFolderConfig  # of base and adapter together
+
+
+def base_digest(gpt: GPT) -> str:
+    """Tells models apart by their form and weights; neither adapters nor a wider dtype for the same values count."""
+    digest = hashlib.sha256(gpt.config.model_dump_json(exclude_none=True).encode())
+    for name, tensor in stored_tensors(gpt).items():
+        if not name.endswith((".A", ".B")):
+            digest.update(name.replace(".base.", ".").encode())
+            digest.update(tensor.detach().float().cpu().contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def adapter_tensors(model: GPT | GPTClassifier) -> dict[str, Tensor]:
+    """What an adapter consists of: A and B of each layer, and all of a classifier's head, which no base has."""
+    return {
+        name: p.detach() for name, p in model.named_parameters() if name.endswith((".A", ".B")) or name[:5] == "head."
+    }
+
+
+def adapter_files(content: ModelFolder, lora: LoRAParams) -> dict[str, bytes]:
+    """The files of an adapter folder, by name."""
+    model = content.model
+    config = AdapterConfig(lora=lora, base=base_digest(gpt_of(model)), model=content.config)
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in adapter_tensors(model).items()}
+    return {
+        "adapter.json": (config.model_dump_json(indent=2, exclude_none=True) + "\n").encode(),
+        "adapter.safetensors": save(tensors),
+    }
+
+
+def save_adapter(folder: Path, content: ModelFolder, lora: LoRAParams) -> None:
+    """Writes the adapter of a model that `add_lora` extended, without its base: adapter.json, adapter.safetensors."""
+    with replaced_folder(folder) as new:
+        for name, data in adapter_files(content, lora).items():
+            (new / name).write_bytes(data)
+
+
+def save_trained(folder: Path, content: ModelFolder, params: TrainParams) -> None:
+    """Writes the model folder of a training. One with adapters gets them merged, and alone in its folder `adapter`."""
+    files: dict[str, bytes] = {}
+    if params.trainable == "lora":
+        files = {f"adapter/{name}": data for name, data in adapter_files(content, params.lora).items()}
+        merge_lora(content.model)
+    save_model_folder(folder, content, files)
+
+
+def load_adapter(folder: Path, base: ModelFolder) -> ModelFolder:
+    """The model of a base and an adapter that was trained on it, not merged, in evaluation mode.
+
+    The base's own model is extended in place. Raises `InputError` for an adapter of another base, and for files that
+    are damaged or do not belong together.
+    """
+    config, tensors = read_adapter(folder)
+    if not isinstance(base.model, GPT) or base_digest(base.model) != config.base:
+        raise InputError(f"{folder}: the adapter was trained on another base model; name the one that it was made for")
+    device = base.model.tok_emb.weight.device
+    labels = config.model.labels
+    model = GPTClassifier(base.model, len(labels)).to(device) if labels else base.model
+    add_lora(model, config.lora)
+    expected = adapter_tensors(model)
+    shapes, found = ({name: tensor.shape for name, tensor in each.items()} for each in (expected, tensors))
+    if wrong := sorted(name for name, _ in shapes.items() ^ found.items()):
+        raise InputError(f"{folder}: tensor {wrong[0]} and adapter.json do not belong together; copy the folder again")
+    for name, tensor in expected.items():
+        tensor.copy_(tensors[name])
+    return ModelFolder(model.eval(), base.tokenizer, config.model.model_copy(update={"gpt": base.config.gpt}))
+
+
+def read_adapter(folder: Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
+    """The files of an adapter folder as they are, on the CPU."""
+    path = folder / "adapter.json"
+    if not path.is_file():
+        raise InputError(f"{folder}: not an adapter: adapter.json is missing; name one such as models/base/adapter")
+    try:
+        config = AdapterConfig.model_validate(parse_json(path.read_text(encoding="utf-8")))
+    except ValidationError as error:
+        raise InputError(explain(error, str(path))) from None
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON ({error}); make the adapter again") from None
+    path = folder / "adapter.safetensors"
+    try:
+        return config, load(path.read_bytes())
+    except (SafetensorError, OSError) as error:
+        raise unreadable(path, error) from None

@@ -1,0 +1,124 @@
+"""Weights in safetensors files: writing, strict reading, models without initialisation."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from llm.common.errors import InputError
+from llm.config import GPTConfig
+from llm.model.classifier import GPTClassifier, gpt_of
+from llm.model.gpt import GPT
+
+
+def stored_shapes(path: Path) -> dict[str, list[int]]:
+    """The shapes of all tensors of a safetensors file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise unreadable(path, error) from None
+
+
+def check_layers(path: Path, n_tensors: int, config: GPTConfig) -> None:
+    """Before a model is built, which takes long for the thousand layers that a small file may ask for."""
+    if n_tensors < config.n_layers:
+        raise InputError(
+            f"{path}: {n_tensors} tensors are too few for a model of {config.n_layers} layers; make or copy it again"
+        )
+
+
+def load_weights(
+    model: GPT | GPTClassifier,
+    path: Path,
+    found: dict[str, list[int]],
+    device: torch.device,
+    dtype: torch.dtype | None,
+) -> None:
+    """Fills a model on the meta device strictly: each tensor used once, shapes equal; else what is wrong is named.
+
+    Tensor by tensor, with the file closed in between: the memory it is mapped to never adds up to a second model. The
+    largest come first, while the memory is still empty.
+    """
+    expected = {name: list(tensor.shape) for name, tensor in stored_tensors(model).items()}
+    for name, shape in expected.items():
+        if name not in found:
+            raise InputError(f"{path}: tensor {name} is missing; the file does not belong to this config.json")
+        if found[name] != shape:
+            raise InputError(f"{path}: tensor {name} has shape {found[name]}, config.json asks for {shape}")
+    if extra := sorted(set(found) - set(expected)):
+        raise InputError(f"{path}: tensor {extra[0]} has no place in the model ({len(extra)} left over)")
+    try:
+        for name in sorted(expected, key=lambda name: -math.prod(expected[name])):
+            with safe_open(path, framework="pt") as file:
+                tensor = file.get_tensor(name)
+                if not tensor.is_floating_point():
+                    raise InputError(f"{path}: tensor {name} is of {tensor.dtype}, no weights; make the folder again")
+                assign_tensor(model, name, tensor.to(device, dtype or tensor.dtype, copy=True))
+    except (SafetensorError, OSError) as error:
+        raise unreadable(path, error) from None
+    tie_head(model)
+
+
+def unreadable(path: Path, error: Exception) -> InputError:
+    return InputError(f"{path}: cannot be read as safetensors ({error}); make or copy the file again")
+
+
+def stored_tensors(model: GPT | GPTClassifier) -> dict[str, Tensor]:
+    """The weights that a file holds: a tied head is the token embedding, stored once."""
+    tied = gpt_of(model).config.tie_embeddings
+    weights = model.state_dict()
+    return {name: tensor for name, tensor in weights.items() if not (tied and name.endswith("lm_head.weight"))}
+
+
+class _NoInit(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # On the meta device they draw nothing, but take time, and load 75 MB of sympy.
+        if func in (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_):
+            return kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def without_weights() -> Iterator[None]:
+    """Models made in this block take no memory and no random numbers: all their weights come from a file."""
+    with torch.device("meta"), _NoInit():
+        yield
+
+
+def assign_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Puts a tensor in the place of the parameter `name`, whatever device that was on."""
+    path, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(path), leaf, nn.Parameter(tensor))
+
+
+def tie_head(model: GPT | GPTClassifier) -> None:
+    """After `assign_tensor` the head of a tied model has to be made the token embedding again."""
+    gpt = gpt_of(model)
+    if gpt.config.tie_embeddings:
+        gpt.lm_head.weight = gpt.tok_emb.weight
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file from where the tensors are, without a second copy of them in memory."""
+    path.touch()
+    mode = path.stat().st_mode
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))  # a full disk: (os error 28)
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
+    path.chmod(mode)  # safetensors makes files that only their owner can read

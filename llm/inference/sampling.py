@@ -1,0 +1,82 @@
+"""Sampling: from logits to the next token."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llm.common.errors import InputError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen from the logits; the fields are applied in this order.
+
+    `temperature` 0 is greedy: the most likely token after the repetition penalty, and the filters play no part. Each
+    filter sees the distribution that the one before it left, and always leaves at least one token.
+    """
+
+    repetition_penalty: float = 1.0  # divides positive, multiplies negative logits of tokens that occurred (CTRL, 2019)
+    temperature: float = 0.0  # divides all logits
+    top_k: int | None = None  # keeps the k most likely tokens
+    top_p: float | None = None  # keeps the fewest most likely tokens that reach this probability (Holtzman et al. 2020)
+    min_p: float | None = None  # keeps tokens at least this fraction as likely as the likeliest (Nguyen et al. 2024)
+
+    def __post_init__(self) -> None:
+        """Raises `InputError` for a value outside its range; NaN is outside of all of them."""
+        if not (self.repetition_penalty > 0 and math.isfinite(self.repetition_penalty)):
+            raise InputError(f"repetition_penalty must be above 0 (1: off), found {self.repetition_penalty}")
+        if not (self.temperature >= 0 and math.isfinite(self.temperature)):
+            raise InputError(f"temperature must be 0 (greedy) or more, found {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise InputError(f"top_k must be 1 or more, found {self.top_k}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise InputError(f"top_p must be above 0 and at most 1, found {self.top_p}")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            raise InputError(f"min_p must be between 0 and 1, found {self.min_p}")
+
+
+GREEDY = Sampling()
+
+
+def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Logits [B, V] with the tokens of `seen` [B, V] (bool) made less likely; a penalty below 1 makes them likelier."""
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def filter_logits(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Logits [B, V] with -inf for the tokens that top-k, then top-p, then min-p exclude."""
+    if sampling.top_k is not None:
+        values, ids = logits.topk(min(sampling.top_k, logits.shape[-1]))  # [B, k]
+        logits = torch.full_like(logits, -torch.inf).scatter(-1, ids, values)
+    if sampling.top_p is not None and sampling.top_p < 1:
+        probabilities, ids = logits.softmax(-1).sort(descending=True, stable=True)  # [B, V], most likely first
+        before = probabilities.cumsum(-1) - probabilities  # what the likelier tokens reach without this one
+        excluded = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, ids, before >= sampling.top_p)
+        logits = logits.masked_fill(excluded, -torch.inf)
+    if sampling.min_p is not None:
+        probabilities = logits.softmax(-1)
+        smallest = sampling.min_p * probabilities.amax(-1, keepdim=True)  # [B, 1]
+        logits = logits.masked_fill(probabilities < smallest, -torch.inf)
+    return logits
+
+
+def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
+    """The distribution [B, V] that tokens are drawn from; a greedy choice is one that is certain."""
+    if sampling.temperature == 0:
+        return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
+    scaled = (logits - logits.amax(-1, keepdim=True)) / sampling.temperature  # largest 0: no overflow when it is tiny
+    return filter_logits(scaled, sampling).softmax(-1)
+
+
+def sample(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> Tensor:
+    """One token id for each row of logits [B, V], drawn with the row's own generator: [B]."""
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    rows = zip(probabilities(logits, sampling), generators, strict=True)
+    return torch.cat([torch.multinomial(row, 1, generator=generator) for row, generator in rows])

@@ -1,0 +1,33 @@
+"""A GPT with a classification head."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from llm.model.gpt import GPT
+from llm.model.linear import Linear
+
+
+def gpt_of(model: GPT | GPTClassifier) -> GPT:
+    return model.gpt if isinstance(model, GPTClassifier) else model
+
+
+class GPTClassifier(nn.Module):
+    """A GPT whose hidden state at the last token of each row is mapped to labels."""
+
+    def __init__(self, gpt: GPT, n_labels: int) -> None:
+        super().__init__()
+        self.gpt = gpt
+        self.head = Linear(gpt.config.emb_dim, n_labels)
+        nn.init.normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, idx: Tensor, lengths: Tensor, lower: Tensor | None = None, n_lower: int = 0) -> Tensor:
+        """Right-padded ids [B, T] with `lengths` [B] real tokens each, to logits [B, n_labels]; `lower` as in `hidden`.
+
+        Attention is causal, so what stands behind a row's last token cannot change its answer.
+        """
+        hidden = self.gpt.hidden(idx, lower=lower, n_lower=n_lower)  # [B, T, C]
+        last = hidden[torch.arange(len(idx), device=idx.device), lengths - 1]  # [B, C]
+        return self.head(last)

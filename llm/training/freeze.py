@@ -1,0 +1,104 @@
+"""Choice of the trained parameters, and cached activations of frozen blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from llm.common import distributed as parallel
+from llm.common.errors import InputError
+from llm.config import RuntimeParams, TrainParams
+from llm.data.batches import Batch, Collate, batches_by_length
+from llm.data.examples import Example
+from llm.model.classifier import GPTClassifier, gpt_of
+from llm.model.gpt import GPT
+from llm.model.lora import add_lora
+from llm.training.fit import _say
+from llm.training.precision import precision
+
+KEPT_BYTES = 2**29  # the most that `keep_lower` may take for one set of examples, in all processes together
+
+
+def freeze(model: GPT | GPTClassifier, params: TrainParams) -> None:
+    """Leaves only what `params.trainable` says to be trained: in fp32, and the rest in the dtype that it has.
+
+    `head`: a classifier's. `last_blocks`: so many, with the final norm and a classifier's head. `lora`: adapters, which
+    are added here, and a classifier's head. `all`: everything that the loss depends on.
+    """
+    gpt, n = gpt_of(model), params.last_blocks
+    model.requires_grad_(params.trainable == "all")
+    if isinstance(model, GPTClassifier):
+        model.head.requires_grad_(True)
+        if not gpt.config.tie_embeddings:
+            gpt.lm_head.requires_grad_(False)  # a classifier does not use it
+    elif params.trainable == "head":
+        raise InputError("trainable: head is for a classifier, and this model is none; take last_blocks, lora or all")
+    if params.trainable == "last_blocks":
+        if n > len(gpt.blocks):
+            raise InputError(f"last_blocks: {n}, but the model has {len(gpt.blocks)} blocks")
+        for module in (*list(gpt.blocks)[len(gpt.blocks) - n :], gpt.final_norm):
+            module.requires_grad_(True)
+    elif params.trainable == "lora":
+        add_lora(model, params.lora)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data = p.data.float()
+
+
+def trained_parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def frozen_blocks(model: GPT | GPTClassifier) -> int:
+    """How many of the lowest blocks, with the embeddings below them, a training leaves as they are."""
+    gpt = gpt_of(model)
+    layers = [nn.ModuleList(child for child in gpt.children() if isinstance(child, nn.Embedding)), *gpt.blocks]
+    trained = [any(p.requires_grad for p in layer.parameters()) for layer in layers]
+    return max(0, trained.index(True) - 1) if True in trained else len(gpt.blocks)
+
+
+def keep_lower(
+    model: GPT | GPTClassifier,
+    examples: Sequence[Example],
+    collate: Collate,
+    params: TrainParams,
+    runtime: RuntimeParams,
+    reads: int,
+) -> Collate:
+    """A `collate` for these examples whose batches also hold what the frozen lower blocks make of them.
+
+    That never changes while nothing below is trained or dropped: it is computed here, once for each example, and kept
+    in memory. What stands behind an example's last token does not change it, as attention is causal and positions
+    count from the first token. The batches in which it is computed depend on nothing but the examples, so that a
+    training that is continued has the same bits.
+
+    Returns `collate` itself where every block is trained, with dropout, for fewer `reads` of examples than there are,
+    and where it would take more than `KEPT_BYTES`: then the lower blocks run every time.
+    """
+    gpt, n = gpt_of(model), frozen_blocks(model)
+    if n == 0 or params.dropout > 0 or reads < len(examples):
+        return collate
+    size = sum(len(example.ids) for example in examples) * gpt.config.emb_dim * 4
+    what = f"what the lower {n} of {len(gpt.blocks)} blocks make of {len(examples):,} examples"
+    if size * parallel.world_size() > KEPT_BYTES:
+        _say(f"{what} would take {size / 1e6:,.0f} MB in each process: it is computed again at every step")
+        return collate
+    _say(f"{what} is computed once and kept: {size / 1e6:,.1f} MB in each process")
+    device = gpt.tok_emb.weight.device
+    kept: dict[int, Tensor] = {}
+    with torch.no_grad(), precision(device, runtime):
+        for batch in batches_by_length(examples, collate, params.batch_size):
+            assert batch.lengths is not None
+            lower = gpt.stream(batch.idx.to(device), n).cpu()  # [B, T, C]
+            for row, states, length in zip(batch.rows, lower, batch.lengths.tolist(), strict=True):
+                kept[row] = states[:length].clone()  # [length, C]
+
+    def collate_with_lower(all_examples: Sequence[Example], rows: Sequence[int]) -> Batch:
+        assert all_examples is examples
+        lower = pad_sequence([kept[row] for row in rows], batch_first=True)  # [B, T, C]
+        return collate(examples, rows)._replace(lower=lower, n_lower=n)
+
+    return collate_with_lower

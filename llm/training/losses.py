@@ -1,0 +1,94 @@
+"""Losses of the three trainings and their exact means."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
+from itertools import islice
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llm.common import distributed as parallel
+from llm.common.errors import InputError
+from llm.data.batches import IGNORE, Batch
+from llm.model.classifier import GPTClassifier
+from llm.model.gpt import GPT
+from llm.model.loss import linear_cross_entropy
+
+# A loss function returns the sum of the losses in nats and the weight that it sums to (the number of counted targets).
+LossFunction = Callable[[Any, Batch], tuple[Tensor, Tensor]]
+
+
+def next_token_loss(model: GPT, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Cross entropy over the counted targets; positions whose target is ignored never reach the output layer."""
+    targets = batch.targets.flatten()  # [B*T]
+    counted = (targets != IGNORE).nonzero().squeeze(1)  # [N]
+    hidden = model.hidden(batch.idx, lower=batch.lower, n_lower=batch.n_lower).flatten(0, 1)  # [B*T, C]
+    if len(counted) < len(targets):
+        hidden, targets = hidden.index_select(0, counted), targets.index_select(0, counted)  # [N, C], [N]
+    return linear_cross_entropy(hidden, model.lm_head.weight, targets), torch.tensor(float(len(counted)))
+
+
+def label_loss(model: GPTClassifier, batch: Batch, class_weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Cross entropy of the labels, each weighted by its class."""
+    logits = model(batch.idx, batch.lengths, batch.lower, batch.n_lower)  # [B, labels]
+    return weighted_cross_entropy(logits, batch.targets, class_weights)
+
+
+def weighted_cross_entropy(logits: Tensor, labels: Tensor, class_weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    loss = F.cross_entropy(logits.float(), labels, weight=class_weights, reduction="sum")
+    weight = class_weights[labels].sum() if class_weights is not None else torch.tensor(float(len(logits)))
+    return loss, weight
+
+
+def mean_loss(model: nn.Module, loss_function: LossFunction, batches: Iterable[Batch]) -> float:
+    """The exact mean in nats over all counted targets of all batches."""
+    device = next(model.parameters()).device
+    loss, weight = _totals(2, (loss_function(model, batch.to(device)) for batch in _own(batches)))
+    return loss / weight
+
+
+def label_metrics(
+    model: GPTClassifier, batches: Iterable[Batch], class_weights: Tensor | None = None
+) -> dict[str, float]:
+    """The exact mean loss, and the fraction of messages whose likeliest label is theirs."""
+    device = next(model.parameters()).device
+
+    def sums(batch: Batch) -> tuple[Tensor, ...]:
+        logits = model(batch.idx, batch.lengths, batch.lower, batch.n_lower)  # [B, labels]
+        right = (logits.argmax(dim=-1) == batch.targets).sum()
+        return *weighted_cross_entropy(logits, batch.targets, class_weights), right, torch.tensor(len(logits))
+
+    loss, weight, right, rows = _totals(4, (sums(batch.to(device)) for batch in _own(batches)))
+    return {"val/loss": loss / weight, "val/accuracy": right / rows}
+
+
+def _own(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """Those of the batches that this process evaluates. Before each round the processes agree whether to go on."""
+    rounds = iter(batches)
+    while batches_of_round := list(islice(rounds, parallel.world_size())):
+        if parallel.anywhere(_should_stop.get()()):
+            raise _StoppedError
+        yield from batches_of_round[parallel.rank() :][:1]
+
+
+def _totals(n: int, sums: Iterable[tuple[Tensor, ...]]) -> list[float]:
+    """The `n` sums over all batches of all processes; the second one is the weight, which cannot be zero."""
+    totals = torch.zeros(n, dtype=torch.float64)
+    for values in sums:
+        totals += torch.tensor([value.item() for value in values], dtype=torch.float64)
+    totals = parallel.total(totals)
+    if not totals[1]:
+        raise InputError("there is nothing to evaluate on: the validation split is empty; give more data to tokenize")
+    found: list[float] = totals.tolist()
+    return found
+
+
+class _StoppedError(Exception):
+    """An evaluation was left before its end; it has changed nothing."""
+
+
+_should_stop: ContextVar[Callable[[], bool]] = ContextVar("should_stop", default=lambda: False)

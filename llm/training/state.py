@@ -1,0 +1,124 @@
+"""The resumable state of a training."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from llm.common.files import parse_json, replaced_folder
+
+
+def save_state(folder: Path, step: int, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+    """Saves the state of a training at `step`, with a checksum; this state and the one before it are kept."""
+    folder.mkdir(parents=True, exist_ok=True)
+    payload = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+    state = {"sha256": checksum(payload, values), "values": values}
+    path = folder / f"step-{step:08d}"
+    with replaced_folder(path) as new:
+        (new / "state.safetensors").write_bytes(payload)
+        (new / "state.json").write_text(json.dumps(state), encoding="utf-8")
+    states = saved_states(folder)
+    i = states.index(path)
+    for other in states[: max(0, i - 1)] + states[i + 1 :]:  # later ones the training has passed over
+        shutil.rmtree(other)
+
+
+def load_state(
+    folder: Path, say: Callable[[str], None], up_to: float = math.inf
+) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """The tensors and values of the newest sound state, or None; damaged ones are passed over with a message.
+
+    States of steps beyond `up_to` are passed over too.
+    """
+    for path in reversed(saved_states(folder)):
+        if int(path.name.removeprefix("step-")) > up_to:
+            continue
+        try:
+            state = parse_json((path / "state.json").read_text())
+            payload = (path / "state.safetensors").read_bytes()
+            if checksum(payload, state["values"]) != state["sha256"]:
+                raise ValueError("the checksum differs")
+            return load(payload), state["values"]
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            say(f"{path}: damaged training state, passed over ({error})")
+    return None
+
+
+def checksum(payload: bytes, values: dict[str, Any]) -> str:
+    digest = hashlib.sha256(payload)
+    digest.update(json.dumps(values).encode())
+    return digest.hexdigest()
+
+
+def saved_states(folder: Path) -> list[Path]:
+    """The complete states of a training, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if path.suffix == "")
+
+
+class _State:
+    """Everything that a training needs to go on where it stopped."""
+
+    def __init__(self, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
+        self.model, self.optimizers = model, optimizers
+        self.step = 0
+        self.losses: list[float] = []  # of the steps since the last evaluation
+        self.recent: list[float] = []  # of the last 20 steps
+        self.history: list[dict[str, float]] = []
+        self.best_loss, self.best_step, self.evals_since_best = math.inf, 0, 0
+        self.best: dict[str, Tensor] = {}  # the trained weights at best_step
+
+    def remember_best(self, loss: float) -> None:
+        self.best_loss, self.best_step, self.evals_since_best = loss, self.step, 0
+        self.best = {name: p.detach().clone() for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def take_best(self) -> None:
+        with torch.no_grad():
+            for name, p in self.model.named_parameters():
+                if name in self.best:
+                    p.copy_(self.best[name])
+
+    def content(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors = {f"model.{name}": p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+        tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
+        for i, optimizer in enumerate(self.optimizers):
+            for j, entries in optimizer.state_dict()["state"].items():
+                tensors |= {f"optimizer.{i}.{j}.{key}": value for key, value in entries.items()}
+        tensors["random.cpu"] = torch.get_rng_state()
+        if torch.cuda.is_available():
+            tensors["random.cuda"] = torch.cuda.get_rng_state()
+        values = {
+            name: getattr(self, name)
+            for name in ("step", "losses", "recent", "history", "best_loss", "best_step", "evals_since_best")
+        }
+        return tensors, values
+
+    def restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        for name, value in values.items():
+            setattr(self, name, value)
+        parameters = dict(self.model.named_parameters())
+        states: list[dict[int, dict[str, Tensor]]] = [{} for _ in self.optimizers]
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                part, rest = name.split(".", 1)
+                if part == "model":
+                    parameters[rest].copy_(tensor)
+                elif part == "best":
+                    self.best[rest] = tensor.to(parameters[rest].device)
+                elif part == "optimizer":
+                    i, j, key = rest.split(".")
+                    states[int(i)].setdefault(int(j), {})[key] = tensor
+        for optimizer, state in zip(self.optimizers, states, strict=True):
+            optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        torch.set_rng_state(tensors["random.cpu"])
+        if "random.cuda" in tensors and torch.cuda.is_available():
+            torch.cuda.set_rng_state(tensors["random.cuda"])
