@@ -22,7 +22,7 @@ from llm.common.errors import InputError
 from llm.common.sanitize import CONTROLS, one_line, visible
 
 if TYPE_CHECKING:
-    from llm.checkpoint.folder import ModelFolder
+    from llm.checkpoint.folder import Checkpoint
     from llm.config import Params
     from llm.model.gpt import GPT
 
@@ -92,10 +92,10 @@ def chat(args: argparse.Namespace) -> None:
 
 def classify(args: argparse.Namespace) -> None:
     """Prints one JSON object for each text."""
-    from llm.checkpoint.folder import load_model_folder
+    from llm.checkpoint.folder import load_checkpoint
     from llm.inference.classify import classify_texts
 
-    folder = load_model_folder(args.model_dir)
+    folder = load_checkpoint(args.model_dir)
     labels = folder.config.labels
     if folder.config.kind != "classifier" or labels is None:
         raise InputError(wrong_kind(args.model_dir, folder.config.kind, "classifier"))
@@ -127,16 +127,16 @@ def score(args: argparse.Namespace) -> None:
         {
             "tokens": result.tokens,
             "bytes": len(content),
-            "nats_per_token": result.loss,
+            "loss": result.loss,
             "perplexity": result.perplexity,
-            "bits_per_byte": result.bits_per_byte(len(content)),
+            "bpb": result.bpb(len(content)),
         }
     )
 
 
 def import_(args: argparse.Namespace) -> None:
     """Writes a model folder from another tool's model, or from a base and an adapter that was trained on it."""
-    from llm.checkpoint.folder import save_model_folder
+    from llm.checkpoint.folder import save_checkpoint
     from llm.convert.hf import describe, import_model
 
     check_place(args.model_dir, args.source)
@@ -147,13 +147,13 @@ def import_(args: argparse.Namespace) -> None:
 
         folder = load_adapter(args.adapter, folder)
         merge_lora(folder.model)
-    save_model_folder(args.model_dir, folder)
+    save_checkpoint(args.model_dir, folder)
     note(f"{args.model_dir}: {describe(folder)}")
 
 
 def export(args: argparse.Namespace) -> None:
     """Writes a model folder, or the adapter in it, in another tool's format."""
-    from llm.checkpoint.folder import load_model_folder
+    from llm.checkpoint.folder import load_checkpoint
 
     if args.dtype is not None and args.format != "gguf":
         raise InputError("--dtype goes with --format gguf; in the other formats the weights keep theirs")
@@ -170,7 +170,7 @@ def export(args: argparse.Namespace) -> None:
         return
     if args.format == "hf":
         check_place(args.out, args.model_dir)
-    folder = load_model_folder(args.model_dir, dtype=None)
+    folder = load_checkpoint(args.model_dir, dtype=None)
     try:
         if args.format == "hf":
             from llm.convert.hf import export_hf
@@ -279,13 +279,13 @@ def check_place(out: Path, source: str | Path, kind: str = "model folder", holds
 # ---- model folders and answers ---------------------------------------------------------------------------------------
 
 
-def load_gpt(path: Path, *kinds: str, int8: bool = False) -> tuple[ModelFolder, GPT]:
+def load_gpt(path: Path, *kinds: str, int8: bool = False) -> tuple[Checkpoint, GPT]:
     """A model folder of one of these kinds, and its GPT."""
-    from llm.checkpoint.folder import load_model_folder
+    from llm.checkpoint.folder import load_checkpoint
     from llm.inference.int8 import to_int8
     from llm.model.gpt import GPT
 
-    folder = load_model_folder(path)
+    folder = load_checkpoint(path)
     if folder.config.kind not in kinds or not isinstance(folder.model, GPT):
         raise InputError(wrong_kind(path, folder.config.kind, *kinds))
     if int8:
@@ -293,7 +293,7 @@ def load_gpt(path: Path, *kinds: str, int8: bool = False) -> tuple[ModelFolder, 
     return folder, folder.model
 
 
-def load_draft(path: Path | None, folder: ModelFolder) -> GPT | None:
+def load_draft(path: Path | None, folder: Checkpoint) -> GPT | None:
     """A smaller model with the same tokenizer as the one in the folder."""
     if path is None:
         return None
@@ -307,14 +307,14 @@ def wrong_kind(path: Path, kind: str, *wanted: str) -> str:
     return f"{path}: a model of kind {kind}; this command needs {' or '.join(wanted)}, such as models/{wanted[0]}"
 
 
-def answering(folder: ModelFolder, model: GPT, args: argparse.Namespace) -> Callable[[list[int], int], Iterator[str]]:
+def answering(folder: Checkpoint, model: GPT, args: argparse.Namespace) -> Callable[[list[int], int], Iterator[str]]:
     """A function that says, piece by piece, what the model adds to a prompt with a seed.
 
     What a prompt begins with as the one before it did is not read again.
     """
     from llm.inference.compiled import compile_step
     from llm.inference.generate import stream, stream_text
-    from llm.inference.prefill import Prefix
+    from llm.inference.prefill import PrefixCache
     from llm.inference.sampling import Sampling
     from llm.tokenizer.prompts import end_tokens
 
@@ -326,7 +326,7 @@ def answering(folder: ModelFolder, model: GPT, args: argparse.Namespace) -> Call
         min_p=args.min_p,
     )
     stop = end_tokens(folder.tokenizer, folder.config.template)
-    prefix, draft = Prefix(), load_draft(args.draft, folder)
+    prefix, draft = PrefixCache(), load_draft(args.draft, folder)
     if args.compile:
         note("compiling the step of a token")
         for each in (model, draft):
@@ -467,8 +467,8 @@ def build_parser() -> argparse.ArgumentParser:
         commands,
         score,
         "measure how well a text is predicted",
-        "Prints a JSON object: tokens (scored ones: all but the first), bytes of the text, nats_per_token, perplexity, "
-        "bits_per_byte. A text longer than the context is read in windows of the full context that overlap by half; "
+        "Prints a JSON object: tokens (scored ones: all but the first), bytes of the text, loss, perplexity, "
+        "bpb. A text longer than the context is read in windows of the full context that overlap by half; "
         "each token is scored once.",
         "python -m llm score models/base book.txt",
         "git show HEAD:README.md | python -m llm score models/base -",

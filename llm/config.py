@@ -143,7 +143,7 @@ class CorpusSplit(Strict):
     split: Literal["leak_free", "book"]
     val: Fraction
     test: Fraction
-    section_chars: Positive
+    chunk_chars: Positive
 
 
 class LabelledSplit(Strict):
@@ -157,7 +157,7 @@ class TokenizeParams(Strict):
     corpus: CorpusSplit
     messages: LabelledSplit
     instructions: LabelledSplit
-    shard_tokens: Positive
+    tokens_per_shard: Positive
 
 
 # ---- model -----------------------------------------------------------------------------------------------------------
@@ -264,7 +264,7 @@ class TrainParams(Strict):
     optimizer: Literal["adamw", "muon"]
     lr: PositiveFloat
     muon_lr: PositiveFloat
-    min_lr: Annotated[float, Field(ge=0, le=1)]
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)]
     warmup_steps: NonNegative
     schedule: Literal["cosine", "linear", "constant", "wsd"]
     decay_steps: Positive  # of wsd
@@ -323,7 +323,7 @@ class EvaluateParams(Strict):
     baseline_bytes: Positive
     max_new_tokens: Positive
     batch_size: Positive
-    answers: NonNegative
+    report_samples: NonNegative
     prompts: list[str]
 
 

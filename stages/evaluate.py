@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from llm.checkpoint.folder import ModelFolder, load_model_folder
+from llm.checkpoint.folder import Checkpoint, load_checkpoint
 from llm.common.device import pick_device
 from llm.common.files import write_atomic
 from llm.evaluation import report
@@ -22,7 +22,7 @@ from llm.evaluation.evaluate import (
     evaluate_classifiers,
     evaluate_instruct,
 )
-from stages.runtime.run import Run, main, shortage
+from stages.runtime.run import Run, main, resource_error
 
 MODELS, TOKENS, REPORTS = Path("models"), Path("data/tokens"), Path("reports")
 FIGURES = REPORTS / "figures"
@@ -36,12 +36,12 @@ def evaluate(run: Run) -> None:
     params, section = run.params, run.params.evaluate
     device = pick_device(params.runtime.device)
 
-    def models(**names: str) -> dict[str, ModelFolder]:
+    def models(**names: str) -> dict[str, Checkpoint]:
         """The named model folders; that of a control is empty where none was trained."""
         folders = {key: MODELS / name for key, name in names.items()}
         with run.phase("data"):
             return {
-                key: load_model_folder(folder, device)
+                key: load_checkpoint(folder, device)
                 for key, folder in folders.items()
                 if key != "scratch" or (folder / "config.json").is_file()
             }
@@ -74,7 +74,7 @@ def write(run: Run, base: BaseResult, classifiers: ClassifierResult, instruct: I
     FIGURES.mkdir(parents=True, exist_ok=True)
     pictures: dict[str, Callable[[Path], None]] = {
         "training": partial(report.draw_trainings, REPORTS / "plots"),
-        "bits_per_byte": partial(report.draw_bits_per_byte, base),
+        "bpb": partial(report.draw_bits_per_byte, base),
         "classifiers": partial(report.draw_classifiers, classifiers),
         "confusion_roc": partial(report.draw_confusion_roc, classifiers),
         "instructions": partial(report.draw_instructions, instruct),
@@ -99,7 +99,7 @@ def extra(name: str, action: Callable[[], None]) -> None:
     try:
         action()
     except Exception as error:
-        if shortage(error):
+        if resource_error(error):
             raise
         print(f"evaluate: {name} left out: {type(error).__name__}: {error}".splitlines()[0], file=sys.stderr)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from llm.checkpoint.folder import ModelFolder, ModelFolderConfig
+from llm.checkpoint.folder import Checkpoint, CheckpointConfig
 from llm.data.batches import collate_labels
 from llm.data.examples import class_weights, message_examples, read_labels, read_messages
 from llm.model.classifier import GPTClassifier
@@ -23,7 +23,7 @@ def finetune_classify(run: Run) -> None:
     finetune(run, "classifier", run.params.finetune_classify, make_task)
 
 
-def make_task(run: Run, base: ModelFolder) -> Task:
+def make_task(run: Run, base: Checkpoint) -> Task:
     """A classifier on top of the base, and the messages that it learns to label."""
     section = run.params.finetune_classify
     folder = Path("data/tokens/messages")
@@ -39,7 +39,7 @@ def make_task(run: Run, base: ModelFolder) -> Task:
     weights = class_weights(train_set, len(labels)).to(device) if section.class_weights == "balanced" else None
     return Task(
         model,
-        ModelFolderConfig(kind="classifier", gpt=base.config.gpt, labels=labels, max_length=length),
+        CheckpointConfig(kind="classifier", gpt=base.config.gpt, labels=labels, max_length=length),
         train_set,
         val_set,
         collate_labels,

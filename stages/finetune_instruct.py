@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from llm.checkpoint.folder import ModelFolder, ModelFolderConfig
+from llm.checkpoint.folder import Checkpoint, CheckpointConfig
 from llm.data.batches import Batch, collate_pairs
 from llm.data.examples import pair_examples, read_pairs
 from llm.inference.generate import generate
@@ -24,7 +24,7 @@ def finetune_instruct(run: Run) -> None:
     finetune(run, "instruct", run.params.finetune_instruct, make_task)
 
 
-def make_task(run: Run, base: ModelFolder) -> Task:
+def make_task(run: Run, base: Checkpoint) -> Task:
     """The base itself, and the pairs that it learns to answer."""
     section = run.params.finetune_instruct
     model, tokenizer, gpt = base.model, base.tokenizer, base.config.gpt
@@ -48,7 +48,7 @@ def make_task(run: Run, base: ModelFolder) -> Task:
 
     return Task(
         model,
-        ModelFolderConfig(kind="instruct", gpt=gpt, template=section.template, system=system),
+        CheckpointConfig(kind="instruct", gpt=gpt, template=section.template, system=system),
         train_set,
         val_set,
         collate_pairs,

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from llm.checkpoint.adapter import save_trained
-from llm.checkpoint.folder import ModelFolder, language_model
-from llm.common import distributed as parallel
+from llm.checkpoint.folder import Checkpoint, lm_checkpoint
+from llm.common import distributed
 from llm.common.device import pick_device
 from llm.common.errors import InputError
 from llm.config import SCRATCH, GPTConfig, PretrainParams
@@ -38,7 +38,7 @@ def pretrain(run: Run) -> None:
     device = pick_device(params.runtime.device)
     if section.init == SCRATCH:
         config = GPTConfig(**params.model.model_dump(), vocab_size=tokenizer.vocab_size)
-        content = language_model(GPT(config).to(device), tokenizer, template=None, system=None)
+        content = lm_checkpoint(GPT(config).to(device), tokenizer, template=None, system=None)
     else:
         content = open_weights(section, tokenizer, device, base_dtype(device, params.runtime))
     model = content.model
@@ -75,7 +75,7 @@ def pretrain(run: Run) -> None:
             title="pretrain",
         )
 
-    if parallel.rank() > 0:
+    if distributed.rank() > 0:
         return
     with run.phase("saving"):
         save_trained(Path("models/base"), content, section)
@@ -88,14 +88,14 @@ def pretrain(run: Run) -> None:
             "steps": result.steps,
             "epochs": result.steps * tokens_per_step / train.n_tokens,
             "best_step": result.best_step,
-            **result.kept,
+            **result.best_metrics,
         }
     )
 
 
 def open_weights(
     section: PretrainParams, tokenizer: Tokenizer, device: torch.device, dtype: torch.dtype | None
-) -> ModelFolder:
+) -> Checkpoint:
     """What `pretrain.init` names; `tokenizer` is what the corpus was encoded with."""
     imported = import_model(section.init, dtype)
     if not isinstance(imported.model, GPT):

@@ -64,7 +64,7 @@ def write_tokens(run: Run, folder: Path) -> dict[str, Any]:
             texts = training_texts(corpus, plan, params.tokenizer.train_chars)
             tokenizer = Tokenizer.train(texts, params.tokenizer.vocab_size)
         tokenizer.save(folder / "tokenizer")
-        encoded = encode_corpus(corpus, folder / "corpus", plan, folder / "tokenizer", params.shard_tokens, workers)
+        encoded = encode_corpus(corpus, folder / "corpus", plan, folder / "tokenizer", params.tokens_per_shard, workers)
 
     return {
         "sources": sources(),

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from llm.preprocess.supervised import Row
-from llm.preprocess.text import leak_key
+from llm.preprocess.text import dedup_key
 
 
 def words(chooser: random.Random, n: int) -> str:
@@ -52,7 +52,7 @@ def read_split(folder: Path, split: str) -> list[int]:
 def message_rows(texts: Sequence[tuple[str, str]], splits: Sequence[str | None] | None = None) -> list[Row]:
     """Messages from texts with their labels; `splits` are the source's own."""
     return [
-        Row({"text": text, "label": label}, leak_key(text), text, label, label, split)
+        Row({"text": text, "label": label}, dedup_key(text), text, label, label, split)
         for (text, label), split in zip(texts, splits or [None] * len(texts), strict=True)
     ]
 

@@ -58,7 +58,7 @@ def train_params(**changes: Any) -> TrainParams:
         "optimizer": "adamw",
         "lr": 0.01,
         "muon_lr": 0.02,
-        "min_lr": 0.1,
+        "min_lr_ratio": 0.1,
         "warmup_steps": 2,
         "schedule": "cosine",
         "decay_steps": 3,

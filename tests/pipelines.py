@@ -21,7 +21,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "pretrain": {"max_steps": STEPS, "batch_size": 4, "eval_interval": 10, "sample_tokens": 4, "eval_tokens": 1000},
     "finetune_classify": {"max_steps": STEPS, "batch_size": 8, "eval_interval": 10, "scratch_control": True},
     "finetune_instruct": {"max_steps": STEPS, "batch_size": 4, "eval_interval": 10, "scratch_control": True},
-    "evaluate": {"test_tokens": 1000, "max_new_tokens": 4, "answers": 3},
+    "evaluate": {"test_tokens": 1000, "max_new_tokens": 4, "report_samples": 3},
     "runtime": {"device": "cpu", "compile": False, "workers": 1, "checkpoint_interval": 1},
 }
 
@@ -41,7 +41,7 @@ def tiny_copy(folder: Path) -> Path:
     change_params(folder, CHANGES)
     values = read_params(folder)
     values["tokenize"]["tokenizer"]["vocab_size"] = 400
-    values["tokenize"]["shard_tokens"] = 5000
+    values["tokenize"]["tokens_per_shard"] = 5000
     write_params(folder, values)
     execute(folder, "git", "init", "-q")
     return folder

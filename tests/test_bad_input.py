@@ -36,7 +36,7 @@ from torch import Tensor
 
 from llm.__main__ import main as llm_main
 from llm.checkpoint.adapter import save_trained
-from llm.checkpoint.folder import ModelFolder, ModelFolderConfig, save_model_folder
+from llm.checkpoint.folder import Checkpoint, CheckpointConfig, save_checkpoint
 from llm.convert.gguf import export_gguf
 from llm.convert.hf import export_hf
 from llm.model.classifier import GPTClassifier
@@ -131,13 +131,13 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     for kind, (model, options) in models.items():
         randomize(model)
-        config = ModelFolderConfig(kind=kind, gpt=gpt, **options)  # type: ignore[arg-type]
-        folder = ModelFolder(model, tokenizer, config)
-        save_model_folder(path / "models" / kind, folder)
+        config = CheckpointConfig(kind=kind, gpt=gpt, **options)  # type: ignore[arg-type]
+        folder = Checkpoint(model, tokenizer, config)
+        save_checkpoint(path / "models" / kind, folder)
         if kind == "base":
             export_hf(folder, path / "theirs")
             export_gguf(folder, path / "it.gguf", "f16")
-    tuned = ModelFolder(GPT(gpt), tokenizer, ModelFolderConfig(kind="base", gpt=gpt))
+    tuned = Checkpoint(GPT(gpt), tokenizer, CheckpointConfig(kind="base", gpt=gpt))
     params = train_params(trainable="lora")
     freeze(tuned.model, params)
     save_trained(path / "models/tuned", tuned, params)

@@ -25,7 +25,7 @@ import psutil
 import pytest
 import torch
 
-from llm.checkpoint.folder import load_model_folder
+from llm.checkpoint.folder import load_checkpoint
 from stages import timeline
 from stages.runtime.processes import has_room_beside
 from tests.pipelines import (
@@ -71,7 +71,7 @@ def test_all_declared_outputs_are_there_and_nothing_is_left_over(pipeline: Path)
 
 @pytest.mark.parametrize("name", ["base", "classifier", "classifier_scratch", "instruct", "instruct_scratch"])
 def test_every_model_folder_can_be_loaded(pipeline: Path, name: str) -> None:
-    folder = load_model_folder(pipeline / "models" / name)
+    folder = load_checkpoint(pipeline / "models" / name)
     assert folder.config.kind == name.removesuffix("_scratch")
     assert (folder.config.gpt.n_layers, folder.config.gpt.vocab_size) == (2, 400)
 
@@ -79,7 +79,7 @@ def test_every_model_folder_can_be_loaded(pipeline: Path, name: str) -> None:
 def test_the_figures_stand_beside_their_baselines(pipeline: Path) -> None:
     metrics = json.loads((pipeline / "reports/metrics/evaluate.json").read_text(encoding="utf-8"))
     compared = {
-        "bits_per_byte": ["base", "base_ngram", "base_xz"],
+        "bpb": ["base", "base_ngram", "base_xz"],
         "accuracy": ["classifier"] + [f"classifier_{name}" for name in ("scratch", "majority", "naive_bayes", "tfidf")],
         "exact_match": ["instruct", "instruct_base", "instruct_scratch"],
     }
@@ -266,7 +266,7 @@ def journals(folder: Path) -> set[Path]:
 def test_two_processes_train_what_one_does(pipeline: Path, stage: str) -> None:
     alone, before = curve(pipeline, stage), journals(pipeline)
     models = [path for path in outputs(pipeline, stage) if path.parent.name == "models"]
-    weights = {path: load_model_folder(path).model.state_dict() for path in models}
+    weights = {path: load_checkpoint(path).model.state_dict() for path in models}
     for path in outputs(pipeline, stage):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     said = execute(pipeline, "python", "-m", f"stages.{stage.replace('-', '_')}")
@@ -279,7 +279,7 @@ def test_two_processes_train_what_one_does(pipeline: Path, stage: str) -> None:
     for row, expected in zip(together, alone, strict=True):
         assert row == pytest.approx(expected, rel=1e-4), "they differ by rounding alone"
     for path, expected_weights in weights.items():
-        for name, tensor in load_model_folder(path).model.state_dict().items():
+        for name, tensor in load_checkpoint(path).model.state_dict().items():
             torch.testing.assert_close(tensor, expected_weights[name], atol=2e-3, rtol=1e-2, msg=name)
 
 
@@ -397,7 +397,8 @@ def test_a_process_that_fails_ends_all_with_its_message(pipeline: Path) -> None:
         pipeline,
         "pretrain",
         "import os\nif os.environ.get('RANK') == '1':\n"
-        "    import llm.data.examples\n    llm.data.shards.TokenShards = lambda *_: llm.data.examples.read_lines(llm.data.examples.Path('/no/shards'))\n",
+        "    from pathlib import Path\n    from llm.data import examples, shards\n"
+        "    shards.TokenShards = lambda *_: examples.read_lines(Path('/no/shards'))\n",
     )
     assert done.returncode == 1
     assert "pretrain: /no/shards: missing" in done.stderr

@@ -30,7 +30,7 @@ import yaml
 import llm.convert.gguf
 import stages.sync
 from llm.checkpoint.adapter import read_adapter
-from llm.checkpoint.folder import ModelFolder, ModelFolderConfig, load_model_folder, save_model_folder
+from llm.checkpoint.folder import Checkpoint, CheckpointConfig, load_checkpoint, save_checkpoint
 from llm.common import sanitize as display
 from llm.common.errors import InputError
 from llm.common.files import write_atomic
@@ -67,18 +67,18 @@ class Models(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def content() -> ModelFolder:
+def content() -> Checkpoint:
     config = gpt_config(**LLAMA_FORM, vocab_size=280)
     trained = tiny_tokenizer()
     tokenizer = Tokenizer(trained.ranks, GPT2_PATTERN, trained.special_tokens)  # a pattern that other tools know
     model = randomize(GPT(config))
     assert isinstance(model, GPT)
-    return ModelFolder(model, tokenizer, ModelFolderConfig(kind="base", gpt=config))
+    return Checkpoint(model, tokenizer, CheckpointConfig(kind="base", gpt=config))
 
 
 @pytest.fixture
-def models(content: ModelFolder, tmp_path: Path) -> Models:
-    save_model_folder(tmp_path / "ours", content)
+def models(content: Checkpoint, tmp_path: Path) -> Models:
+    save_checkpoint(tmp_path / "ours", content)
     export_hf(content, tmp_path / "theirs")
     return Models(tmp_path / "ours", tmp_path / "theirs")
 
@@ -166,7 +166,7 @@ def inside(which: str, name: str, reason: str, write: Callable[[Path, Payload], 
         write(path / name, Payload(marker))
         if without:
             (path / without).unlink()
-        load = {"ours": lambda: load_model_folder(path), "theirs": lambda: import_model(str(path))}[which]
+        load = {"ours": lambda: load_checkpoint(path), "theirs": lambda: import_model(str(path))}[which]
         return load, path / name, reason
 
     return case
@@ -360,7 +360,7 @@ def test_a_chat_template_cannot_leave_its_sandbox(number: int, models: Models, m
 
 
 def test_a_chat_template_in_a_gguf_file_neither(
-    content: ModelFolder, tmp_path: Path, marker: Path, monkeypatch: pytest.MonkeyPatch
+    content: Checkpoint, tmp_path: Path, marker: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fields = llm.convert.gguf.gguf_tokenizer_fields
     source = jinja_escapes(marker)[0]
@@ -482,13 +482,13 @@ def test_a_secret_in_params_yaml_is_refused_before_dvc_writes_it_to_its_lock(tmp
 
 @pytest.mark.parametrize(("umask", "file", "folder"), [(0o027, 0o640, 0o750), (0o002, 0o664, 0o775)])
 def test_model_folders_and_exports_have_the_modes_that_the_umask_says(
-    content: ModelFolder, tmp_path: Path, umask: int, file: int, folder: int
+    content: Checkpoint, tmp_path: Path, umask: int, file: int, folder: int
 ) -> None:
     before = os.umask(umask)
     try:
         out = tmp_path / "out"
         out.mkdir()
-        save_model_folder(out / "ours", content, {"adapter/adapter.json": b"{}"})
+        save_checkpoint(out / "ours", content, {"adapter/adapter.json": b"{}"})
         export_hf(content, out / "theirs")
         export_gguf(content, out / "model.gguf", "f32")
         save_state(out / "state", 1, {"w": torch.ones(1)}, {})

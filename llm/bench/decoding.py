@@ -150,9 +150,9 @@ BYTES_ALONE = Tokenizer([*(bytes([byte]) for byte in range(256)), b"th"], GPT2_P
 
 def write_gguf(shape: Shape, path: Path, weights: FileType) -> None:
     """A model with random weights, by our own export."""
-    from llm.checkpoint.folder import language_model
+    from llm.checkpoint.folder import lm_checkpoint
 
-    export_gguf(language_model(GPT(gpt_config(shape)), BYTES_ALONE, None, None), path, weights)
+    export_gguf(lm_checkpoint(GPT(gpt_config(shape)), BYTES_ALONE, None, None), path, weights)
 
 
 def generate_llama_cpp(shape: Shape, weights: FileType) -> Turn:

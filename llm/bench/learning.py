@@ -32,7 +32,7 @@ from llm.preprocess.corpus import Workers, encode_corpus, plan_corpus, training_
 from llm.tokenizer.bpe import Tokenizer
 from llm.training.fit import fit
 from llm.training.losses import mean_loss, next_token_loss
-from llm.training.precision import has_bf16_units, mixes
+from llm.training.precision import has_bf16_units, uses_bf16_autocast
 
 NANOGPT = "nanoGPT's recipe"
 OURS_IN_BF16 = f"{OURS}, bf16"
@@ -41,7 +41,7 @@ OUR_EVALUATIONS = 40  # in a training, which ends with the first one that is goo
 THEIR_EVALUATIONS = 10  # of which the last one counts
 SAME_SIZE = 0.03  # by which the numbers of parameters may differ
 
-Row = dict[str, float]  # of a curve: step, tokens, seconds, val_loss, bits_per_byte
+Row = dict[str, float]  # of a curve: step, tokens, seconds, val_loss, bpb
 
 
 class Lesson(NamedTuple):
@@ -71,10 +71,10 @@ class Learned(NamedTuple):
     @property
     def loss(self) -> float:
         """In bits per byte, at the end; of a training that exploded worse than any other."""
-        return self.curve[-1]["bits_per_byte"] if self.curve else math.inf
+        return self.curve[-1]["bpb"] if self.curve else math.inf
 
     def summary(self) -> dict[str, Any]:
-        keys = ("optimizer", "lr", "muon_lr", "min_lr", "warmup_steps", "schedule", "max_steps")
+        keys = ("optimizer", "lr", "muon_lr", "min_lr_ratio", "warmup_steps", "schedule", "max_steps")
         return {
             "parameters": parameters(self.recipe.config),
             **{key: getattr(self.recipe.params, key) for key in keys},
@@ -115,7 +115,7 @@ def nanogpt_recipe(lesson: Lesson, params: Params, lr: float) -> Recipe:
         "max_steps": lesson.steps,
         "optimizer": "adamw",
         "lr": lr,
-        "min_lr": 0.1,
+        "min_lr_ratio": 0.1,
         "warmup_steps": lesson.steps // 50,
         "schedule": "cosine",
         "beta1": 0.9,
@@ -178,7 +178,7 @@ def encode(text: str, vocab: int, params: Params, folder: Path) -> Path:
         plan = plan_corpus(corpus, params.tokenize.corpus, params.seed, workers)
         texts = training_texts(corpus, plan, params.tokenize.tokenizer.train_chars)
         Tokenizer.train(texts, vocab).save(vocabulary)
-        encode_corpus(corpus, shards, plan, vocabulary, params.tokenize.shard_tokens, workers)
+        encode_corpus(corpus, shards, plan, vocabulary, params.tokenize.tokens_per_shard, workers)
     return shards
 
 
@@ -210,7 +210,7 @@ def train(
     def log(metrics: Mapping[str, float], step: int) -> None:
         if "val/bpb" in metrics:
             row = {"step": step, "tokens": step * section.batch_size * config.context_length, "seconds": trained}
-            curve.append({**row, "val_loss": metrics["val/loss"], "bits_per_byte": metrics["val/bpb"]})
+            curve.append({**row, "val_loss": metrics["val/loss"], "bpb": metrics["val/bpb"]})
 
     fit(
         model,
@@ -220,7 +220,7 @@ def train(
         runtime,
         evaluate=evaluate,
         log=log,
-        should_stop=lambda: target is not None and bool(curve) and curve[-1]["bits_per_byte"] <= target,
+        should_stop=lambda: target is not None and bool(curve) and curve[-1]["bpb"] <= target,
         title=name,
     )
     return Learned(recipe, curve, speed)
@@ -291,14 +291,14 @@ def learn(lesson: Lesson, params: Params, say: Callable[[str], None]) -> dict[st
             if learned.loss <= target
         },
         "results": {name: learned.summary() for name, learned in {**found, NANOGPT: best}.items()},
-        "sweep": [{"lr": each.recipe.params.lr, "bits_per_byte": each.loss} for each in sweep],
+        "sweep": [{"lr": each.recipe.params.lr, "bpb": each.loss} for each in sweep],
     }
 
 
 def precisions(runtime: RuntimeParams) -> Mapping[str, str]:
     """The trainings of ours, and `runtime.precision` of each."""
     device = pick_device(runtime.device)
-    could_mix = device.type == "cpu" and has_bf16_units() and not mixes(device, runtime)
+    could_mix = device.type == "cpu" and has_bf16_units() and not uses_bf16_autocast(device, runtime)
     return {OURS: runtime.precision} | ({OURS_IN_BF16: "bf16"} if could_mix else {})
 
 
@@ -309,11 +309,11 @@ def markdown(found: Mapping[str, Any]) -> str:
     header = ["", "parameters", "bits per byte", "steps", "tokens", "seconds", "the machine"]
     rows = []
     for name, result in found["results"].items():
-        cells = [f"{result['parameters']:,}", f"{result['bits_per_byte']:.4f}", f"{result['step']:,}"]
+        cells = [f"{result['parameters']:,}", f"{result['bpb']:.4f}", f"{result['step']:,}"]
         cells += [f"{result['tokens']:,}", f"{result['seconds']:,.1f}", f"{result['flop_per_s'] / 1e9:.0f} GFLOP/s"]
         rows.append([name, *cells])
     tried: Sequence[Mapping[str, float]] = found["sweep"]
-    rates = ", ".join(f"{each['lr']:g} ({each['bits_per_byte']:.4f})" for each in tried)
+    rates = ", ".join(f"{each['lr']:g} ({each['bpb']:.4f})" for each in tried)
     said = [
         f"{name}: {ratios['tokens']:.2f} of the tokens and {ratios['seconds']:.2f} of the seconds until it was as good."
         for name, ratios in found["ratios"].items()
@@ -330,7 +330,7 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
     for axes, key in zip(figure.subplots(1, 2, sharey=True), ("tokens", "seconds"), strict=True):
         for name, result in found["results"].items():
             rows = result["curve"]
-            axes.plot([row[key] for row in rows], [row["bits_per_byte"] for row in rows], ".-", label=name)
+            axes.plot([row[key] for row in rows], [row["bpb"] for row in rows], ".-", label=name)
         axes.axhline(found["target"], color="0.6", linewidth=1)
         axes.set_xlabel(key)
     figure.axes[0].set_ylabel("bits per byte of val")

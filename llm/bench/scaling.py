@@ -76,12 +76,12 @@ def scale(ladder: Ladder, params: Params, say: Callable[[str], None]) -> dict[st
         for recipe in models:
             width, size = recipe.config.emb_dim, parameters(recipe.config)
             if len(rows) == len(SMALLER):
-                sizes, losses = ([math.log(row[key]) for row in rows] for key in ("parameters", "bits_per_byte"))
+                sizes, losses = ([math.log(row[key]) for row in rows] for key in ("parameters", "bpb"))
                 exponent, logarithm = statistics.linear_regression(sizes, losses)
                 say(f"width {width}: {law(exponent, logarithm, size):.4f} bits per byte predicted")
             end = train(recipe, shards, params.runtime, params.seed, f"width {width}").curve[-1]
             rows.append({"width": width, "parameters": size, "epochs": end["tokens"] / n_tokens, **end})
-            say(f"width {width}: {end['bits_per_byte']:.4f} bits per byte in {end['seconds']:,.1f} s")
+            say(f"width {width}: {end['bpb']:.4f} bits per byte in {end['seconds']:,.1f} s")
     return {
         "kind": "scale",
         "shape": ladder._asdict(),
@@ -110,13 +110,13 @@ def markdown(found: Mapping[str, Any]) -> str:
             f"{row['tokens']:,}",
             f"{row['epochs']:.2f}",
             f"{row['seconds']:,.1f}",
-            f"{row['bits_per_byte']:.4f}",
+            f"{row['bpb']:.4f}",
             f"{row['law']:.4f}",
         ]
         for row in found["results"]
     ]
     last = found["results"][-1]
-    missed = 100 * (last["bits_per_byte"] / last["law"] - 1)
+    missed = 100 * (last["bpb"] / last["law"] - 1)
     said = (
         f"Bits per byte go with the number of parameters to the power of {found['exponent']:.3f}, by all but the last "
         f"model; of that one, {last['law']:.4f} was said before it was trained: what it reached is {missed:+.1f} % off."
@@ -133,8 +133,8 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
     *smaller, last = found["results"]
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    axes.loglog([row["parameters"] for row in smaller], [row["bits_per_byte"] for row in smaller], "o", label="trained")
-    axes.loglog([last["parameters"]], [last["bits_per_byte"]], "s", label="trained after the prediction")
+    axes.loglog([row["parameters"] for row in smaller], [row["bpb"] for row in smaller], "o", label="trained")
+    axes.loglog([last["parameters"]], [last["bpb"]], "s", label="trained after the prediction")
     sizes = [row["parameters"] for row in found["results"]]
     axes.loglog(sizes, [row["law"] for row in found["results"]], "-", color="0.6", label="the law of the smaller ones")
     axes.set_xlabel("parameters")

@@ -27,7 +27,7 @@ from llm.tokenizer.bpe import GPT2_PATTERN, SPECIAL_TOKENS, Tokenizer
 SAMPLE = Path(__file__).resolve().parents[2] / "data" / "sample" / "stories.txt"
 SEPARATOR = "\n\n\n"  # between two documents of the sample
 SHARD_TOKENS = 2**24
-SPLIT = CorpusSplit(split="leak_free", val=0.05, test=0.05, section_chars=10_000)
+SPLIT = CorpusSplit(split="leak_free", val=0.05, test=0.05, chunk_chars=10_000)
 
 
 class Text(NamedTuple):

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from llm.checkpoint.folder import ModelFolder, ModelFolderConfig, save_model_folder
+from llm.checkpoint.folder import Checkpoint, CheckpointConfig, save_checkpoint
 from llm.checkpoint.weights import stored_tensors, unreadable
 from llm.common.errors import InputError
 from llm.common.files import parse_json, replaced_folder
@@ -25,7 +25,7 @@ class AdapterConfig(Strict):
 
     lora: LoRAParams
     base: Sha256  # of the model that it was trained on
-    model: ModelFolderConfig  # of base and adapter together
+    model: CheckpointConfig  # of base and adapter together
 
 
 def base_digest(gpt: GPT) -> str:
@@ -45,7 +45,7 @@ def adapter_tensors(model: GPT | GPTClassifier) -> dict[str, Tensor]:
     }
 
 
-def adapter_files(content: ModelFolder, lora: LoRAParams) -> dict[str, bytes]:
+def adapter_files(content: Checkpoint, lora: LoRAParams) -> dict[str, bytes]:
     """The files of an adapter folder, by name."""
     model = content.model
     config = AdapterConfig(lora=lora, base=base_digest(gpt_of(model)), model=content.config)
@@ -56,23 +56,23 @@ def adapter_files(content: ModelFolder, lora: LoRAParams) -> dict[str, bytes]:
     }
 
 
-def save_adapter(folder: Path, content: ModelFolder, lora: LoRAParams) -> None:
+def save_adapter(folder: Path, content: Checkpoint, lora: LoRAParams) -> None:
     """Writes the adapter of a model that `add_lora` extended, without its base: adapter.json, adapter.safetensors."""
     with replaced_folder(folder) as new:
         for name, data in adapter_files(content, lora).items():
             (new / name).write_bytes(data)
 
 
-def save_trained(folder: Path, content: ModelFolder, params: TrainParams) -> None:
+def save_trained(folder: Path, content: Checkpoint, params: TrainParams) -> None:
     """Writes the model folder of a training. One with adapters gets them merged, and alone in its folder `adapter`."""
     files: dict[str, bytes] = {}
     if params.trainable == "lora":
         files = {f"adapter/{name}": data for name, data in adapter_files(content, params.lora).items()}
         merge_lora(content.model)
-    save_model_folder(folder, content, files)
+    save_checkpoint(folder, content, files)
 
 
-def load_adapter(folder: Path, base: ModelFolder) -> ModelFolder:
+def load_adapter(folder: Path, base: Checkpoint) -> Checkpoint:
     """The model of a base and an adapter that was trained on it, not merged, in evaluation mode.
 
     The base's own model is extended in place. Raises `InputError` for an adapter of another base, and for files that
@@ -91,7 +91,7 @@ def load_adapter(folder: Path, base: ModelFolder) -> ModelFolder:
         raise InputError(f"{folder}: tensor {wrong[0]} and adapter.json do not belong together; copy the folder again")
     for name, tensor in expected.items():
         tensor.copy_(tensors[name])
-    return ModelFolder(model.eval(), base.tokenizer, config.model.model_copy(update={"gpt": base.config.gpt}))
+    return Checkpoint(model.eval(), base.tokenizer, config.model.model_copy(update={"gpt": base.config.gpt}))
 
 
 def read_adapter(folder: Path) -> tuple[AdapterConfig, dict[str, Tensor]]:

@@ -25,7 +25,7 @@ from llm.model.gpt import GPT
 from llm.tokenizer.bpe import Tokenizer
 
 
-class ModelFolderConfig(Strict):
+class CheckpointConfig(Strict):
     """What `config.json` of a model folder holds."""
 
     kind: Literal["base", "classifier", "instruct"]
@@ -46,20 +46,20 @@ class ModelFolderConfig(Strict):
         return self
 
 
-class ModelFolder(NamedTuple):
+class Checkpoint(NamedTuple):
     model: GPT | GPTClassifier
     tokenizer: Tokenizer
-    config: ModelFolderConfig
+    config: CheckpointConfig
 
 
-def language_model(model: GPT, tokenizer: Tokenizer, template: Template | None, system: str | None) -> ModelFolder:
+def lm_checkpoint(model: GPT, tokenizer: Tokenizer, template: Template | None, system: str | None) -> Checkpoint:
     """A GPT as a model folder's content, in evaluation mode: of kind instruct where there is a template, else base."""
     kind: Literal["base", "instruct"] = "base" if template is None else "instruct"
-    config = ModelFolderConfig(kind=kind, gpt=model.config, template=template, system=system)
-    return ModelFolder(model.eval(), tokenizer, config)
+    config = CheckpointConfig(kind=kind, gpt=model.config, template=template, system=system)
+    return Checkpoint(model.eval(), tokenizer, config)
 
 
-def save_model_folder(folder: Path, content: ModelFolder, more: Mapping[str, bytes] | None = None) -> None:
+def save_checkpoint(folder: Path, content: Checkpoint, more: Mapping[str, bytes] | None = None) -> None:
     """Writes a model folder; it appears whole or not at all, in place of any earlier one.
 
     `more` are further files, by their path inside the folder.
@@ -74,16 +74,16 @@ def save_model_folder(folder: Path, content: ModelFolder, more: Mapping[str, byt
             (new / name).write_bytes(data)
 
 
-def load_model_folder(
+def load_checkpoint(
     folder: Path,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = torch.float32,
-) -> ModelFolder:
+) -> Checkpoint:
     """Reads a model folder, in evaluation mode; raises `InputError` if anything of it is missing or does not fit.
 
     `dtype` None leaves the weights in the one that they are stored in.
     """
-    config, tokenizer = read_model_folder(folder)
+    config, tokenizer = read_checkpoint_config(folder)
     path = folder / "model.safetensors"
     found = stored_shapes(path)
     check_layers(path, len(found), config.gpt)
@@ -91,16 +91,16 @@ def load_model_folder(
         gpt = GPT(config.gpt)
         model = GPTClassifier(gpt, len(config.labels)) if config.labels else gpt
     load_weights(model, path, found, torch.device(device), dtype)
-    return ModelFolder(model.eval(), tokenizer, config)
+    return Checkpoint(model.eval(), tokenizer, config)
 
 
-def read_model_folder(folder: Path) -> tuple[ModelFolderConfig, Tokenizer]:
+def read_checkpoint_config(folder: Path) -> tuple[CheckpointConfig, Tokenizer]:
     """What a model folder says about its model, without the weights."""
     path = folder / "config.json"
     if not path.is_file():
         raise InputError(f"{folder}: not a model folder: config.json is missing; name a folder such as models/base")
     try:
-        config = ModelFolderConfig.model_validate(parse_json(path.read_text(encoding="utf-8")))
+        config = CheckpointConfig.model_validate(parse_json(path.read_text(encoding="utf-8")))
     except ValidationError as error:
         raise InputError(explain(error, str(path))) from None
     except ValueError as error:

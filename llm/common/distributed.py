@@ -26,7 +26,7 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def start() -> None:
+def init_distributed() -> None:
     """Meets the other processes and shares the machine with those on it: its GPUs, or else its cores.
 
     The environment says who they are, in torchrun's words: RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR
@@ -40,12 +40,12 @@ def start() -> None:
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
 
 
-def replicated(module: nn.Module) -> nn.Module:
+def replicate(module: nn.Module) -> nn.Module:
     """The module, with the weights of rank 0; its gradients will be the means over all processes."""
     return module if world_size() == 1 else DistributedDataParallel(module)
 
 
-def total(values: Tensor) -> Tensor:
+def all_reduce(values: Tensor) -> Tensor:
     """The sums over all processes."""
     if world_size() > 1:
         values = values.clone()
@@ -53,7 +53,7 @@ def total(values: Tensor) -> Tensor:
     return values
 
 
-def spread(function: Callable[[Tensor], Tensor], items: Tensor) -> Tensor:
+def sharded_map(function: Callable[[Tensor], Tensor], items: Tensor) -> Tensor:
     """`function(items)` [n, .] where that treats each item by itself: every process computes some and has all."""
     if world_size() == 1:
         return function(items)
@@ -68,12 +68,14 @@ def spread(function: Callable[[Tensor], Tensor], items: Tensor) -> Tensor:
     return results
 
 
-def anywhere(flag: bool) -> bool:
+def any_rank(flag: bool) -> bool:
     """Whether the flag is set in any process."""
-    return flag if world_size() == 1 else bool(total(torch.tensor(float(flag))))
+    return flag if world_size() == 1 else bool(all_reduce(torch.tensor(float(flag))))
 
 
-def share(state: tuple[dict[str, Tensor], dict[str, Any]] | None) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+def broadcast_state(
+    state: tuple[dict[str, Tensor], dict[str, Any]] | None,
+) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     """What rank 0 has, tensors and values that JSON can say; the others need not read its disk."""
     if world_size() == 1:
         return state

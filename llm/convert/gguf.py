@@ -29,7 +29,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from llm.checkpoint.folder import ModelFolder, language_model
+from llm.checkpoint.folder import Checkpoint, lm_checkpoint
 from llm.checkpoint.weights import assign_tensor, check_layers, stored_tensors, tie_head, without_weights
 from llm.common.errors import InputError
 from llm.config import MAX_SIZE, GPTConfig, RopeScaling, explain
@@ -90,7 +90,7 @@ class Header(NamedTuple):
     tensors: dict[str, StoredTensor]
 
 
-def read_gguf(path: Path, dtype: torch.dtype | None) -> ModelFolder:
+def read_gguf(path: Path, dtype: torch.dtype | None) -> Checkpoint:
     """The model and tokenizer of a GGUF file, in evaluation mode.
 
     `dtype` None: half precision where all matrices are stored in it, else fp32. Strict as `checkpoint.load_weights`:
@@ -122,7 +122,7 @@ def read_gguf(path: Path, dtype: torch.dtype | None) -> ModelFolder:
             stored = header.tensors[source]
             assign_tensor(model, name, _read_tensor(file, stored, first_row, order, empty.shape, dtype))
     tie_head(model)
-    return language_model(model, tokenizer, template, system)
+    return lm_checkpoint(model, tokenizer, template, system)
 
 
 def gguf_tokenizer(path: Path) -> ImportedTokenizer:
@@ -504,7 +504,7 @@ def _read(file: BufferedReader, n_bytes: int) -> bytearray:
 # ---- out -------------------------------------------------------------------------------------------------------------
 
 
-def export_gguf(folder: ModelFolder, out: Path, kind: FileType) -> None:
+def export_gguf(folder: Checkpoint, out: Path, kind: FileType) -> None:
     """Writes a GGUF file that llama.cpp runs; it appears whole or not at all, and the same model gives the same bytes.
 
     `kind` is of the matrices: vectors and learned positions stay in fp32, and where a row is no whole number of blocks
@@ -646,7 +646,7 @@ def _metadata_out(arch: str, form: GPTConfig, name: str, kind: FileType) -> dict
     return fields | {f"{arch}.{key}": value for key, value in values.items()}
 
 
-def _tokenizer_out(folder: ModelFolder) -> dict[str, Any]:
+def _tokenizer_out(folder: Checkpoint) -> dict[str, Any]:
     """The tokenizer's metadata; the rows of the embedding that stand for nothing need names too."""
     fields = gguf_tokenizer_fields(folder.tokenizer, folder.config.template, folder.config.system)
     tokens, types = (list(fields[f"tokenizer.ggml.{name}"]) for name in ("tokens", "token_type"))

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from llm.checkpoint.folder import ModelFolder, language_model, load_model_folder, read_model_folder
+from llm.checkpoint.folder import Checkpoint, lm_checkpoint, load_checkpoint, read_checkpoint_config
 from llm.checkpoint.weights import (
     assign_tensor,
     check_layers,
@@ -48,7 +48,7 @@ DTYPES = ("F32", "F16", "BF16")  # as safetensors names them
 # ---- in --------------------------------------------------------------------------------------------------------------
 
 
-def import_model(source: str, dtype: torch.dtype | None = None) -> ModelFolder:
+def import_model(source: str, dtype: torch.dtype | None = None) -> Checkpoint:
     """Weights, tokenizer and template of a folder, a .gguf file or a hub name, in evaluation mode.
 
     A folder is transformers' or one of ours. `dtype` None keeps the one that the weights are stored in. The kind is
@@ -61,7 +61,7 @@ def import_model(source: str, dtype: torch.dtype | None = None) -> ModelFolder:
 
         return read_gguf(path, dtype)
     if (path / OUR_TOKENIZER).is_file():
-        return load_model_folder(path, dtype=dtype)
+        return load_checkpoint(path, dtype=dtype)
     form = read_form(path / "config.json")
     config = form.gpt_config()
     tokenizer, template, system = read_tokenizer_json(path)
@@ -75,7 +75,7 @@ def import_model(source: str, dtype: torch.dtype | None = None) -> ModelFolder:
     with without_weights():
         model = GPT(config)
     read_weights(model, path, found, NAMES[form.model_type], dtype)
-    return language_model(model, tokenizer, template, system)
+    return lm_checkpoint(model, tokenizer, template, system)
 
 
 def import_tokenizer(source: str) -> ImportedTokenizer:
@@ -86,7 +86,7 @@ def import_tokenizer(source: str) -> ImportedTokenizer:
 
         return gguf_tokenizer(path)
     if (path / OUR_TOKENIZER).is_file():
-        config, tokenizer = read_model_folder(path)
+        config, tokenizer = read_checkpoint_config(path)
         return ImportedTokenizer(tokenizer, config.template, config.system)
     return read_tokenizer_json(path)
 
@@ -550,7 +550,7 @@ def weight_files(folder: Path) -> list[Path]:
 # ---- out -------------------------------------------------------------------------------------------------------------
 
 
-def export_hf(folder: ModelFolder, out: Path) -> None:
+def export_hf(folder: Checkpoint, out: Path) -> None:
     """Writes a folder that transformers' Auto classes open, whole or not at all, in place of any earlier one.
 
     The weights keep their dtype. Raises `InputError` for what transformers' forms cannot say, by name.
@@ -586,7 +586,7 @@ def export_hf(folder: ModelFolder, out: Path) -> None:
         write_tokenizer_json(new, tokenizer, config.template, config.system)
 
 
-def describe(folder: ModelFolder) -> str:
+def describe(folder: Checkpoint) -> str:
     """What a model is, in a line: `llama, 134,515,008 parameters, bfloat16, template chatml`."""
     parameters = list(folder.model.parameters())
     dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in parameters})

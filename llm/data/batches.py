@@ -13,7 +13,7 @@ from llm.common.errors import InputError
 from llm.data.examples import Example
 from llm.data.shards import TokenShards
 
-IGNORE = -100  # a target that does not count
+IGNORE_INDEX = -100  # a target that does not count
 
 
 class Batch(NamedTuple):
@@ -21,10 +21,12 @@ class Batch(NamedTuple):
     targets: Tensor  # [B, T] next tokens, or [B] labels
     rows: list[int]  # which windows or examples these are, for messages
     lengths: Tensor | None = None  # [B] real tokens of each row, where rows are examples
-    lower: Tensor | None = None  # [B, T, C] what the first `n_lower` blocks of a model make of idx, where it is kept
-    n_lower: int = 0
+    cached_hidden: Tensor | None = (
+        None  # [B, T, C] what the first `start_layer` blocks of a model make of idx, where it is kept
+    )
+    start_layer: int = 0
 
-    def part(self, index: int, of: int) -> Batch:
+    def shard(self, index: int, of: int) -> Batch:
         """Every `of`th row from `index` on: what one of several processes reads."""
         if of == 1:
             return self
@@ -35,7 +37,7 @@ class Batch(NamedTuple):
             targets=self.targets[index::of],
             rows=self.rows[index::of],
             lengths=None if self.lengths is None else self.lengths[index::of],
-            lower=None if self.lower is None else self.lower[index::of],
+            cached_hidden=None if self.cached_hidden is None else self.cached_hidden[index::of],
         )
 
     def to(self, device: torch.device) -> Batch:
@@ -51,7 +53,7 @@ class Batch(NamedTuple):
             idx=moved(self.idx),
             targets=moved(self.targets),
             lengths=None if self.lengths is None else moved(self.lengths),
-            lower=None if self.lower is None else moved(self.lower),
+            cached_hidden=None if self.cached_hidden is None else moved(self.cached_hidden),
         )
 
 
@@ -95,7 +97,7 @@ def held_out_windows(tokens: TokenShards, context_length: int, batch_size: int, 
     for i in range(0, len(starts), batch_size):
         rows = starts[i : i + batch_size]
         idx = torch.zeros(len(rows), context_length, dtype=torch.long)  # [B, T]
-        targets = torch.full_like(idx, IGNORE)
+        targets = torch.full_like(idx, IGNORE_INDEX)
         for b, start in enumerate(rows):
             window = tokens.read(start, min(context_length + 1, end - start))
             idx[b, : len(window) - 1] = window[:-1]
@@ -114,15 +116,15 @@ def collate_labels(examples: Sequence[Example], rows: Sequence[int]) -> Batch:
 
 
 def collate_pairs(examples: Sequence[Example], rows: Sequence[int]) -> Batch:
-    """Right-padded pairs; targets are the next tokens, ignored at padding and before `counted`."""
+    """Right-padded pairs; targets are the next tokens, ignored at padding and before `loss_start`."""
     chosen = [examples[row] for row in rows]
     lengths = torch.tensor([len(example.ids) - 1 for example in chosen])
     idx = torch.zeros(len(chosen), int(lengths.max()), dtype=torch.long)  # [B, T]
-    targets = torch.full_like(idx, IGNORE)
+    targets = torch.full_like(idx, IGNORE_INDEX)
     for b, example in enumerate(chosen):
         length = len(example.ids) - 1
         idx[b, :length] = torch.tensor(example.ids[:-1])
-        targets[b, example.counted : length] = torch.tensor(example.ids[example.counted + 1 :])
+        targets[b, example.loss_start : length] = torch.tensor(example.ids[example.loss_start + 1 :])
     return Batch(idx, targets, list(rows), lengths)
 
 

@@ -63,10 +63,10 @@ def read_labels(folder: Path) -> list[str]:
 
 
 class Example(NamedTuple):
-    """Tokens of one message or pair; `counted` says from which position on the next token is a target."""
+    """Tokens of one message or pair; `loss_start` is the first position whose next token is a target."""
 
     ids: list[int]
-    counted: int
+    loss_start: int
     label: int
 
 

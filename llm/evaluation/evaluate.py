@@ -1,4 +1,4 @@
-"""The three evaluations on held-out data, each beside what it has to beat: figures only, `llm.evaluation.report` presents them."""
+"""Evaluate the three models on held-out data beside their baselines."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from llm.checkpoint.folder import ModelFolder
+from llm.checkpoint.folder import Checkpoint
 from llm.common.errors import InputError
 from llm.config import EvaluateParams, Template
 from llm.data.batches import batches_by_length, collate_pairs
@@ -59,15 +59,15 @@ class BaseResult(NamedTuple):
     xz_bytes: int
     completions: list[Completion]
 
-    def bits_per_byte(self) -> dict[str, float]:
+    def bpb(self) -> dict[str, float]:
         return {
-            "gpt": self.gpt.bits_per_byte(self.n_bytes),
-            "ngram": self.ngram.bits_per_byte(self.n_bytes),
+            "gpt": self.gpt.bpb(self.n_bytes),
+            "ngram": self.ngram.bpb(self.n_bytes),
             "xz": 8 * self.xz_bytes / max(self.n_bytes, 1),
         }
 
 
-def evaluate_base(folder: ModelFolder, corpus: Path, params: EvaluateParams, seed: int) -> BaseResult:
+def evaluate_base(folder: Checkpoint, corpus: Path, params: EvaluateParams, seed: int) -> BaseResult:
     """Scores a base model, an n-gram model and xz on the same held-out text, and lets the model complete prompts."""
     model, tokenizer, _ = folder
     assert isinstance(model, GPT)
@@ -138,7 +138,7 @@ class ClassifierResult(NamedTuple):
         return [self.labels[k] for k in self.probabilities[name].argmax(axis=1)]
 
 
-def evaluate_classifiers(folders: Mapping[str, ModelFolder], messages: Path, batch_size: int) -> ClassifierResult:
+def evaluate_classifiers(folders: Mapping[str, Checkpoint], messages: Path, batch_size: int) -> ClassifierResult:
     """The classifiers in `folders`, `gpt` first, and the classical ones, all on the same held-out messages."""
     labels = read_labels(messages)
     train, val = read_messages(messages / "train.jsonl"), read_messages(messages / "val.jsonl")
@@ -205,7 +205,7 @@ class Example(NamedTuple):
 
 
 def evaluate_instruct(
-    folders: Mapping[str, ModelFolder], template: Template, instructions: Path, params: EvaluateParams
+    folders: Mapping[str, Checkpoint], template: Template, instructions: Path, params: EvaluateParams
 ) -> InstructResult:
     """Greedy answers of each model in `folders`, `gpt` first, to the same held-out instructions.
 
@@ -216,7 +216,7 @@ def evaluate_instruct(
     answers = {name: answer(folder, template, pairs, params) for name, folder in folders.items()}
     expected, tasks = [pair.output for pair in pairs], [pair.task for pair in pairs]
     by_tasks = sorted(range(len(pairs)), key=lambda i: tasks[i])
-    shown = np.linspace(0, len(pairs) - 1, min(params.answers, len(pairs))).round().astype(int)
+    shown = np.linspace(0, len(pairs) - 1, min(params.report_samples, len(pairs))).round().astype(int)
     return InstructResult(
         split=split,
         template=template,
@@ -228,7 +228,7 @@ def evaluate_instruct(
     )
 
 
-def answer(folder: ModelFolder, template: Template, pairs: Sequence[Pair], params: EvaluateParams) -> list[str]:
+def answer(folder: Checkpoint, template: Template, pairs: Sequence[Pair], params: EvaluateParams) -> list[str]:
     """A model's greedy answers."""
     model, tokenizer, config = folder
     assert isinstance(model, GPT)
@@ -246,14 +246,14 @@ def answer(folder: ModelFolder, template: Template, pairs: Sequence[Pair], param
 
 @torch.no_grad()
 def response_loss(
-    folder: ModelFolder, template: Template, pairs: Sequence[Pair], params: EvaluateParams
+    folder: Checkpoint, template: Template, pairs: Sequence[Pair], params: EvaluateParams
 ) -> ResponseLoss:
     """The loss on the responses alone; what does not fit into the model's context is left out."""
     model, tokenizer, config = folder
     assert isinstance(model, GPT)
     template = config.template or template
     examples = pair_examples(pairs, tokenizer, template, True, config.gpt.context_length, config.system)
-    responses = [example.ids[example.counted + 1 :] for example in examples]
+    responses = [example.ids[example.loss_start + 1 :] for example in examples]
     n_tokens = sum(map(len, responses))
     mean = mean_loss(model, next_token_loss, batches_by_length(examples, collate_pairs, params.batch_size))
     end = stop_token(tokenizer, template)

@@ -45,21 +45,21 @@ TRAININGS = {
 
 def metrics(base: BaseResult, classifiers: ClassifierResult, instruct: InstructResult) -> dict[str, Any]:
     """All figures, nested one level, for the metrics file."""
-    bits = base.bits_per_byte()
+    bits = base.bpb()
     sections: dict[str, Any] = {
         "base": {
             "loss": base.gpt.loss,
             "perplexity": base.gpt.perplexity,
-            "bits_per_byte": bits["gpt"],
+            "bpb": bits["gpt"],
             "tokens": base.gpt.tokens,
             "bytes": base.n_bytes,
         },
         "base_ngram": {
             "loss": base.ngram.loss,
             "perplexity": base.ngram.perplexity,
-            "bits_per_byte": bits["ngram"],
+            "bpb": bits["ngram"],
         },
-        "base_xz": {"bits_per_byte": bits["xz"]},
+        "base_xz": {"bpb": bits["xz"]},
     }
     for name, report in classifiers.reports.items():
         section = "classifier" if name == "gpt" else f"classifier_{name}"
@@ -70,7 +70,7 @@ def metrics(base: BaseResult, classifiers: ClassifierResult, instruct: InstructR
         sections[section] = {
             "pairs": answers.rows,
             **numbers(answers),
-            "nats_per_token": loss.per_token,
+            "loss": loss.per_token,
             "nats_per_character": loss.per_character,
         }
     if instruct.tasks["gpt"]:
@@ -80,7 +80,7 @@ def metrics(base: BaseResult, classifiers: ClassifierResult, instruct: InstructR
 
 def plot_files(base: BaseResult, classifiers: ClassifierResult, instruct: InstructResult) -> dict[str, str]:
     """The content of the CSV files that DVC plots, by name."""
-    text = [{"model": TEXT_MODELS[name], "bits_per_byte": bits} for name, bits in base.bits_per_byte().items()]
+    text = [{"model": TEXT_MODELS[name], "bpb": bits} for name, bits in base.bpb().items()]
     labels = [{"classifier": CLASSIFIERS[name], **numbers(report)} for name, report in classifiers.reports.items()]
     answers = [{"model": ANSWERERS[name], **numbers(report)} for name, report in instruct.reports.items()]
     tasks = [
@@ -97,7 +97,7 @@ def plot_files(base: BaseResult, classifiers: ClassifierResult, instruct: Instru
         for x, y in zip(*classifiers.roc.get("gpt", ([0.0, 1.0], [0.0, 1.0])), strict=True)
     ]
     files = {
-        "bits_per_byte": text,
+        "bpb": text,
         "classifiers": labels,
         "confusion": confusion,
         "roc": roc,
@@ -174,7 +174,7 @@ def markdown(
         "",
         *_headlines(base, classifiers, instruct),
         *picture("training", "Losses of the three trainings, over steps"),
-        *_base_section(base, picture("bits_per_byte", "Bits per byte of each model")),
+        *_base_section(base, picture("bpb", "Bits per byte of each model")),
         *_classifier_section(
             classifiers,
             picture("classifiers", "Accuracy of each classifier with its interval"),
@@ -186,7 +186,7 @@ def markdown(
 
 
 def _headlines(base: BaseResult, classifiers: ClassifierResult, instruct: InstructResult) -> list[str]:
-    bits = base.bits_per_byte()
+    bits = base.bpb()
     classical = {n: r for n, r in classifiers.reports.items() if n not in ("gpt", "scratch")}
     best = max(classical, key=lambda name: classical[name].accuracy.value)
     rows = [
@@ -213,7 +213,7 @@ def _headlines(base: BaseResult, classifiers: ClassifierResult, instruct: Instru
 
 
 def _base_section(base: BaseResult, picture: list[str]) -> list[str]:
-    bits = base.bits_per_byte()
+    bits = base.bpb()
     rows = [
         [TEXT_MODELS["gpt"], f"{bits['gpt']:.4f}", f"{base.gpt.loss:.4f}", f"{base.gpt.perplexity:.2f}"],
         [TEXT_MODELS["ngram"], f"{bits['ngram']:.4f}", f"{base.ngram.loss:.4f}", f"{base.ngram.perplexity:.2f}"],
@@ -411,7 +411,7 @@ def draw_trainings(plots: Path, path: Path) -> None:
 
 
 def draw_bits_per_byte(result: BaseResult, path: Path) -> None:
-    bits = result.bits_per_byte()
+    bits = result.bpb()
     with style():
         figure = new_figure(7, 2.2)
         axes = figure.subplots()

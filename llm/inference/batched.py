@@ -7,16 +7,21 @@ from collections.abc import Iterator
 
 import torch
 
-from llm.inference.prefill import Prefix, _cache, _common, _read, _tensor
-from llm.inference.request import _evaluating, _Row
-from llm.inference.sampling import Sampling, penalise, sample
+from llm.inference.prefill import PrefixCache, common_prefix_length, new_kv_cache, pad_tensor, prefill
+from llm.inference.request import Request, eval_mode
+from llm.inference.sampling import Sampling, apply_repetition_penalty, sample
 from llm.model.gpt import GPT
 from llm.model.kv_cache import KVCache
 
 
 @torch.inference_mode()
-def _batched(
-    model: GPT, rows: list[_Row], sampling: Sampling, stop: frozenset[int], batch_size: int, prefix: Prefix | None
+def decode_batch(
+    model: GPT,
+    rows: list[Request],
+    sampling: Sampling,
+    stop: frozenset[int],
+    batch_size: int,
+    prefix: PrefixCache | None,
 ) -> Iterator[tuple[int, int]]:
     """Each new token with the number of its prompt, step by step.
 
@@ -27,14 +32,14 @@ def _batched(
         return
     context_length = model.config.context_length
     longest = max(len(row.context) for row in waiting) + max(row.left for row in waiting)
-    cache = _cache(model, min(batch_size, len(waiting)), min(context_length, longest))
-    active: list[_Row] = []
+    cache = new_kv_cache(model, min(batch_size, len(waiting)), min(context_length, longest))
+    active: list[Request] = []
     pads: list[int] = []
-    with _evaluating(model):
+    with eval_mode(model):
         if prefix is not None and len(waiting) > 1:
             first = waiting[0].context
-            if common := min(_common(first, row.context) for row in waiting):
-                _read(model, [first[:common]], prefix)
+            if common := min(common_prefix_length(first, row.context) for row in waiting):
+                prefill(model, [first[:common]], prefix)
         while waiting or any(row.left > 0 for row in active):
             # A row that outgrew its context enters again with the last half of it, at other positions.
             entering = [row for row in active if row.left > 0 and row.cut(context_length)]
@@ -44,7 +49,7 @@ def _batched(
                 entering.append(waiting.popleft())
             if len(staying) < len(active):
                 staying = _close_ranks(staying)
-                cache.keep(staying)
+                cache.reorder(staying)
                 active, pads = [active[i] for i in staying], [pads[i] for i in staying]
 
             if not active:
@@ -53,22 +58,22 @@ def _batched(
                 pads = _shifted(cache, pads, -min(pads))
             idx = torch.tensor([row.context[-1:] for row in active], device=model.tok_emb.weight.device)  # [B, 1]
             if not entering:
-                logits = model(idx, cache, _tensor(pads, idx))[:, -1]  # [B, V]
+                logits = model(idx, cache, pad_tensor(pads, idx))[:, -1]  # [B, V]
             else:
-                hidden = [model.hidden(idx, cache, _tensor(pads, idx))[:, -1]] if active else []  # [B, C]
-                last, read, new_pads = _read(model, [row.context for row in entering], known)
+                hidden = [model.hidden_states(idx, cache, pad_tensor(pads, idx))[:, -1]] if active else []  # [B, C]
+                last, read, new_pads = prefill(model, [row.context for row in entering], known)
                 logits = model.lm_head(torch.cat([*hidden, last]))  # the output layer is large: last positions only
                 pads = _shifted(cache, pads, max(0, read.length - cache.length))
                 for i, pad in enumerate(new_pads):
                     begin = cache.length - read.length + pad
-                    cache.put(len(active), begin, *read.part(i, pad, read.length))
+                    cache.write(len(active), begin, *read.slice(i, pad, read.length))
                     active.append(entering[i])
                     pads.append(begin)
 
             logits = logits.float()
             if sampling.repetition_penalty != 1:
                 seen = torch.stack([row.seen for row in active if row.seen is not None])  # [B, V]
-                logits = penalise(logits, seen, sampling.repetition_penalty)
+                logits = apply_repetition_penalty(logits, seen, sampling.repetition_penalty)
             tokens = sample(logits, sampling, [row.generator for row in active]).tolist()
             for row, token in zip(active, tokens, strict=True):
                 if token in stop:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from llm.checkpoint.folder import ModelFolder
+from llm.checkpoint.folder import Checkpoint
 from llm.common.errors import InputError
 from llm.data.batches import batches_by_length, collate_labels
 from llm.data.examples import Example, encode_message
@@ -15,7 +15,7 @@ from llm.model.classifier import GPTClassifier
 
 
 @torch.no_grad()
-def classify_texts(folder: ModelFolder, texts: Sequence[str], batch_size: int = 32) -> Tensor:
+def classify_texts(folder: Checkpoint, texts: Sequence[str], batch_size: int = 32) -> Tensor:
     """Probabilities [N, labels] of the texts, in the order of `folder.config.labels`."""
     model, tokenizer, config = folder
     if not isinstance(model, GPTClassifier) or config.labels is None or config.max_length is None:

@@ -14,8 +14,8 @@ from torch._higher_order_ops.while_loop import while_loop
 from torch.func import functional_call
 
 from llm.common.errors import InputError
-from llm.inference.prefill import _cache
-from llm.inference.request import _evaluating
+from llm.inference.prefill import new_kv_cache
+from llm.inference.request import eval_mode
 from llm.model.gpt import GPT, TransformerBlock
 from llm.model.kv_cache import KVCache
 from llm.model.linear import PackedLinear
@@ -51,7 +51,7 @@ def _compiled_step(model: GPT) -> Callable[[Tensor, KVCache, Tensor], Tensor]:
     compiled = _compiled(_logits_of_row)
 
     def step(idx: Tensor, cache: KVCache, pad: Tensor) -> Tensor:
-        keys, values = cache.part(0, 0, cache.length + 1)  # [layers, K, S, D]
+        keys, values = cache.slice(0, 0, cache.length + 1)  # [layers, K, S, D]
         if warming:
             torch._dynamo.mark_dynamic(keys, 2)
             torch._dynamo.mark_dynamic(values, 2)
@@ -60,9 +60,9 @@ def _compiled_step(model: GPT) -> Callable[[Tensor, KVCache, Tensor], Tensor]:
 
     warming = True  # the lengths of the first call are no constants
     try:
-        with torch.inference_mode(), _evaluating(model), warnings.catch_warnings():
+        with torch.inference_mode(), eval_mode(model), warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".* `functools.lru_cache`")  # is passed over: `rotary_frequencies` may be
-            cache = _cache(model, 2, 5)  # of two rows: in that of one, layers lie as far apart as it is long
+            cache = new_kv_cache(model, 2, 5)  # of two rows: in that of one, layers lie as far apart as it is long
             cache.length = 2
             idx = torch.zeros(1, 1, dtype=torch.long, device=model.tok_emb.weight.device)
             step(idx, cache, idx.new_zeros(1))
@@ -104,11 +104,11 @@ class _BlockOfRow(nn.Module):
         self.block = block
 
     def forward(
-        self, x: Tensor, angles: tuple[Tensor, Tensor] | None, seen: Tensor, keys: Tensor, values: Tensor
+        self, x: Tensor, cos_sin: tuple[Tensor, Tensor] | None, seen: Tensor, keys: Tensor, values: Tensor
     ) -> Tensor:
-        q, k, v = self.block.before(x, angles)  # [1, H, 1, D], 2 x [1, K, 1, D]
+        q, k, v = self.block.project_qkv(x, cos_sin)  # [1, H, 1, D], 2 x [1, K, 1, D]
         keys[:, -1:], values[:, -1:] = k[0], v[0]
-        return self.block.after(x, _attend_row(q, keys, values, seen))
+        return self.block.finish(x, _attend_row(q, keys, values, seen))
 
 
 def _logits_of_row(
@@ -123,7 +123,7 @@ def _logits_of_row(
     positions = torch.arange(S - 1, S, device=idx.device)  # [1]
     seen = model.mask(positions, S, pad).flatten()  # [S]
     positions = (positions - pad)[None]  # [1, 1]
-    angles = model.angles(positions)
+    cos_sin = model.cos_sin(positions)
 
     def is_left(layer: Tensor, _: Tensor) -> Tensor:
         return layer < layers
@@ -133,7 +133,7 @@ def _logits_of_row(
         torch._check(i >= 0)
         torch._check(i < layers)
         own = {f"block.{name}": stacked[i] for name, stacked in weights.items()}
-        return layer + 1, functional_call(block, own, (x, angles, seen, keys[i], values[i]))
+        return layer + 1, functional_call(block, own, (x, cos_sin, seen, keys[i], values[i]))
 
     first = torch.zeros((), dtype=torch.long, device=idx.device)
     _, x = while_loop(is_left, next_block, (first, model.embed(idx, positions)))
@@ -201,13 +201,13 @@ def _logits_at(model: GPT, idx: Tensor, pad: Tensor, position: Tensor, cache: KV
     """
     mask = model.mask(position, cache.max_length, pad)  # [1, 1, 1, max_length]
     positions = (position - pad)[None]  # [1, 1]
-    angles, x = model.angles(positions), model.embed(idx, positions)
-    for block, keys, values in zip(model.blocks, *cache.part(0, 0, cache.max_length), strict=True):
+    cos_sin, x = model.cos_sin(positions), model.embed(idx, positions)
+    for block, keys, values in zip(model.blocks, *cache.slice(0, 0, cache.max_length), strict=True):
         assert isinstance(block, TransformerBlock)
-        q, k, v = block.before(x, angles)  # [1, H, 1, D], 2 x [1, K, 1, D]
+        q, k, v = block.project_qkv(x, cos_sin)  # [1, H, 1, D], 2 x [1, K, 1, D]
         keys.index_copy_(1, position, k[0])
         values.index_copy_(1, position, v[0])
         y = F.scaled_dot_product_attention(q, keys[None], values[None], attn_mask=mask, enable_gqa=True)
-        x = block.after(x, y.transpose(1, 2).reshape(1, 1, -1))
+        x = block.finish(x, y.transpose(1, 2).reshape(1, 1, -1))
     logits: Tensor = model.lm_head(model.final_norm(x))
     return logits

@@ -14,11 +14,11 @@ import codecs
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from llm.common.errors import InputError
-from llm.inference.batched import _batched
-from llm.inference.prefill import Prefix
-from llm.inference.request import _rows
+from llm.inference.batched import decode_batch
+from llm.inference.prefill import PrefixCache
+from llm.inference.request import make_requests
 from llm.inference.sampling import GREEDY, Sampling
-from llm.inference.speculative import _drafted
+from llm.inference.speculative import speculative_decode
 from llm.model.gpt import GPT
 from llm.tokenizer.bpe import Tokenizer
 
@@ -32,7 +32,7 @@ def generate(
     seed: int = 0,
     stop: Collection[int] = (),
     batch_size: int | None = None,
-    prefix: Prefix | None = None,
+    prefix: PrefixCache | None = None,
 ) -> list[list[int]]:
     """The new tokens of each prompt, up to `max_new_tokens` and ending before the first token of `stop`.
 
@@ -45,13 +45,13 @@ def generate(
     >>> generate(model, prompts, max_new_tokens=3, stop={tokenizer.eot})  # doctest: +SKIP
     [[310, 257, 640], [287, 262]]
     """
-    rows = _rows(model, prompts, max_new_tokens, sampling, seed)
+    rows = make_requests(model, prompts, max_new_tokens, sampling, seed)
     if batch_size is not None and batch_size < 1:
         raise InputError(f"batch_size must be 1 or more, found {batch_size}")
     if prefix is None and len(rows) > 1:
-        prefix = Prefix()
+        prefix = PrefixCache()
     answers: list[list[int]] = [[] for _ in prompts]
-    for number, token in _batched(model, rows, sampling, frozenset(stop), batch_size or len(rows), prefix):
+    for number, token in decode_batch(model, rows, sampling, frozenset(stop), batch_size or len(rows), prefix):
         answers[number].append(token)
     return answers
 
@@ -64,7 +64,7 @@ def stream(
     sampling: Sampling = GREEDY,
     seed: int = 0,
     stop: Collection[int] = (),
-    prefix: Prefix | None = None,
+    prefix: PrefixCache | None = None,
     draft: GPT | None = None,
 ) -> Iterator[int]:
     """The same tokens as `generate(model, [prompt], ...)[0]`, each as soon as it is known; errors come at the call.
@@ -73,14 +73,14 @@ def stream(
     (Leviathan et al. 2023): greedy text stays the same up to rounding, sampled text is another from the same
     distribution.
     """
-    rows = _rows(model, [prompt], max_new_tokens, sampling, seed)
+    rows = make_requests(model, [prompt], max_new_tokens, sampling, seed)
     if draft is None:
-        return (token for _, token in _batched(model, rows, sampling, frozenset(stop), 1, prefix))
+        return (token for _, token in decode_batch(model, rows, sampling, frozenset(stop), 1, prefix))
     if draft.config.vocab_size != model.config.vocab_size:
         raise InputError(f"the draft has {draft.config.vocab_size} tokens, the model {model.config.vocab_size}")
     if draft.config.context_length < (needed := min(model.config.context_length, len(prompt) + max_new_tokens)):
         raise InputError(f"the draft reads {draft.config.context_length} tokens, and {needed} are needed")
-    return _drafted(model, draft, rows[0], sampling, frozenset(stop), prefix)
+    return speculative_decode(model, draft, rows[0], sampling, frozenset(stop), prefix)
 
 
 def stream_text(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:

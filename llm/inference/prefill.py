@@ -13,7 +13,7 @@ from llm.model.kv_cache import KVCache
 
 
 @dataclass
-class Prefix:
+class PrefixCache:
     """What a model has computed for the prompt that it read last; the next is read from where it differs.
 
     For calls one after another whose prompts begin alike, as in a chat with a system prompt.
@@ -24,12 +24,12 @@ class Prefix:
     values: Tensor | None = None
 
 
-def _cache(model: GPT, rows: int, capacity: int) -> KVCache:
+def new_kv_cache(model: GPT, rows: int, capacity: int) -> KVCache:
     return KVCache(model.config, rows, capacity, model.tok_emb.weight.device, model.tok_emb.weight.dtype)
 
 
-def _read(
-    model: GPT, contexts: Sequence[Sequence[int]], prefix: Prefix | None, capacity: int = 0
+def prefill(
+    model: GPT, contexts: Sequence[Sequence[int]], prefix: PrefixCache | None, capacity: int = 0
 ) -> tuple[Tensor, KVCache, list[int]]:
     """Reads prompts [B], aligned at their ends; the last hidden states [B, C], the cache, and each row's padding [B].
 
@@ -37,27 +37,27 @@ def _read(
     """
     width = max(map(len, contexts))
     pads = [width - len(context) for context in contexts]
-    cache = _cache(model, len(contexts), max(width, capacity))
+    cache = new_kv_cache(model, len(contexts), max(width, capacity))
     if prefix is not None and prefix.keys is not None and prefix.values is not None:
-        cache.length = min(_common(prefix.tokens, context[:-1]) for context in contexts)
+        cache.length = min(common_prefix_length(prefix.tokens, context[:-1]) for context in contexts)
         for row, pad in enumerate(pads):
             part = slice(0, max(0, cache.length - pad))
-            cache.put(row, pad, prefix.keys[:, :, part], prefix.values[:, :, part])
+            cache.write(row, pad, prefix.keys[:, :, part], prefix.values[:, :, part])
     padded = [[0] * pad + list(context) for pad, context in zip(pads, contexts, strict=True)]
     idx = torch.tensor(padded, device=model.tok_emb.weight.device)[:, cache.length :]  # [B, T]
-    hidden = model.hidden(idx, cache, _tensor(pads, idx))[:, -1]  # [B, C]
+    hidden = model.hidden_states(idx, cache, pad_tensor(pads, idx))[:, -1]  # [B, C]
     if prefix is not None:
         prefix.tokens = list(contexts[0])
-        prefix.keys, prefix.values = (part.clone() for part in cache.part(0, pads[0], width))
+        prefix.keys, prefix.values = (part.clone() for part in cache.slice(0, pads[0], width))
     return hidden, cache, pads
 
 
-def _common(tokens: Sequence[int], others: Sequence[int]) -> int:
+def common_prefix_length(tokens: Sequence[int], others: Sequence[int]) -> int:
     """How many tokens two texts begin with in common."""
     different = (i for i, (token, other) in enumerate(zip(tokens, others, strict=False)) if token != other)
     return next(different, min(len(tokens), len(others)))
 
 
-def _tensor(pads: Sequence[int], like: Tensor) -> Tensor | None:
+def pad_tensor(pads: Sequence[int], like: Tensor) -> Tensor | None:
     """As a model takes the padding of rows; without any it needs no mask."""
     return torch.tensor(pads, device=like.device) if any(pads) else None

@@ -15,7 +15,7 @@ from llm.model.gpt import GPT
 
 
 @dataclass(eq=False)
-class _Row:
+class Request:
     """A prompt that is being continued."""
 
     number: int  # of the prompt in the call
@@ -38,9 +38,9 @@ class _Row:
         return True
 
 
-def _rows(
+def make_requests(
     model: GPT, prompts: Sequence[Sequence[int]], max_new_tokens: int | Sequence[int], sampling: Sampling, seed: int
-) -> list[_Row]:
+) -> list[Request]:
     """Raises `InputError` for what no row can be made of."""
     wanted = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
     if len(wanted) != len(prompts):
@@ -60,12 +60,12 @@ def _rows(
         if sampling.repetition_penalty != 1:
             seen = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=device)
             seen[context] = True
-        rows.append(_Row(number, context, left, torch.Generator(device).manual_seed(seed + number), seen))
+        rows.append(Request(number, context, left, torch.Generator(device).manual_seed(seed + number), seen))
     return rows
 
 
 @contextlib.contextmanager
-def _evaluating(*models: GPT) -> Iterator[None]:
+def eval_mode(*models: GPT) -> Iterator[None]:
     modes = [model.training for model in models]
     for model in models:
         model.eval()

@@ -44,7 +44,7 @@ class Sampling:
 GREEDY = Sampling()
 
 
-def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+def apply_repetition_penalty(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """Logits [B, V] with the tokens of `seen` [B, V] (bool) made less likely; a penalty below 1 makes them likelier."""
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 

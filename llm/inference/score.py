@@ -28,7 +28,7 @@ class Score(NamedTuple):
     def perplexity(self) -> float:
         return math.exp(min(self.loss, 700.0))
 
-    def bits_per_byte(self, n_bytes: int) -> float:
+    def bpb(self, n_bytes: int) -> float:
         """Comparable across tokenizers: `n_bytes` is the length of the text in UTF-8."""
         return self.nats / math.log(2) / max(n_bytes, 1)
 
@@ -93,7 +93,7 @@ def _score_windows(
         idx[b, : len(window)] = window
         counted[b, first - start : len(window)] = True
     idx, counted = idx.to(device), counted.to(device)
-    hidden = model.hidden(idx[:, :-1])[counted[:, 1:]]  # [scored, C]
+    hidden = model.hidden_states(idx[:, :-1])[counted[:, 1:]]  # [scored, C]
     targets = idx[counted]  # [scored]
     rows = max(1, 2**24 // model.config.vocab_size)  # logits of at most 64 MB at a time
     nats = 0.0

@@ -7,18 +7,18 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from llm.inference.prefill import Prefix, _read
-from llm.inference.request import _evaluating, _Row
-from llm.inference.sampling import Sampling, penalise, probabilities
+from llm.inference.prefill import PrefixCache, prefill
+from llm.inference.request import Request, eval_mode
+from llm.inference.sampling import Sampling, apply_repetition_penalty, probabilities
 from llm.model.gpt import GPT
 from llm.model.kv_cache import KVCache
 
-GUESSES = 4  # tokens that a draft proposes before the model reads them
+NUM_DRAFT_TOKENS = 4  # tokens that a draft proposes before the model reads them
 
 
 @torch.inference_mode()
-def _drafted(
-    model: GPT, draft: GPT, row: _Row, sampling: Sampling, stop: frozenset[int], prefix: Prefix | None
+def speculative_decode(
+    model: GPT, draft: GPT, row: Request, sampling: Sampling, stop: frozenset[int], prefix: PrefixCache | None
 ) -> Iterator[int]:
     """The draft guesses from its distribution q; the model accepts a guess with probability p / q of its own p.
 
@@ -30,20 +30,20 @@ def _drafted(
     def distributions(of: GPT, cache: KVCache, tokens: list[int], n: int) -> Tensor:
         """Logits [n, V] at the last n of the tokens; the cache holds some of the others."""
         idx = torch.tensor([tokens[cache.length :]], device=of.tok_emb.weight.device)  # [1, T]
-        logits = of(idx, cache)[0] if len(idx[0]) == n else of.lm_head(of.hidden(idx, cache)[0, -n:])
+        logits = of(idx, cache)[0] if len(idx[0]) == n else of.lm_head(of.hidden_states(idx, cache)[0, -n:])
         return logits.float()
 
     def chances(logits: Tensor, seen: Tensor | None) -> Tensor:
         """The distribution [V] that logits [V] give."""
         if seen is not None:
-            logits = penalise(logits, seen, sampling.repetition_penalty)
+            logits = apply_repetition_penalty(logits, seen, sampling.repetition_penalty)
         return probabilities(logits[None], sampling)[0]
 
     def draw(weights: Tensor) -> int:
         return int(torch.multinomial(weights, 1, generator=row.generator))
 
-    with _evaluating(model, draft):
-        caches = [_read(each, [row.context], kept, capacity)[1] for each, kept in ((model, prefix), (draft, None))]
+    with eval_mode(model, draft):
+        caches = [prefill(each, [row.context], kept, capacity)[1] for each, kept in ((model, prefix), (draft, None))]
         while row.left > 0:
             read = 0 if row.cut(model.config.context_length) else len(row.context) - 1
             for cache in caches:
@@ -51,7 +51,7 @@ def _drafted(
             guesses: list[int] = []
             q: list[Tensor] = []
             seen = None if row.seen is None else row.seen.clone()
-            for _ in range(min(GUESSES, row.left - 1, capacity - len(row.context))):
+            for _ in range(min(NUM_DRAFT_TOKENS, row.left - 1, capacity - len(row.context))):
                 logits = distributions(draft, caches[1], row.context + guesses, 1)
                 q.append(chances(logits[0], seen))  # [V]
                 guesses.append(draw(q[-1]))

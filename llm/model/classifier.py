@@ -23,11 +23,14 @@ class GPTClassifier(nn.Module):
         nn.init.normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, idx: Tensor, lengths: Tensor, lower: Tensor | None = None, n_lower: int = 0) -> Tensor:
-        """Right-padded ids [B, T] with `lengths` [B] real tokens each, to logits [B, n_labels]; `lower` as in `hidden`.
+    def forward(
+        self, idx: Tensor, lengths: Tensor, cached_hidden: Tensor | None = None, start_layer: int = 0
+    ) -> Tensor:
+        """Right-padded ids [B, T] with `lengths` [B] real tokens each, to logits [B, n_labels]; `cached_hidden` as in
+        `hidden_states`.
 
         Attention is causal, so what stands behind a row's last token cannot change its answer.
         """
-        hidden = self.gpt.hidden(idx, lower=lower, n_lower=n_lower)  # [B, T, C]
+        hidden = self.gpt.hidden_states(idx, cached_hidden=cached_hidden, start_layer=start_layer)  # [B, T, C]
         last = hidden[torch.arange(len(idx), device=idx.device), lengths - 1]  # [B, C]
         return self.head(last)

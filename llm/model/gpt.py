@@ -23,7 +23,7 @@ from llm.config import GPTConfig
 from llm.model.attention import causal_attention
 from llm.model.kv_cache import KVCache
 from llm.model.linear import Linear
-from llm.model.rotary import rotary, rotate
+from llm.model.rotary import apply_rotary_emb, rotary_cos_sin
 
 
 class RMSNorm(nn.RMSNorm):
@@ -55,7 +55,7 @@ class CausalSelfAttention(nn.Module):
             self.q_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
             self.k_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
 
-    def heads(self, x: Tensor, angles: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+    def qkv(self, x: Tensor, cos_sin: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B, H, T, D], keys and values [B, K, T, D] of the normed stream [B, T, C]."""
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.config.head_dim)  # [B, T, H, D]
@@ -64,8 +64,8 @@ class CausalSelfAttention(nn.Module):
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, H or K, T, D]
-        if angles is not None:
-            q, k = rotate(q, *angles), rotate(k, *angles)
+        if cos_sin is not None:
+            q, k = apply_rotary_emb(q, *cos_sin), apply_rotary_emb(k, *cos_sin)
         return q, k, v
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
@@ -117,19 +117,19 @@ class TransformerBlock(nn.Module):
         self.ffn = FeedForward(config)
         self.drop = nn.Dropout(0.0)
 
-    def before(self, x: Tensor, angles: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+    def project_qkv(self, x: Tensor, cos_sin: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
         """What attention needs of the residual stream [B, T, C]: queries, keys and values."""
-        return self.attn.heads(self.norm1(x), angles)
+        return self.attn.qkv(self.norm1(x), cos_sin)
 
-    def after(self, x: Tensor, y: Tensor) -> Tensor:
+    def finish(self, x: Tensor, y: Tensor) -> Tensor:
         """The stream [B, T, C] behind this block, from the one before it and what attention found [B, T, H * D]."""
         x = x + self.drop(self.attn.out_proj(y))
         return x + self.drop(self.ffn(self.norm2(x)))
 
     def forward(
-        self, x: Tensor, angles: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache: KVCache | None
+        self, x: Tensor, cos_sin: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache: KVCache | None
     ) -> Tensor:
-        return self.after(x, self.attn.attend(*self.before(x, angles), mask, cache))
+        return self.finish(x, self.attn.attend(*self.project_qkv(x, cos_sin), mask, cache))
 
 
 class GPT(nn.Module):
@@ -165,32 +165,32 @@ class GPT(nn.Module):
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
-    def hidden(
+    def hidden_states(
         self,
         idx: Tensor,
         cache: KVCache | None = None,
         pad: Tensor | None = None,
-        lower: Tensor | None = None,
-        n_lower: int = 0,
+        cached_hidden: Tensor | None = None,
+        start_layer: int = 0,
     ) -> Tensor:
         """Token ids [B, T] to the hidden states [B, T, C] behind the final norm.
 
         With a cache, the ids continue what it holds. `pad` [B] counts the padding positions at the left of each row:
         nothing attends to them, and positions count from the first real token. Where `lower` [B, T, C] is known, which
-        is `stream(idx, n_lower)`, the embeddings and the first `n_lower` blocks do not run.
+        is `run_blocks(idx, start_layer)`, the embeddings and the first `start_layer` blocks do not run.
         """
-        return self.final_norm(self.stream(idx, self.config.n_layers, cache, pad, lower, n_lower))
+        return self.final_norm(self.run_blocks(idx, self.config.n_layers, cache, pad, cached_hidden, start_layer))
 
-    def stream(
+    def run_blocks(
         self,
         idx: Tensor,
         n_blocks: int,
         cache: KVCache | None = None,
         pad: Tensor | None = None,
-        lower: Tensor | None = None,
-        n_lower: int = 0,
+        cached_hidden: Tensor | None = None,
+        start_layer: int = 0,
     ) -> Tensor:
-        """Token ids [B, T] to the residual stream [B, T, C] behind the first `n_blocks` blocks; else as `hidden`."""
+        """Return the residual stream [B, T, C] behind the first `n_blocks` blocks; arguments as in `hidden_states`."""
         T = idx.shape[1]
         start = cache.length if cache is not None else 0
         if start + T > self.config.context_length:
@@ -202,20 +202,20 @@ class GPT(nn.Module):
         if pad is not None:
             positions = (positions - pad[:, None]).clamp(min=0)  # [B, T]
 
-        angles = self.angles(positions)
-        x = self.embed(idx, positions) if lower is None else lower  # [B, T, C]
-        for block in islice(self.blocks, n_lower, n_blocks):
+        cos_sin = self.cos_sin(positions)
+        x = self.embed(idx, positions) if cached_hidden is None else cached_hidden  # [B, T, C]
+        for block in islice(self.blocks, start_layer, n_blocks):
             if self.activation_checkpointing and self.training:
-                x = checkpoint(block, x, angles, mask, None, use_reentrant=False)
+                x = checkpoint(block, x, cos_sin, mask, None, use_reentrant=False)
             else:
-                x = block(x, angles, mask, cache)
+                x = block(x, cos_sin, mask, cache)
         if cache is not None:
             cache.length += T
         return x
 
-    def angles(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
+    def cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
         """Of rotary positions, as `rotary`; where others are used there are none."""
-        return rotary(self.config, positions) if self.config.positions == "rotary" else None
+        return rotary_cos_sin(self.config, positions) if self.config.positions == "rotary" else None
 
     def embed(self, idx: Tensor, positions: Tensor) -> Tensor:
         """Token ids [B, T] at `positions` [T] or [B, T] to the residual stream [B, T, C] before the first block."""
@@ -236,5 +236,5 @@ class GPT(nn.Module):
         return mask
 
     def forward(self, idx: Tensor, cache: KVCache | None = None, pad: Tensor | None = None) -> Tensor:
-        """Token ids [B, T] to logits [B, T, V]; cache and pad as in `hidden`."""
-        return self.lm_head(self.hidden(idx, cache, pad))
+        """Token ids [B, T] to logits [B, T, V]; cache and pad as in `hidden_states`."""
+        return self.lm_head(self.hidden_states(idx, cache, pad))

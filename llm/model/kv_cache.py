@@ -39,17 +39,17 @@ class KVCache:
         self.values[layer, :rows, :, self.length : end] = values
         return self.keys[layer, :rows, :, :end], self.values[layer, :rows, :, :end]
 
-    def part(self, row: int, start: int, end: int) -> tuple[Tensor, Tensor]:
+    def slice(self, row: int, start: int, end: int) -> tuple[Tensor, Tensor]:
         """What a row holds from one position to another: 2 x [layers, K, end - start, D], without a copy."""
         return self.keys[:, row, :, start:end], self.values[:, row, :, start:end]
 
-    def put(self, row: int, start: int, keys: Tensor, values: Tensor) -> None:
+    def write(self, row: int, start: int, keys: Tensor, values: Tensor) -> None:
         """Copies a part [layers, K, n, D] into a row."""
         end = start + keys.shape[2]
         self.keys[:, row, :, start:end] = keys
         self.values[:, row, :, start:end] = values
 
-    def keep(self, rows: Sequence[int]) -> None:
+    def reorder(self, rows: Sequence[int]) -> None:
         """Makes the given rows the first ones, in that order."""
         moved = [(to, row) for to, row in enumerate(rows) if to != row]
         if moved:

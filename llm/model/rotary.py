@@ -39,7 +39,7 @@ def rotary_frequencies(config: GPTConfig, device: torch.device) -> Tensor:
     return stretched
 
 
-def rotary(config: GPTConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
+def rotary_cos_sin(config: GPTConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the angles at `positions` [T] or [B, T]: 2 x [T, D/2] or [B, 1, T, D/2], fp32."""
     angles = positions[..., None].float() * rotary_frequencies(config, positions.device)
     if positions.ndim == 2:
@@ -48,7 +48,7 @@ def rotary(config: GPTConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
     return angles.cos() * scale, angles.sin() * scale
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def apply_rotary_emb(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions: turns each pair (x_i, x_{i+D/2}) of [B, H, T, D] by its position's angle, in fp32."""
     first, second = x.float().chunk(2, dim=-1)  # 2 x [B, H, T, D/2]
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

@@ -34,9 +34,9 @@ from llm.preprocess.text import (
     TEST,
     TRAIN,
     VAL,
+    dedup_key,
     key_hash,
     key_hasher,
-    leak_key,
     open_raw,
     parse_record,
     text_field,
@@ -59,10 +59,10 @@ PLACES_TO_CUT = (  # the first of them that occurs; the cut is after the match
 )
 
 
-def cut_sections(text: str, limit: int) -> list[str]:
+def cut_chunks(text: str, limit: int) -> list[str]:
     """Pieces of at most `limit` characters and about equal length, cut at paragraph ends where there are any.
 
-    >>> cut_sections("One.\\n\\nTwo. Three.", 12)
+    >>> cut_chunks("One.\\n\\nTwo. Three.", 12)
     ['One.\\n\\n', 'Two. Three.']
     """
     pieces, start = [], 0
@@ -147,12 +147,12 @@ def batch_records(path: Path, batch: Batch) -> Iterator[tuple[int, str]]:
             yield document, text_field(record, "text", where)
 
 
-def survey_batch(batch: Batch, path: Path, section_chars: int | None, seed: int) -> Survey:
+def survey_batch(batch: Batch, path: Path, chunk_chars: int | None, seed: int) -> Survey:
     survey = Survey([], [], [], [], [], {})
     texts = []
     for document, text in batch_records(path, batch):
-        units = cut_sections(text, section_chars or max(len(text), 1))
-        keys = [leak_key(unit).encode() for unit in units]
+        units = cut_chunks(text, chunk_chars or max(len(text), 1))
+        keys = [dedup_key(unit).encode() for unit in units]
         survey.documents.append(document)
         survey.n_units.append(len(units))
         survey.keys.append(b"".join(keys))
@@ -175,7 +175,7 @@ def plan_corpus(path: Path, params: CorpusSplit, seed: int, workers: Workers) ->
     unit_chars, unit_hashes, unit_document = array("q"), array("Q"), array("q")
     document_hashes, code_points = array("Q"), Counter[int]()
     previous, hasher = None, key_hasher(seed)
-    surveys = workers.in_order(survey_batch, batches, path, None if book else params.section_chars, seed)
+    surveys = workers.in_order(survey_batch, batches, path, None if book else params.chunk_chars, seed)
     for survey in _progress(surveys, batches, "survey"):
         units = iter(zip(survey.unit_chars, survey.unit_hashes, strict=True))
         for document, n, key in zip(survey.documents, survey.n_units, survey.keys, strict=True):
@@ -223,13 +223,13 @@ def split_leak_free(plan: Plan, params: CorpusSplit) -> Plan:
     order = plan.unit_hashes.copy()
     chars = np.bincount(plan.unit_document, weights=plan.unit_chars)
     _, same, copies = np.unique(plan.document_hashes, return_inverse=True, return_counts=True)
-    whole = ((copies[same] > 1) | (chars <= params.section_chars)) & (np.bincount(plan.unit_document) > 1)
+    whole = ((copies[same] > 1) | (chars <= params.chunk_chars)) & (np.bincount(plan.unit_document) > 1)
     order = np.where(whole[plan.unit_document], plan.document_hashes[plan.unit_document], order)
     distinct = np.unique(order)
     if len(distinct) < len(SPLITS):
         raise InputError(
             f"data.corpus: too little text to split into train, val and test: {len(distinct)} different units; "
-            f"add documents, lower tokenize.corpus.section_chars ({params.section_chars}) or set "
+            f"add documents, lower tokenize.corpus.chunk_chars ({params.chunk_chars}) or set "
             "tokenize.corpus.split: book"
         )
     n_val, n_test = (max(1, int(share * len(distinct))) for share in (params.val, params.test))
@@ -346,12 +346,12 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 
 
 class ShardWriter:
-    """Writes one split as `train-00000.bin` and so on, each with `shard_tokens` tokens but the last."""
+    """Writes one split as `train-00000.bin` and so on, each with `tokens_per_shard` tokens but the last."""
 
-    def __init__(self, folder: Path, split: str, shard_tokens: int) -> None:
+    def __init__(self, folder: Path, split: str, tokens_per_shard: int) -> None:
         self.shards: list[str] = []
         self.n_tokens = 0
-        self._folder, self._split, self._shard_tokens = folder, split, shard_tokens
+        self._folder, self._split, self._shard_tokens = folder, split, tokens_per_shard
 
     def write(self, tokens: Array) -> None:
         while len(tokens):
@@ -372,12 +372,12 @@ class EncodedCorpus(NamedTuple):
 
 
 def encode_corpus(
-    path: Path, folder: Path, plan: Plan, tokenizer_folder: Path, shard_tokens: int, workers: Workers
+    path: Path, folder: Path, plan: Plan, tokenizer_folder: Path, tokens_per_shard: int, workers: Workers
 ) -> EncodedCorpus:
     """Writes the shards and `meta.json`: the same bytes with any number of workers."""
     vocab_size = Tokenizer.load(tokenizer_folder).vocab_size
     folder.mkdir(parents=True)
-    writers = [ShardWriter(folder, split, shard_tokens) for split in SPLITS]
+    writers = [ShardWriter(folder, split, tokens_per_shard) for split in SPLITS]
     n_bytes, unit_tokens = np.zeros(len(SPLITS), np.int64), array("q")
     used = np.zeros(vocab_size, np.int64)
     results = workers.in_order(encode_batch, encode_jobs(plan), path, tokenizer_folder)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from llm.common.errors import InputError
 from llm.config import LabelledSplit
-from llm.preprocess.text import SPLITS, key_hash, leak_key, read_records, text_field
+from llm.preprocess.text import SPLITS, dedup_key, key_hash, read_records, text_field
 
 BOOK_SEED = 123  # of the book's own splits, whatever the seed of the pipeline
 
@@ -43,7 +43,7 @@ def read_messages(path: Path, labels: Sequence[str]) -> list[Row]:
             raise InputError(f"{where}: expected one of the labels {', '.join(labels)}, found {label!r}")
         if not text.strip():
             raise InputError(f"{where}: no text is left after cleaning; remove this message from its source")
-        rows.append(Row({"text": text, "label": label}, leak_key(text), text, label, label, own_split(record, where)))
+        rows.append(Row({"text": text, "label": label}, dedup_key(text), text, label, label, own_split(record, where)))
     return rows
 
 
@@ -61,7 +61,7 @@ def read_instructions(path: Path) -> list[Row]:
             )
         fields = {"instruction": instruction, "input": record_input, "output": output}
         fields["task"] = _optional(record, "task", where)
-        rows.append(Row(fields, leak_key(question), question, leak_key(output), "", own_split(record, where)))
+        rows.append(Row(fields, dedup_key(question), question, dedup_key(output), "", own_split(record, where)))
     return rows
 
 
@@ -97,7 +97,7 @@ def split_rows(rows: Sequence[Row], params: LabelledSplit, seed: int, kind: str)
     }
     missing = {split: share for split, share in (("val", params.val), ("test", params.test)) if split not in given}
     free = {key: group for key, group in groups.items() if split_of[key] == "train"}
-    split_of |= share_out(free, missing, seed)
+    split_of |= assign_splits(free, missing, seed)
 
     result = SplitRows({split: [] for split in SPLITS}, 0, dict.fromkeys(("val", "test"), 0))
     seen = set()
@@ -112,7 +112,7 @@ def split_rows(rows: Sequence[Row], params: LabelledSplit, seed: int, kind: str)
     return result._replace(moved=moved)
 
 
-def share_out(groups: Mapping[str, Sequence[Row]], held_out: Mapping[str, float], seed: int) -> dict[str, str]:
+def assign_splits(groups: Mapping[str, Sequence[Row]], held_out: Mapping[str, float], seed: int) -> dict[str, str]:
     """Gives each group a split: stratum by stratum in the order of their hashes, each group to the split that is
     furthest behind its share, but the first one of a stratum to train."""
     shares = {"train": 1 - sum(held_out.values()), **held_out}

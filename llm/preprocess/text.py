@@ -38,12 +38,12 @@ def normalise(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
-def leak_key(text: str) -> str:
+def dedup_key(text: str) -> str:
     """Equal for texts that differ in case, space and punctuation only.
 
     A text without letters and digits is its own key.
 
-    >>> leak_key("Free entry, CALL now!!") == leak_key("free entry - call NOW")
+    >>> dedup_key("Free entry, CALL now!!") == dedup_key("free entry - call NOW")
     True
     """
     return NO_LETTERS_OR_DIGITS.sub("", unicodedata.normalize("NFKC", text).casefold()) or text

@@ -11,7 +11,7 @@ from typing import Any
 import mlflow.models
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
-from llm.checkpoint.folder import ModelFolder, load_model_folder
+from llm.checkpoint.folder import Checkpoint, load_checkpoint
 from llm.inference.classify import classify_texts
 from llm.inference.generate import generate
 from llm.inference.sampling import Sampling
@@ -23,7 +23,7 @@ class TextModel(PythonModel):
     """Texts in, one answer for each out: what is written next, or the label. MLflow checks inputs by the type hints."""
 
     def load_context(self, context: PythonModelContext) -> None:
-        self.folder = load_model_folder(Path(context.artifacts["model"]))
+        self.folder = load_checkpoint(Path(context.artifacts["model"]))
 
     def predict(
         self, context: PythonModelContext, model_input: list[str], params: dict[str, Any] | None = None
@@ -34,14 +34,14 @@ class TextModel(PythonModel):
         return [{"text": text} for text in continuations(self.folder, model_input, params or {})]
 
 
-def labelled(folder: ModelFolder, labels: list[str], texts: list[str]) -> list[dict[str, Any]]:
+def labelled(folder: Checkpoint, labels: list[str], texts: list[str]) -> list[dict[str, Any]]:
     answers = []
     for row in classify_texts(folder, texts).tolist():
         answers.append({"label": labels[row.index(max(row))], "probabilities": dict(zip(labels, row, strict=True))})
     return answers
 
 
-def continuations(folder: ModelFolder, texts: list[str], params: dict[str, Any]) -> list[str]:
+def continuations(folder: Checkpoint, texts: list[str], params: dict[str, Any]) -> list[str]:
     """What a base model writes after each text, or an instruction follower answers to it.
 
     `params`: max_new_tokens, temperature, top_p and seed; MLflow fills in those that a caller leaves out.

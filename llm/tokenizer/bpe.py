@@ -200,7 +200,7 @@ class Tokenizer:
         except (OSError, ValueError) as error:
             raise InputError(f"{encoder_json}, {vocab_bpe}: not GPT-2's files ({_one_line(error)})") from None
         # The ids follow the merges: 256 bytes, then one token for each merge. tiktoken relies on it.
-        byte_of = gpt2_bytes()
+        byte_of = bytes_to_unicode()
         tokens = [*byte_of, *("".join(pair) for pair in merges), END_OF_TEXT]
         if encoder != {token: number for number, token in enumerate(tokens)}:
             raise InputError(f"{encoder_json}: does not go with {vocab_bpe}; fetch both files again")
@@ -238,7 +238,7 @@ def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-def gpt2_bytes() -> dict[str, int]:
+def bytes_to_unicode() -> dict[str, int]:
     """The character that stands for each byte in GPT-2's files, in the order of the ids.
 
     Bytes that print stand for themselves; the others are shifted to the characters from 256 on, so that no token holds

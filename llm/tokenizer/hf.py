@@ -25,7 +25,7 @@ from llm.tokenizer.bpe import (
     MAX_SPACES,
     MAX_VOCAB_SIZE,
     Tokenizer,
-    gpt2_bytes,
+    bytes_to_unicode,
 )
 from llm.tokenizer.chat_template import render, render_untrusted
 from llm.tokenizer.prompts import ALPACA_INSTRUCTION, ALPACA_PREAMBLE, ALPACA_RESPONSE, stop_token
@@ -322,7 +322,7 @@ def _build(
         if one is not None and one not in special:
             raise InputError(f"{where}: the {key} {one} is not among its special tokens; name one that is")
 
-    byte_of = gpt2_bytes()
+    byte_of = bytes_to_unicode()
     tokens: dict[int, bytes] = {}
     for name, number in sorted(vocab.items(), key=lambda item: item[1]):
         if name not in special:
@@ -631,7 +631,7 @@ def _split_of(tokenizer: Tokenizer) -> Split:
 
 def _names(tokenizer: Tokenizer) -> list[str | None]:
     """What each id is called in other tools' files, bytes as GPT-2's characters: [vocab_size]."""
-    character_of = {byte: character for character, byte in gpt2_bytes().items()}
+    character_of = {byte: character for character, byte in bytes_to_unicode().items()}
     names: list[str | None] = [None] * tokenizer.vocab_size
     for number, token in enumerate(tokenizer.ranks):
         if token is not None:
@@ -643,7 +643,7 @@ def _names(tokenizer: Tokenizer) -> list[str | None]:
 
 def _merges(tokenizer: Tokenizer) -> tuple[list[str], bool]:
     """The pair that makes each token, ids ascending, and whether there are tokens that no pair makes."""
-    character_of = {byte: character for character, byte in gpt2_bytes().items()}
+    character_of = {byte: character for character, byte in bytes_to_unicode().items()}
     made = _made_by_merges({number: token for number, token in enumerate(tokenizer.ranks) if token is not None})
     pairs = [parts for parts in made.values() if len(parts) == 2]
     merges = [" ".join("".join(character_of[byte] for byte in part) for part in parts) for parts in pairs]

@@ -15,16 +15,16 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from llm.common import distributed as parallel
+from llm.common import distributed
 from llm.common.errors import InputError
 from llm.config import RuntimeParams, TrainParams
-from llm.data.batches import IGNORE, Batch
+from llm.data.batches import IGNORE_INDEX, Batch
 from llm.model.gpt import GPT
 from llm.training.losses import LossFunction, _should_stop, _StoppedError
 from llm.training.optim import make_optimizers, set_lr
 from llm.training.precision import keep_freed_memory, precision
 from llm.training.schedule import lr_factor
-from llm.training.state import _State, load_state, save_state
+from llm.training.state import TrainingState, load_state, save_state
 
 
 class FitResult(NamedTuple):
@@ -34,7 +34,7 @@ class FitResult(NamedTuple):
     stopped: bool = False  # before its end, because a process was asked to
 
     @property
-    def kept(self) -> dict[str, float]:
+    def best_metrics(self) -> dict[str, float]:
         """The losses at `best_step`: those of the weights that the model has now."""
         row = next(row for row in reversed(self.history) if row["step"] <= self.best_step)
         return {name: value for name, value in row.items() if "/" in name}
@@ -71,10 +71,10 @@ def fit(
 
     `phase(name)` is entered around what takes time: `start-up`, `data` (batches), `training`, `evaluation`, `saving`.
 
-    Of several processes (`llm.common.distributed`) each reads a part of the rows of every batch; the losses are those of one
-    process up to rounding. Rank 0 alone prints, saves and samples; they stop together, at one of the same places.
+    Of several processes (`llm.common.distributed`) each reads a part of the rows of every batch; the losses are those
+    of one process up to rounding. Rank 0 alone prints, saves and samples; they stop together.
     """
-    device, rank, n_processes = next(model.parameters()).device, parallel.rank(), parallel.world_size()
+    device, rank, n_processes = next(model.parameters()).device, distributed.rank(), distributed.world_size()
     seed = torch.initial_seed()
     keep_freed_memory()
     with phase("start-up"):  # torch loads its compiler with the first optimizer, needed or not
@@ -88,12 +88,12 @@ def fit(
             if isinstance(module, nn.ModuleList):  # the blocks: one compilation serves them all
                 for block in module:
                     block.compile()
-    objective = parallel.replicated(_Objective(model, loss_function))
+    objective = distributed.replicate(_Objective(model, loss_function))
     mixed = precision(device, runtime)
     if n_processes > 1:
         _say(f"{title}: {n_processes} processes train together")
 
-    state = _State(model, optimizers)
+    state = TrainingState(model, optimizers)
     if rank > 0:
         state_dir, sample = None, None
     if rank > 0 or params.schedule != "wsd":
@@ -101,7 +101,7 @@ def fit(
     saved = load_state(state_dir, _say) if state_dir is not None else None
     if saved is None and stable_dir is not None:
         saved = load_state(stable_dir, _say, up_to=params.stable_steps)
-    if (saved := parallel.share(saved)) is not None:
+    if (saved := distributed.broadcast_state(saved)) is not None:
         state.restore(*saved)
         _say(f"{title}: continues at step {state.step} of {params.max_steps}")
 
@@ -129,14 +129,14 @@ def fit(
             with phase("data"):
                 micro_batches = batches(state.step)
             with phase("training"):
-                parts = [batch.part(rank, n_processes).to(device) for batch in micro_batches]
+                parts = [batch.shard(rank, n_processes).to(device) for batch in micro_batches]
                 set_lr(optimizers, lr_factor(state.step, params))
                 loss, grad_norm = _step(objective, parts, optimizers, params.grad_clip, device, mixed)
                 _guard(state, loss, grad_norm, micro_batches)
                 with mixed:  # Muon makes products too
                     for optimizer in optimizers:
                         optimizer.step()
-                stopping = parallel.anywhere(should_stop())
+                stopping = distributed.any_rank(should_stop())
             state.step += 1
             state.losses.append(loss)
             tokens_since_log += sum(batch.idx.numel() for batch in micro_batches)
@@ -158,12 +158,12 @@ def fit(
             if stopping:
                 return FitResult(state.step, state.step, state.history, stopped=True)
     if params.keep == "best":
-        state.take_best()
+        state.restore_best()
     return FitResult(state.step, state.best_step if params.keep == "best" else state.step, state.history)
 
 
 def _say(message: str) -> None:
-    if parallel.rank() == 0:
+    if distributed.rank() == 0:
         tqdm.write(message, file=sys.stderr)
 
 
@@ -205,21 +205,21 @@ def _step(
             loss.backward()
         total += loss.detach()
         weight += batch_weight.to(device)
-    total, weight = parallel.total(torch.stack((total, weight)))
+    total, weight = distributed.all_reduce(torch.stack((total, weight)))
     parameters = [p for p in objective.parameters() if p.grad is not None]
     for p in parameters:
         assert p.grad is not None
-        p.grad /= weight / parallel.world_size()  # gradients are means over the processes
+        p.grad /= weight / distributed.world_size()  # gradients are means over the processes
     norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip if grad_clip > 0 else math.inf)
     return (total / weight).item(), norm.item()
 
 
-def _guard(state: _State, loss: float, grad_norm: float, micro_batches: list[Batch]) -> None:
+def _guard(state: TrainingState, loss: float, grad_norm: float, micro_batches: list[Batch]) -> None:
     """Stops before a bad gradient reaches the weights."""
     rows = ", ".join(str(row) for batch in micro_batches for row in batch.rows)
     where = f"step {state.step}, batch of rows {rows}"
     if not math.isfinite(loss) or not math.isfinite(grad_norm):
-        counted = any((batch.targets != IGNORE).any() for batch in micro_batches)
+        counted = any((batch.targets != IGNORE_INDEX).any() for batch in micro_batches)
         remedy = "lower lr, or look at these rows" if counted else "no target in them counts; leave these rows out"
         raise InputError(f"{where}: loss {loss}, gradient norm {grad_norm}: {remedy}")
     state.recent = [*state.recent[-19:], loss]
@@ -229,7 +229,7 @@ def _guard(state: _State, loss: float, grad_norm: float, micro_batches: list[Bat
 
 
 def _evaluate(
-    state: _State,
+    state: TrainingState,
     model: nn.Module,
     params: TrainParams,
     runtime: RuntimeParams,
@@ -279,7 +279,7 @@ def _stopped_by(should_stop: Callable[[], bool], model: nn.Module) -> Iterator[N
         if should_stop():
             raise _StoppedError
 
-    alone = parallel.world_size() == 1
+    alone = distributed.world_size() == 1
     gpts = [module for module in model.modules() if isinstance(module, GPT)]
     hooks = [gpt.final_norm.register_forward_pre_hook(ask) for gpt in gpts if alone]
     token = _should_stop.set(should_stop)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from llm.common import distributed as parallel
+from llm.common import distributed
 from llm.common.errors import InputError
 from llm.config import RuntimeParams, TrainParams
 from llm.data.batches import Batch, Collate, batches_by_length
@@ -19,7 +19,9 @@ from llm.model.lora import add_lora
 from llm.training.fit import _say
 from llm.training.precision import precision
 
-KEPT_BYTES = 2**29  # the most that `keep_lower` may take for one set of examples, in all processes together
+KEPT_BYTES = (
+    2**29
+)  # the most that `cache_frozen_activations` may take for one set of examples, in all processes together
 
 
 def freeze(model: GPT | GPTClassifier, params: TrainParams) -> None:
@@ -60,7 +62,7 @@ def frozen_blocks(model: GPT | GPTClassifier) -> int:
     return max(0, trained.index(True) - 1) if True in trained else len(gpt.blocks)
 
 
-def keep_lower(
+def cache_frozen_activations(
     model: GPT | GPTClassifier,
     examples: Sequence[Example],
     collate: Collate,
@@ -76,14 +78,14 @@ def keep_lower(
     training that is continued has the same bits.
 
     Returns `collate` itself where every block is trained, with dropout, for fewer `reads` of examples than there are,
-    and where it would take more than `KEPT_BYTES`: then the lower blocks run every time.
+    and where it would take more than `KEPT_BYTES`: then the cached_hidden blocks run every time.
     """
     gpt, n = gpt_of(model), frozen_blocks(model)
     if n == 0 or params.dropout > 0 or reads < len(examples):
         return collate
     size = sum(len(example.ids) for example in examples) * gpt.config.emb_dim * 4
-    what = f"what the lower {n} of {len(gpt.blocks)} blocks make of {len(examples):,} examples"
-    if size * parallel.world_size() > KEPT_BYTES:
+    what = f"what the cached_hidden {n} of {len(gpt.blocks)} blocks make of {len(examples):,} examples"
+    if size * distributed.world_size() > KEPT_BYTES:
         _say(f"{what} would take {size / 1e6:,.0f} MB in each process: it is computed again at every step")
         return collate
     _say(f"{what} is computed once and kept: {size / 1e6:,.1f} MB in each process")
@@ -92,13 +94,13 @@ def keep_lower(
     with torch.no_grad(), precision(device, runtime):
         for batch in batches_by_length(examples, collate, params.batch_size):
             assert batch.lengths is not None
-            lower = gpt.stream(batch.idx.to(device), n).cpu()  # [B, T, C]
-            for row, states, length in zip(batch.rows, lower, batch.lengths.tolist(), strict=True):
+            cached_hidden = gpt.run_blocks(batch.idx.to(device), n).cpu()  # [B, T, C]
+            for row, states, length in zip(batch.rows, cached_hidden, batch.lengths.tolist(), strict=True):
                 kept[row] = states[:length].clone()  # [length, C]
 
-    def collate_with_lower(all_examples: Sequence[Example], rows: Sequence[int]) -> Batch:
+    def collate_with_cached_hidden(all_examples: Sequence[Example], rows: Sequence[int]) -> Batch:
         assert all_examples is examples
-        lower = pad_sequence([kept[row] for row in rows], batch_first=True)  # [B, T, C]
-        return collate(examples, rows)._replace(lower=lower, n_lower=n)
+        cached_hidden = pad_sequence([kept[row] for row in rows], batch_first=True)  # [B, T, C]
+        return collate(examples, rows)._replace(cached_hidden=cached_hidden, start_layer=n)
 
-    return collate_with_lower
+    return collate_with_cached_hidden

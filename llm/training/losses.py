@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llm.common import distributed as parallel
+from llm.common import distributed
 from llm.common.errors import InputError
-from llm.data.batches import IGNORE, Batch
+from llm.data.batches import IGNORE_INDEX, Batch
 from llm.model.classifier import GPTClassifier
 from llm.model.gpt import GPT
 from llm.model.loss import linear_cross_entropy
@@ -25,8 +25,10 @@ LossFunction = Callable[[Any, Batch], tuple[Tensor, Tensor]]
 def next_token_loss(model: GPT, batch: Batch) -> tuple[Tensor, Tensor]:
     """Cross entropy over the counted targets; positions whose target is ignored never reach the output layer."""
     targets = batch.targets.flatten()  # [B*T]
-    counted = (targets != IGNORE).nonzero().squeeze(1)  # [N]
-    hidden = model.hidden(batch.idx, lower=batch.lower, n_lower=batch.n_lower).flatten(0, 1)  # [B*T, C]
+    counted = (targets != IGNORE_INDEX).nonzero().squeeze(1)  # [N]
+    hidden = model.hidden_states(batch.idx, cached_hidden=batch.cached_hidden, start_layer=batch.start_layer).flatten(
+        0, 1
+    )  # [B*T, C]
     if len(counted) < len(targets):
         hidden, targets = hidden.index_select(0, counted), targets.index_select(0, counted)  # [N, C], [N]
     return linear_cross_entropy(hidden, model.lm_head.weight, targets), torch.tensor(float(len(counted)))
@@ -34,7 +36,7 @@ def next_token_loss(model: GPT, batch: Batch) -> tuple[Tensor, Tensor]:
 
 def label_loss(model: GPTClassifier, batch: Batch, class_weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Cross entropy of the labels, each weighted by its class."""
-    logits = model(batch.idx, batch.lengths, batch.lower, batch.n_lower)  # [B, labels]
+    logits = model(batch.idx, batch.lengths, batch.cached_hidden, batch.start_layer)  # [B, labels]
     return weighted_cross_entropy(logits, batch.targets, class_weights)
 
 
@@ -58,7 +60,7 @@ def label_metrics(
     device = next(model.parameters()).device
 
     def sums(batch: Batch) -> tuple[Tensor, ...]:
-        logits = model(batch.idx, batch.lengths, batch.lower, batch.n_lower)  # [B, labels]
+        logits = model(batch.idx, batch.lengths, batch.cached_hidden, batch.start_layer)  # [B, labels]
         right = (logits.argmax(dim=-1) == batch.targets).sum()
         return *weighted_cross_entropy(logits, batch.targets, class_weights), right, torch.tensor(len(logits))
 
@@ -69,10 +71,10 @@ def label_metrics(
 def _own(batches: Iterable[Batch]) -> Iterator[Batch]:
     """Those of the batches that this process evaluates. Before each round the processes agree whether to go on."""
     rounds = iter(batches)
-    while batches_of_round := list(islice(rounds, parallel.world_size())):
-        if parallel.anywhere(_should_stop.get()()):
+    while batches_of_round := list(islice(rounds, distributed.world_size())):
+        if distributed.any_rank(_should_stop.get()()):
             raise _StoppedError
-        yield from batches_of_round[parallel.rank() :][:1]
+        yield from batches_of_round[distributed.rank() :][:1]
 
 
 def _totals(n: int, sums: Iterable[tuple[Tensor, ...]]) -> list[float]:
@@ -80,7 +82,7 @@ def _totals(n: int, sums: Iterable[tuple[Tensor, ...]]) -> list[float]:
     totals = torch.zeros(n, dtype=torch.float64)
     for values in sums:
         totals += torch.tensor([value.item() for value in values], dtype=torch.float64)
-    totals = parallel.total(totals)
+    totals = distributed.all_reduce(totals)
     if not totals[1]:
         raise InputError("there is nothing to evaluate on: the validation split is empty; give more data to tokenize")
     found: list[float] = totals.tolist()

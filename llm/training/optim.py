@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llm.common import distributed as parallel
+from llm.common import distributed
 from llm.config import TrainParams
 
 
@@ -67,7 +67,7 @@ class Muon(torch.optim.Optimizer):
                     same_shape[p.shape].append(p)
             for shape, parameters in same_shape.items():
                 updates = torch.stack([self._momentum(p, group["momentum"]) for p in parameters])  # [n, rows, columns]
-                updates = parallel.spread(orthogonalize, updates)
+                updates = distributed.sharded_map(orthogonalize, updates)
                 # A wide matrix's orthogonal update is as strong as a square one's; a tall one's has to be scaled up.
                 scale = max(1.0, shape[0] / shape[1]) ** 0.5
                 for p, update in zip(parameters, updates, strict=True):

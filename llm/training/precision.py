@@ -13,15 +13,17 @@ from llm.config import RuntimeParams
 
 
 def precision(device: torch.device, runtime: RuntimeParams) -> contextlib.AbstractContextManager[Any]:
-    """Matrix products in bf16 where `mixes` says so, with weights and all else in fp32.
+    """Matrix products in bf16 where `uses_bf16_autocast` says so, with weights and all else in fp32.
 
     Whether a GPU may make those in fp32 as TF32, with 10 bits of mantissa in place of 23, is a setting of the process.
     """
     torch.set_float32_matmul_precision("high" if runtime.precision == "tf32" else "highest")
-    return torch.autocast(device.type, torch.bfloat16) if mixes(device, runtime) else contextlib.nullcontext()
+    return (
+        torch.autocast(device.type, torch.bfloat16) if uses_bf16_autocast(device, runtime) else contextlib.nullcontext()
+    )
 
 
-def mixes(device: torch.device, runtime: RuntimeParams) -> bool:
+def uses_bf16_autocast(device: torch.device, runtime: RuntimeParams) -> bool:
     """Whether products are made in bf16: on CUDA if nothing else is said, on a CPU where it is asked for.
 
     A CPU without units for them would take a hundred times as long: there it is refused.
@@ -44,8 +46,8 @@ def has_bf16_units() -> bool:
 
 
 def base_dtype(device: torch.device, runtime: RuntimeParams) -> torch.dtype | None:
-    """What a finetuning loads its base in: None, as it is stored, where `precision` mixes dtypes; fp32 elsewhere."""
-    return None if mixes(device, runtime) else torch.float32
+    """Return the dtype to load a base in: None (as stored) under bf16 autocast, else fp32."""
+    return None if uses_bf16_autocast(device, runtime) else torch.float32
 
 
 def keep_freed_memory() -> None:

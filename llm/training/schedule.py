@@ -8,7 +8,7 @@ from llm.config import TrainParams
 
 
 def lr_factor(step: int, params: TrainParams) -> float:
-    """The learning rate of `step` (from 0) as a fraction of its peak: linear warmup, then the schedule to `min_lr`.
+    """Return the learning rate of `step` (from 0) as a fraction of its peak: linear warmup, then the schedule.
 
     `wsd` (warmup, stable, decay; Hu et al. 2024, Hägele et al. 2024) stays at the peak until the last `decay_steps` and
     falls linearly in them: what comes before depends on neither `max_steps` nor `decay_steps`.
@@ -24,4 +24,4 @@ def lr_factor(step: int, params: TrainParams) -> float:
         remaining = min(1.0, (params.max_steps - step) / params.decay_steps)
     else:
         remaining = 1.0
-    return params.min_lr + (1 - params.min_lr) * remaining
+    return params.min_lr_ratio + (1 - params.min_lr_ratio) * remaining

@@ -65,7 +65,7 @@ def saved_states(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if path.suffix == "")
 
 
-class _State:
+class TrainingState:
     """Everything that a training needs to go on where it stopped."""
 
     def __init__(self, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
@@ -81,7 +81,7 @@ class _State:
         self.best_loss, self.best_step, self.evals_since_best = loss, self.step, 0
         self.best = {name: p.detach().clone() for name, p in self.model.named_parameters() if p.requires_grad}
 
-    def take_best(self) -> None:
+    def restore_best(self) -> None:
         with torch.no_grad():
             for name, p in self.model.named_parameters():
                 if name in self.best:

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 
 from llm.checkpoint.adapter import save_trained
-from llm.checkpoint.folder import ModelFolder, ModelFolderConfig, load_model_folder
-from llm.common import distributed as parallel
+from llm.checkpoint.folder import Checkpoint, CheckpointConfig, load_checkpoint
+from llm.common import distributed
 from llm.common.device import pick_device
 from llm.config import ClassifyParams, InstructParams
 from llm.data.batches import Batch, Collate, batches_by_length, example_batches
@@ -19,7 +19,7 @@ from llm.data.examples import Example
 from llm.model.classifier import GPTClassifier
 from llm.model.gpt import GPT
 from llm.training.fit import FitResult, fit
-from llm.training.freeze import freeze, keep_lower, trained_parameters
+from llm.training.freeze import cache_frozen_activations, freeze, trained_parameters
 from llm.training.losses import LossFunction
 from llm.training.precision import base_dtype
 from stages.runtime.processes import control_beside, has_room_beside, is_control, leave_result
@@ -30,7 +30,7 @@ class Task(NamedTuple):
     """What is trained and how, and what the model folder will say about it."""
 
     model: GPT | GPTClassifier
-    config: ModelFolderConfig
+    config: CheckpointConfig
     train_set: list[Example]
     val_set: list[Example]
     collate: Collate
@@ -40,14 +40,14 @@ class Task(NamedTuple):
 
 
 def finetune(
-    run: Run, name: str, section: ClassifyParams | InstructParams, make_task: Callable[[Run, ModelFolder], Task]
+    run: Run, name: str, section: ClassifyParams | InstructParams, make_task: Callable[[Run, Checkpoint], Task]
 ) -> None:
     """Trains `models/NAME`, with `scratch_control` also `models/NAME_scratch`, and writes the stage's metrics."""
     control = f"{name}_scratch"
     scratch = section.model_copy(update={"trainable": "all"})  # there is nothing in random weights to keep
 
     def train_control() -> dict[str, float]:
-        return train(run, control, scratch, make_task, from_base=False)[0].kept
+        return train(run, control, scratch, make_task, from_base=False)[0].best_metrics
 
     if is_control():
         leave_result(run, train_control())
@@ -60,13 +60,13 @@ def finetune(
             "trained_parameters": trained,
             "steps": result.steps,
             "best_step": result.best_step,
-            **result.kept,
+            **result.best_metrics,
         }
         if section.scratch_control:
             metrics["scratch"] = train_control()
         else:
             Path("models", control).mkdir(parents=True, exist_ok=True)  # an output that DVC expects, empty
-    if parallel.rank() == 0:
+    if distributed.rank() == 0:
         run.write_history(result.history)
         run.write_metrics(metrics)
 
@@ -75,14 +75,14 @@ def train(
     run: Run,
     name: str,
     section: ClassifyParams | InstructParams,
-    make_task: Callable[[Run, ModelFolder], Task],
+    make_task: Callable[[Run, Checkpoint], Task],
     from_base: bool,
 ) -> tuple[FitResult, int]:
     """Trains one model and writes its folder; returns also how many parameters were trained."""
     params = run.params
     torch.manual_seed(params.seed)
     device = pick_device(params.runtime.device)
-    base = load_model_folder(Path("models/base"), device, base_dtype(device, params.runtime))
+    base = load_checkpoint(Path("models/base"), device, base_dtype(device, params.runtime))
     if not from_base:
         base = base._replace(model=GPT(base.config.gpt).to(device))
     task = make_task(run, base)
@@ -90,8 +90,10 @@ def train(
     trained = trained_parameters(task.model)
     size, accumulate = section.batch_size, section.grad_accum_steps
     reads = section.max_steps * accumulate * size
-    train_collate = keep_lower(task.model, task.train_set, task.collate, section, params.runtime, reads)
-    val_collate = keep_lower(task.model, task.val_set, task.collate, section, params.runtime, len(task.val_set))
+    train_collate = cache_frozen_activations(task.model, task.train_set, task.collate, section, params.runtime, reads)
+    val_collate = cache_frozen_activations(
+        task.model, task.val_set, task.collate, section, params.runtime, len(task.val_set)
+    )
     with run.graceful():
         result = fit(
             task.model,
@@ -109,7 +111,7 @@ def train(
         )
     if result.stopped:
         raise SystemExit  # one of several: another was asked to, and says so
-    if parallel.rank() == 0:
+    if distributed.rank() == 0:
         with run.phase("saving"):
-            save_trained(Path("models", name), ModelFolder(task.model, base.tokenizer, task.config), section)
+            save_trained(Path("models", name), Checkpoint(task.model, base.tokenizer, task.config), section)
     return result, trained

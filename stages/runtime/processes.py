@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from llm.common import distributed as parallel
+from llm.common import distributed
 from llm.common.errors import InputError
 from llm.common.files import write_atomic
 from llm.config import parse_params
@@ -46,11 +46,11 @@ def main_training(stage: str, body: Callable[[Run], None]) -> None:
     def together(run: Run) -> None:
         if "RANK" in os.environ:
             with _watched([]):
-                parallel.start()
+                distributed.init_distributed()
                 body(run)
         elif (n := processes_wanted()) > 1:
             with _started(n - 1) as helpers, _watched(helpers):
-                parallel.start()
+                distributed.init_distributed()
                 body(run)
         else:
             body(run)
@@ -87,7 +87,7 @@ def is_control() -> bool:
 
 def has_room_beside(device: str) -> bool:
     """Whether a second training would not wait for the first: on the cores of a CPU, and no peers have them."""
-    return device_kind(device) == "cpu" and (os.cpu_count() or 1) > 1 and parallel.world_size() == 1
+    return device_kind(device) == "cpu" and (os.cpu_count() or 1) > 1 and distributed.world_size() == 1
 
 
 @contextmanager

@@ -55,7 +55,9 @@ class Run:
         self.stage = stage
         self.params = params
         self.state_dir = state_dir  # survives a kill, and only the same inputs find it again; removed after success
-        self.stable_dir = stable_dir  # survives success too; a pretraining of another length finds it (`unprolonged`)
+        self.stable_dir = (
+            stable_dir  # survives success too; a pretraining of another length finds it (`pre_decay_inputs`)
+        )
         self.stop_requested = False
         self.phase = journal.clock  # `with run.phase("saving"):` says what the time in it goes to; it begins with data
         self._journal = journal
@@ -147,7 +149,7 @@ def run_stage(stage: str, body: Body) -> None:
                 journal.dataset(name, digest, name, stage)
         status = "FAILED"
         try:
-            stable = unprolonged(inputs)
+            stable = pre_decay_inputs(inputs)
             with (
                 state_folder(stage, fingerprint(inputs, params)) as state_dir,
                 nullcontext()
@@ -183,13 +185,13 @@ def main(stage: str, body: Body, execute: Callable[[str, Body], None] = run_stag
     except InputError as error:
         sys.exit(f"{stage}: {error}")
     except Exception as error:
-        lacking = shortage(error)
+        lacking = resource_error(error)
         if lacking is None:
             raise
         sys.exit(f"{stage}: {lacking}")
 
 
-def shortage(error: Exception) -> str | None:
+def resource_error(error: Exception) -> str | None:
     """What the machine refused, in a line: room on a disk, permission, memory; None for any other error."""
     if isinstance(error, OSError) and error.errno in REFUSALS:
         return f"{error.filename or 'writing'}: {error.strerror}"
@@ -243,7 +245,7 @@ def fingerprint(inputs: Inputs, params: Params) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def unprolonged(inputs: Inputs) -> Inputs | None:
+def pre_decay_inputs(inputs: Inputs) -> Inputs | None:
     """With schedule wsd what a pretraining depends on before its decay, so that it can be prolonged from there."""
     section = inputs.params.get("pretrain")
     if section is None or section["schedule"] != "wsd":

@@ -394,15 +394,15 @@ def test_ours_trains_until_it_is_as_good(
 
     ours, theirs = found["results"][OURS], found["results"][NANOGPT]
     assert (ours["optimizer"], theirs["optimizer"], theirs["schedule"]) == ("muon", "adamw", "cosine")
-    assert theirs["step"] == 10 and found["target"] == theirs["bits_per_byte"]
+    assert theirs["step"] == 10 and found["target"] == theirs["bpb"]
     assert theirs["lr"] == found["sweep"][0]["lr"] and len(found["sweep"]) >= 3
-    assert found["target"] == min(each["bits_per_byte"] for each in found["sweep"])
+    assert found["target"] == min(each["bpb"] for each in found["sweep"])
     assert ours["step"] < 100
     for result in (ours, theirs):
         assert [row["seconds"] for row in result["curve"]] == [row["step"] for row in result["curve"]]
         assert all(row["tokens"] == row["step"] * 4 * 16 for row in result["curve"])
-        assert result["curve"][0]["bits_per_byte"] > result["bits_per_byte"]
-    *before, last = [row["bits_per_byte"] for row in ours["curve"]]
+        assert result["curve"][0]["bpb"] > result["bpb"]
+    *before, last = [row["bpb"] for row in ours["curve"]]
     assert last <= found["target"] < min(before), "it went on until then, and no further"
     assert found["ratios"] == {OURS: dict.fromkeys(("tokens", "seconds"), ours["step"] / 10)}
     assert abs(ours["parameters"] - theirs["parameters"]) <= 0.03 * theirs["parameters"]
@@ -438,8 +438,8 @@ def test_ours_trains_in_bf16_too_where_there_are_units_for_it(
     assert list(found["results"]) == [OURS, OURS_IN_BF16, NANOGPT]
     assert {activation for activation, mixed in autocast if mixed} == {params.model.activation}, "nanoGPT's in fp32"
     plain, mixed = (found["results"][name]["curve"] for name in (OURS, OURS_IN_BF16))
-    assert mixed[1:] and mixed[1]["bits_per_byte"] != plain[1]["bits_per_byte"]
-    assert mixed[1]["bits_per_byte"] == pytest.approx(plain[1]["bits_per_byte"], rel=0.01)
+    assert mixed[1:] and mixed[1]["bpb"] != plain[1]["bpb"]
+    assert mixed[1]["bpb"] == pytest.approx(plain[1]["bpb"], rel=0.01)
 
 
 def test_our_recipe_is_that_of_the_params() -> None:
@@ -472,7 +472,7 @@ def test_the_sweep_ends_where_it_gains_no_more(best: float, tried: list[float]) 
         if asked[-1] == 8:
             raise InputError("step 3: the loss exploded: lower lr")
         recipe = learning.Recipe(gpt_config(TINY), shipped_params().pretrain.model_copy(update={"lr": lr}))
-        return Learned(recipe, [{"bits_per_byte": abs(np.log(asked[-1] / best))}], 1.0)
+        return Learned(recipe, [{"bpb": abs(np.log(asked[-1] / best))}], 1.0)
 
     found = best_of_sweep(learned)
     assert asked == tried and found[0].recipe.params.lr == best * FIRST_LR
@@ -511,12 +511,12 @@ def test_a_law_of_four_models_is_said_before_the_fifth(
     assert [row["width"] for row in rows] == [16, 24, 32, 48, 64]
     for row in rows:
         assert row["tokens"] == math.ceil(row["parameters"] / 256) * 256, "whole steps of 16 rows of 16"
-    logarithms = np.log([[row["parameters"], row["bits_per_byte"]] for row in rows[:4]])
+    logarithms = np.log([[row["parameters"], row["bpb"]] for row in rows[:4]])
     errors = logarithms[:, 1] - np.log([row["law"] for row in rows[:4]])
     assert abs(errors.sum()) < 1e-9 and abs(errors @ logarithms[:, 0]) < 1e-9, "least squares"
     order = [line.split(" bits")[0] for line in said]
     assert order[-2] == f"width 64: {rows[-1]['law']:.4f}" and "predicted" in said[-2]
-    assert order[-1] == f"width 64: {rows[-1]['bits_per_byte']:.4f}" and "predicted" not in said[-1]
+    assert order[-1] == f"width 64: {rows[-1]['bpb']:.4f}" and "predicted" not in said[-1]
     assert json.loads(json.dumps(found)) == found
     assert f"{rows[-1]['law']:.4f} was said before" in scaling.markdown(found)
     for epochs, told in ((1.0, False), (2.5, True)):  # of the largest model
@@ -529,7 +529,7 @@ def test_a_law_of_four_models_is_said_before_the_fifth(
 def test_a_law_is_found_again(ladder: Ladder, params: Params, monkeypatch: pytest.MonkeyPatch) -> None:
     def trained(recipe: learning.Recipe, shards: Path, *more: Any) -> Learned:
         size = learning.parameters(recipe.config)
-        end = {"step": 1, "tokens": 64, "seconds": 1.0, "val_loss": 1.0, "bits_per_byte": 9 * size**-0.25}
+        end = {"step": 1, "tokens": 64, "seconds": 1.0, "val_loss": 1.0, "bpb": 9 * size**-0.25}
         return Learned(recipe, [end], 1.0)
 
     monkeypatch.setattr(scaling, "train", trained)

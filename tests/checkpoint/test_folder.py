@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from llm.checkpoint.folder import ModelFolder, ModelFolderConfig, load_model_folder, save_model_folder
+from llm.checkpoint.folder import Checkpoint, CheckpointConfig, load_checkpoint, save_checkpoint
 from llm.common.files import replaced_folder, sync
 from llm.model.classifier import GPTClassifier
 from llm.model.gpt import GPT
@@ -23,18 +23,18 @@ from tests.conftest import ROOT
 from tests.helpers import FORMS, gpt_config, randomize, tiny_tokenizer
 
 
-def content(kind: str = "base", seed: int = 0, **changes: Any) -> ModelFolder:
+def content(kind: str = "base", seed: int = 0, **changes: Any) -> Checkpoint:
     tokenizer = tiny_tokenizer()
     gpt = GPT(gpt_config(**{"vocab_size": tokenizer.vocab_size} | changes))
     model: GPT | GPTClassifier = gpt
-    config = ModelFolderConfig(kind="base", gpt=gpt.config)
+    config = CheckpointConfig(kind="base", gpt=gpt.config)
     if kind == "classifier":
         model = GPTClassifier(gpt, 2)
-        config = ModelFolderConfig(kind="classifier", gpt=gpt.config, labels=["ham", "späm"], max_length=12)
+        config = CheckpointConfig(kind="classifier", gpt=gpt.config, labels=["ham", "späm"], max_length=12)
     elif kind == "instruct":
-        config = ModelFolderConfig(kind="instruct", gpt=gpt.config, template="chatml")
+        config = CheckpointConfig(kind="instruct", gpt=gpt.config, template="chatml")
     randomize(model, seed)
-    return ModelFolder(model, tokenizer, config)
+    return Checkpoint(model, tokenizer, config)
 
 
 def file_bytes(folder: Path) -> dict[str, bytes]:
@@ -48,8 +48,8 @@ def file_bytes(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("kind", ["base", "classifier", "instruct"])
 def test_a_model_folder_reads_back_exactly(tmp_path: Path, kind: str, form: dict[str, Any]) -> None:
     saved = content(kind, **form)
-    save_model_folder(tmp_path / "models" / "it", saved)
-    loaded = load_model_folder(tmp_path / "models" / "it")
+    save_checkpoint(tmp_path / "models" / "it", saved)
+    loaded = load_checkpoint(tmp_path / "models" / "it")
 
     assert loaded.config == saved.config
     assert type(loaded.model) is type(saved.model)
@@ -67,35 +67,35 @@ def test_a_model_folder_reads_back_exactly(tmp_path: Path, kind: str, form: dict
 
 
 def test_a_model_folder_holds_three_files_and_always_the_same_bytes(tmp_path: Path) -> None:
-    save_model_folder(tmp_path / "a", content())
-    save_model_folder(tmp_path / "b", content())
+    save_checkpoint(tmp_path / "a", content())
+    save_checkpoint(tmp_path / "b", content())
     assert set(file_bytes(tmp_path / "a")) == {"config.json", "model.safetensors", "bpe.json"}
     assert file_bytes(tmp_path / "a") == file_bytes(tmp_path / "b")
 
 
 def test_all_files_of_a_model_folder_can_be_read_by_the_same_users(tmp_path: Path) -> None:
-    save_model_folder(tmp_path / "it", content())
+    save_checkpoint(tmp_path / "it", content())
     assert len({path.stat().st_mode for path in (tmp_path / "it").iterdir()}) == 1
 
 
 def test_a_model_that_is_loaded_draws_no_weights_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not even on the meta device, where PyTorch needs more than a second and 75 MB for it."""
-    save_model_folder(tmp_path / "it", content("classifier"))
+    save_checkpoint(tmp_path / "it", content("classifier"))
 
     def drawn(*_: object, **__: object) -> None:
         raise AssertionError("random numbers are drawn")
 
     monkeypatch.setattr(torch.Tensor, "normal_", drawn)
-    load_model_folder(tmp_path / "it")
+    load_checkpoint(tmp_path / "it")
     with pytest.raises(AssertionError, match="drawn"):
         content()
 
 
 @pytest.mark.parametrize("kind", ["base", "classifier"])
 def test_a_tied_head_is_stored_once_and_stays_tied(tmp_path: Path, kind: str) -> None:
-    save_model_folder(tmp_path / "it", content(kind))
+    save_checkpoint(tmp_path / "it", content(kind))
     assert not any(name.endswith("lm_head.weight") for name in load_file(tmp_path / "it" / "model.safetensors"))
-    model = load_model_folder(tmp_path / "it").model
+    model = load_checkpoint(tmp_path / "it").model
     gpt = model.gpt if isinstance(model, GPTClassifier) else model
     assert gpt.lm_head.weight is gpt.tok_emb.weight
 
@@ -103,9 +103,9 @@ def test_a_tied_head_is_stored_once_and_stays_tied(tmp_path: Path, kind: str) ->
 def test_a_model_folder_is_read_in_the_dtype_asked_for(tmp_path: Path) -> None:
     saved = content()
     saved.model.bfloat16()
-    save_model_folder(tmp_path / "it", saved)
+    save_checkpoint(tmp_path / "it", saved)
     for dtype in (None, torch.float32, torch.float16):
-        loaded = load_model_folder(tmp_path / "it", dtype=dtype).model
+        loaded = load_checkpoint(tmp_path / "it", dtype=dtype).model
         for name, tensor in loaded.state_dict().items():
             assert tensor.dtype == (dtype or torch.bfloat16)
             assert torch.equal(tensor, saved.model.state_dict()[name].to(tensor.dtype)), name
@@ -115,10 +115,10 @@ def test_a_model_folder_is_read_in_the_dtype_asked_for(tmp_path: Path) -> None:
 
 
 def test_a_new_folder_takes_the_place_of_the_old_one(tmp_path: Path) -> None:
-    save_model_folder(tmp_path / "it", content(seed=0))
+    save_checkpoint(tmp_path / "it", content(seed=0))
     (tmp_path / "it" / "left over").write_text("from before")
-    save_model_folder(tmp_path / "it", content(seed=1))
-    save_model_folder(tmp_path / "other", content(seed=1))
+    save_checkpoint(tmp_path / "it", content(seed=1))
+    save_checkpoint(tmp_path / "other", content(seed=1))
     assert file_bytes(tmp_path / "it") == file_bytes(tmp_path / "other")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["it", "other"]
 
@@ -128,7 +128,7 @@ def test_a_failure_in_the_middle_leaves_the_old_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
 ) -> None:
     folder = tmp_path / "it"
-    save_model_folder(folder, content(seed=0))
+    save_checkpoint(folder, content(seed=0))
     before = file_bytes(folder)
     rename = Path.rename
 
@@ -139,7 +139,7 @@ def test_a_failure_in_the_middle_leaves_the_old_folder(
 
     monkeypatch.setattr(*((Tokenizer, "save") if failing == "Tokenizer.save" else (Path, "rename")), disk_full)
     with pytest.raises(OSError, match="No space left"):
-        save_model_folder(folder, content(seed=1))
+        save_checkpoint(folder, content(seed=1))
     assert file_bytes(folder) == before
     assert [path.name for path in tmp_path.iterdir()] == ["it"]
 
@@ -184,7 +184,7 @@ def test_what_a_kill_left_behind_is_cleared_away(tmp_path: Path) -> None:
     for name in ("it.partial", "it.old"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "half a file").write_text("?")
-    save_model_folder(tmp_path / "it", content())
+    save_checkpoint(tmp_path / "it", content())
     assert [path.name for path in tmp_path.iterdir()] == ["it"]
     assert "half a file" not in file_bytes(tmp_path / "it")
 

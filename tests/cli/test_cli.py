@@ -21,7 +21,7 @@ import torch
 
 from llm.__main__ import main
 from llm.checkpoint.adapter import save_trained
-from llm.checkpoint.folder import ModelFolder, ModelFolderConfig, load_model_folder, save_model_folder
+from llm.checkpoint.folder import Checkpoint, CheckpointConfig, load_checkpoint, save_checkpoint
 from llm.common.sanitize import CONTROLS, visible
 from llm.inference.classify import classify_texts
 from llm.inference.generate import generate
@@ -50,13 +50,13 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
     gpt = gpt_config(**SHIPPED_FORM, vocab_size=tokenizer.vocab_size, context_length=256, emb_dim=32, head_dim=8)
     models: list[GPT | GPTClassifier] = [GPT(gpt), GPTClassifier(GPT(gpt), 2), GPT(gpt)]
     configs = [
-        ModelFolderConfig(kind="base", gpt=gpt),
-        ModelFolderConfig(kind="classifier", gpt=gpt, labels=["ham", "spam"], max_length=16),
-        ModelFolderConfig(kind="instruct", gpt=gpt, template="alpaca"),
+        CheckpointConfig(kind="base", gpt=gpt),
+        CheckpointConfig(kind="classifier", gpt=gpt, labels=["ham", "spam"], max_length=16),
+        CheckpointConfig(kind="instruct", gpt=gpt, template="alpaca"),
     ]
     for model, config in zip(models, configs, strict=True):
         randomize(model)  # far from uniform: answers differ
-        save_model_folder(path / config.kind, ModelFolder(model, tokenizer, config))
+        save_checkpoint(path / config.kind, Checkpoint(model, tokenizer, config))
     return Folders(path / "base", path / "classifier", path / "instruct")
 
 
@@ -83,7 +83,7 @@ def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_generate_prints_prompt_and_continuation(cli: Cli, folders: Folders) -> None:
-    model, tokenizer, _ = load_model_folder(folders.base)
+    model, tokenizer, _ = load_checkpoint(folders.base)
     prompt = "One morning, a café"
     sampling = Sampling(repetition_penalty=1.2, temperature=0.9, top_k=20, top_p=0.9, min_p=0.01)
     assert isinstance(model, GPT)
@@ -117,7 +117,7 @@ def test_what_a_terminal_would_obey_is_shown(cli: Cli, folders: Folders, tmp_pat
 
 
 def test_generate_continues_the_raw_prompt_of_an_instruct_model(cli: Cli, folders: Folders) -> None:
-    model, tokenizer, _ = load_model_folder(folders.instruct)
+    model, tokenizer, _ = load_checkpoint(folders.instruct)
     assert isinstance(model, GPT)
     [ids] = generate(model, [tokenizer.encode("It was")], max_new_tokens=12, stop={tokenizer.eot})
     result = cli("generate", folders.instruct, "--prompt", "It was", "--max-new-tokens", "12")
@@ -136,7 +136,7 @@ def test_a_prompt_longer_than_the_context_is_named_on_stderr(cli: Cli, folders: 
 
 
 def test_chat_answers_each_line_with_the_template(cli: Cli, folders: Folders) -> None:
-    model, tokenizer, config = load_model_folder(folders.instruct)
+    model, tokenizer, config = load_checkpoint(folders.instruct)
     assert isinstance(model, GPT) and config.template is not None
     expected = []
     for instruction in ("Name a trade.", "Où est le café ?"):
@@ -204,7 +204,7 @@ def test_classify_prints_json_lines(cli: Cli, folders: Folders) -> None:
     assert (result.status, result.err) == (0, "")
     rows = [json.loads(line) for line in result.out.splitlines()]
     assert [row["text"] for row in rows] == [*texts[:2], "from stdin", "", "the last line without an end"]
-    probabilities = classify_texts(load_model_folder(folders.classifier), [row["text"] for row in rows])
+    probabilities = classify_texts(load_checkpoint(folders.classifier), [row["text"] for row in rows])
     for row, (ham, spam) in zip(rows, probabilities.tolist(), strict=True):
         assert list(row) == ["text", "label", "probabilities"]
         assert row["probabilities"] == pytest.approx({"ham": ham, "spam": spam}, abs=1e-6)
@@ -224,7 +224,7 @@ def test_classify_many_lines(cli: Cli, folders: Folders) -> None:
 
 def naive_nats(folder: Path, ids: list[int]) -> float:
     """Nats of a text that fits into the context."""
-    model, _, _ = load_model_folder(folder)
+    model, _, _ = load_checkpoint(folder)
     with torch.no_grad():
         log_probabilities = model(torch.tensor([ids]))[0].log_softmax(-1)
     return -sum(float(log_probabilities[t, token]) for t, token in enumerate(ids[1:]))
@@ -246,9 +246,9 @@ def test_score(cli: Cli, folders: Folders, tmp_path: Path, kind: str) -> None:
         {
             "tokens": len(ids) - 1,
             "bytes": n_bytes,
-            "nats_per_token": nats / (len(ids) - 1),
+            "loss": nats / (len(ids) - 1),
             "perplexity": math.exp(nats / (len(ids) - 1)),
-            "bits_per_byte": nats / math.log(2) / n_bytes,
+            "bpb": nats / math.log(2) / n_bytes,
         },
         rel=1e-4,
     )
@@ -260,9 +260,7 @@ def test_score_of_a_long_text_counts_every_token_but_the_first(cli: Cli, folders
     values = json.loads(cli("score", folders.base, "-", stdin=text.encode()).out)
     assert values["tokens"] == len(Tokenizer.load(folders.base).encode(text)) - 1
     assert values["bytes"] == len(text.encode())
-    assert values["bits_per_byte"] == pytest.approx(
-        values["nats_per_token"] * values["tokens"] / math.log(2) / values["bytes"]
-    )
+    assert values["bpb"] == pytest.approx(values["loss"] * values["tokens"] / math.log(2) / values["bytes"])
 
 
 # ---- import and export -----------------------------------------------------------------------------------------------
@@ -273,8 +271,8 @@ def saved(path: Path, tokenizer: Tokenizer, kind: str, template: str | None = No
     form = LLAMA_FORM | {"vocab_size": tokenizer.vocab_size + 2, "context_length": 128}
     model = randomize(GPT(gpt_config(**form))).to(torch.bfloat16)
     assert isinstance(model, GPT)
-    config = ModelFolderConfig(kind=kind, gpt=model.config, template=template, system=system)  # type: ignore[arg-type]
-    save_model_folder(path, ModelFolder(model, tokenizer, config))
+    config = CheckpointConfig(kind=kind, gpt=model.config, template=template, system=system)  # type: ignore[arg-type]
+    save_checkpoint(path, Checkpoint(model, tokenizer, config))
     return path
 
 
@@ -285,7 +283,7 @@ def test_export_and_import_for_transformers(cli: Cli, folders: Folders, tmp_path
     assert json.loads((tmp_path / "theirs" / "config.json").read_text())["model_type"] == "llama"
 
     result = cli("import", tmp_path / "theirs", tmp_path / "again")
-    n = sum(p.numel() for p in load_model_folder(ours).model.parameters())
+    n = sum(p.numel() for p in load_checkpoint(ours).model.parameters())
     assert result == (0, "", f"{tmp_path / 'again'}: llama, {n:,} parameters, bfloat16, template chatml\n")
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "again" / name).read_bytes() == (ours / name).read_bytes()
@@ -301,14 +299,14 @@ def test_export_and_import_of_gguf(cli: Cli, folders: Folders, tmp_path: Path, d
     assert (tmp_path / "model.gguf").read_bytes()[:4] == b"GGUF"
     result = cli("import", tmp_path / "model.gguf", tmp_path / "again")
     assert (result.status, result.out) == (0, "")
-    again = load_model_folder(tmp_path / "again", dtype=None).model.state_dict()
+    again = load_checkpoint(tmp_path / "again", dtype=None).model.state_dict()
     assert again["blocks.0.attn.q_proj.weight"].dtype == (torch.float32 if dtype else torch.float16)
-    for name, tensor in load_model_folder(ours).model.state_dict().items():
+    for name, tensor in load_checkpoint(ours).model.state_dict().items():
         assert torch.allclose(tensor, again[name].float(), atol=1e-3), name
 
 
 def test_export_of_an_adapter(cli: Cli, folders: Folders, tmp_path: Path) -> None:
-    content = load_model_folder(saved(tmp_path / "ours", Tokenizer.load(folders.base), "base"))
+    content = load_checkpoint(saved(tmp_path / "ours", Tokenizer.load(folders.base), "base"))
     params = train_params(trainable="lora")
     freeze(content.model, params)
     save_trained(tmp_path / "tuned", content, params)
@@ -320,7 +318,7 @@ def test_export_of_an_adapter(cli: Cli, folders: Folders, tmp_path: Path) -> Non
 
 
 def test_import_of_a_base_with_an_adapter(cli: Cli, folders: Folders, tmp_path: Path) -> None:
-    content = load_model_folder(saved(tmp_path / "ours", Tokenizer.load(folders.base), "base"))
+    content = load_checkpoint(saved(tmp_path / "ours", Tokenizer.load(folders.base), "base"))
     params = train_params(trainable="lora")
     freeze(content.model, params)
     for name, tensor in content.model.named_parameters():
@@ -330,7 +328,7 @@ def test_import_of_a_base_with_an_adapter(cli: Cli, folders: Folders, tmp_path: 
     adapter = tmp_path / "tuned" / "adapter"
     result = cli("import", tmp_path / "ours", tmp_path / "again", "--adapter", adapter)
     assert (result.status, result.out) == (0, "")
-    weights = [load_model_folder(tmp_path / name).model.state_dict() for name in ("ours", "tuned", "again")]
+    weights = [load_checkpoint(tmp_path / name).model.state_dict() for name in ("ours", "tuned", "again")]
     for name, tensor in weights[2].items():  # in the dtype of the base, bf16
         torch.testing.assert_close(tensor, weights[1][name], rtol=0.02, atol=0.02)
     assert not torch.allclose(weights[2]["blocks.0.attn.q_proj.weight"], weights[0]["blocks.0.attn.q_proj.weight"])
@@ -343,7 +341,7 @@ def test_a_begin_token_stands_before_the_prompt(cli: Cli, folders: Folders, tmp_
     plain = Tokenizer.load(folders.base)
     tokenizer = Tokenizer(plain.ranks, plain.pattern, plain.special_tokens, begin="<|im_start|>")
     folder = saved(tmp_path / "begin", tokenizer, "base")
-    model = load_model_folder(folder).model
+    model = load_checkpoint(folder).model
     assert isinstance(model, GPT) and tokenizer.bos is not None
     ids = tokenizer.encode("One morning")
     with_begin, without = generate(model, [[tokenizer.bos, *ids], ids], max_new_tokens=15, stop={tokenizer.eot})
@@ -388,7 +386,7 @@ def test_weights_of_8_bits_a_draft_and_a_compiled_step(
     text.write_text("One morning the baker sold bread.")
     exact, rounded = (json.loads(cli("score", folders.base, text, *option).out) for option in ((), ("--int8",)))
     assert exact["tokens"] == rounded["tokens"]
-    assert 0 < abs(exact["bits_per_byte"] - rounded["bits_per_byte"]) < 0.01 * exact["bits_per_byte"]
+    assert 0 < abs(exact["bpb"] - rounded["bpb"]) < 0.01 * exact["bpb"]
     other = saved(tmp_path / "other", Tokenizer.train(["other words"], vocab_size=264), "base")
     refused = cli("generate", folders.base, "--prompt", "One", "--draft", other)
     assert refused.status == 1 and refused.out == ""
@@ -400,7 +398,7 @@ def test_an_interrupt_ends_with_130(cli: Cli, folders: Folders, monkeypatch: pyt
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("llm.checkpoint.folder.load_model_folder", interrupted)
+    monkeypatch.setattr("llm.checkpoint.folder.load_checkpoint", interrupted)
     assert cli("generate", folders.base, "--prompt", "One").status == 130
 
 

@@ -19,7 +19,7 @@ PROGRAM = """
 import hashlib, json, os, sys
 from pathlib import Path
 import torch
-from llm.common import distributed as parallel
+from llm.common import distributed
 from llm.data.examples import Batch
 from llm.model.gpt import GPT
 from llm.training.optim import Muon
@@ -27,8 +27,8 @@ from llm.training.fit import fit, mean_loss, next_token_loss
 from tests.helpers import gpt_config, runtime_params, train_params
 from tests.training.test_fit import random_batch
 
-parallel.start()
-rank, folder = parallel.rank(), Path(sys.argv[1])
+distributed.init_distributed()
+rank, folder = distributed.rank(), Path(sys.argv[1])
 
 
 def run(name, stop=(None, None, None)):
@@ -67,7 +67,7 @@ def doubled(part):
 
 
 items = torch.arange(30.0).view(5, 2, 3)
-spread = [parallel.spread(doubled, items[:n]).equal(items[:n] * 2) for n in (5, 2, 1)]
+spread = [distributed.sharded_map(doubled, items[:n]).equal(items[:n] * 2) for n in (5, 2, 1)]
 muon = [torch.nn.Parameter(items[i : i + 1].view(2, 3).clone()) for i in range(5)]
 for i, p in enumerate(muon):
     p.grad = (p.detach() - 10 * i).sin()

@@ -17,7 +17,7 @@ import transformers
 from torch import Tensor
 
 import llm.convert.gguf
-from llm.checkpoint.folder import ModelFolder, ModelFolderConfig
+from llm.checkpoint.folder import Checkpoint, CheckpointConfig
 from llm.checkpoint.weights import stored_tensors
 from llm.common.errors import InputError
 from llm.config import RopeScaling
@@ -63,7 +63,7 @@ transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
 
-def folder_of(form: dict[str, Any], **more: Any) -> ModelFolder:
+def folder_of(form: dict[str, Any], **more: Any) -> Checkpoint:
     """A random model. What it writes is ASCII and no marker: llama.cpp does not report half a character, and it stops
     at <|im_end|>, whatever the file says.
     """
@@ -75,7 +75,7 @@ def folder_of(form: dict[str, Any], **more: Any) -> ModelFolder:
     with torch.no_grad():
         for weight in (model.tok_emb.weight, model.lm_head.weight):
             weight[silent] = 0.0
-    return ModelFolder(model, tokenizer, ModelFolderConfig(**({"kind": "base", "gpt": config} | more)))
+    return Checkpoint(model, tokenizer, CheckpointConfig(**({"kind": "base", "gpt": config} | more)))
 
 
 @pytest.fixture(scope="module")
@@ -324,9 +324,9 @@ def test_an_option_that_llama_cpp_lacks_is_named(form: dict[str, Any], message: 
 
 def test_a_classifier_or_a_folder_as_target_is_refused(tmp_path: Path) -> None:
     base = folder_of(LLAMA)
-    config = ModelFolderConfig(kind="classifier", gpt=base.config.gpt, labels=["ham", "spam"], max_length=10)
+    config = CheckpointConfig(kind="classifier", gpt=base.config.gpt, labels=["ham", "spam"], max_length=10)
     with pytest.raises(InputError, match="classifier"):
-        export_gguf(ModelFolder(GPTClassifier(base.model, 2), base.tokenizer, config), tmp_path / "m.gguf", "f16")
+        export_gguf(Checkpoint(GPTClassifier(base.model, 2), base.tokenizer, config), tmp_path / "m.gguf", "f16")
     with pytest.raises(InputError, match=r"a folder has this name.*model\.gguf"):
         export_gguf(base, tmp_path, "f16")
 
@@ -600,7 +600,7 @@ QUESTIONS = [
 
 
 @pytest.fixture(scope="module")
-def smollm2_folder(smollm2: Path) -> ModelFolder:
+def smollm2_folder(smollm2: Path) -> Checkpoint:
     return read_gguf(smollm2, None)
 
 
@@ -610,13 +610,13 @@ def smollm2_original(smollm2: Path) -> Any:
     return model.eval()
 
 
-def smollm2_prompts(folder: ModelFolder) -> list[list[int]]:
+def smollm2_prompts(folder: Checkpoint) -> list[list[int]]:
     assert folder.config.template == "chatml"
     system = folder.config.system
     return [encode_prompt(folder.tokenizer, "chatml", question, system=system) for question in QUESTIONS]
 
 
-def test_smollm2_has_the_logits_of_transformers(smollm2_folder: ModelFolder, smollm2_original: Any) -> None:
+def test_smollm2_has_the_logits_of_transformers(smollm2_folder: Checkpoint, smollm2_original: Any) -> None:
     assert smollm2_folder.config.system == "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
     for prompt in smollm2_prompts(smollm2_folder)[:3]:
         idx = torch.tensor([prompt])
@@ -624,7 +624,7 @@ def test_smollm2_has_the_logits_of_transformers(smollm2_folder: ModelFolder, smo
             torch.testing.assert_close(smollm2_folder.model(idx), smollm2_original(idx).logits, atol=1e-4, rtol=0)
 
 
-def test_smollm2_writes_what_transformers_writes(smollm2_folder: ModelFolder, smollm2_original: Any) -> None:
+def test_smollm2_writes_what_transformers_writes(smollm2_folder: Checkpoint, smollm2_original: Any) -> None:
     """LLM_TEST_SLOW=1: all prompts, 200 tokens each."""
     n_prompts, n_tokens = (10, 200) if os.environ.get("LLM_TEST_SLOW") else (2, 30)
     prompts = smollm2_prompts(smollm2_folder)[-n_prompts:]
@@ -638,7 +638,7 @@ def test_smollm2_writes_what_transformers_writes(smollm2_folder: ModelFolder, sm
         assert [token for token in theirs[0, len(prompt) :].tolist() if token != end] == answer
 
 
-def test_llama_cpp_writes_what_smollm2_writes_here(smollm2_folder: ModelFolder, tmp_path: Path) -> None:
+def test_llama_cpp_writes_what_smollm2_writes_here(smollm2_folder: Checkpoint, tmp_path: Path) -> None:
     """From an export in half precision, which alone turns near ties: one among the 1,900 tokens of all ten answers."""
     prompts = smollm2_prompts(smollm2_folder)[3:7]
     end = smollm2_folder.tokenizer.special_tokens["<|im_end|>"]

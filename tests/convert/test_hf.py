@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import llm.convert.hf
-from llm.checkpoint.folder import ModelFolder, ModelFolderConfig, save_model_folder
+from llm.checkpoint.folder import Checkpoint, CheckpointConfig, save_checkpoint
 from llm.common.errors import InputError
 from llm.config import GPTConfig, RopeScaling
 from llm.convert.hf import describe, export_hf, import_model, import_tokenizer, source_files
@@ -92,7 +92,7 @@ def reopened(folder: Path, **options: Any) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(folder, **options).eval()
 
 
-def gpt_of(folder: ModelFolder) -> GPT:
+def gpt_of(folder: Checkpoint) -> GPT:
     assert isinstance(folder.model, GPT)
     return folder.model
 
@@ -107,7 +107,7 @@ def theirs(model: nn.Module, idx: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def ours(folder: ModelFolder, idx: Tensor) -> Tensor:
+def ours(folder: Checkpoint, idx: Tensor) -> Tensor:
     return gpt_of(folder)(idx).float()
 
 
@@ -120,7 +120,7 @@ def greedy(model: Any, prompts: list[list[int]], n: int) -> list[list[int]]:
     return out[:, width:].tolist()
 
 
-def same_weights(a: ModelFolder, b: ModelFolder) -> bool:
+def same_weights(a: Checkpoint, b: Checkpoint) -> bool:
     first, second = gpt_of(a).state_dict(), gpt_of(b).state_dict()
     return first.keys() == second.keys() and all(
         tensor.dtype == second[name].dtype and torch.equal(tensor, second[name]) for name, tensor in first.items()
@@ -212,17 +212,17 @@ def test_weights_are_never_in_memory_twice(tmp_path: Path) -> None:
     """The peak of an import is the weights and little more, whether they stay as they are or are converted."""
     widths = {"emb_dim": 512, "n_heads": 8, "n_kv_heads": 8, "head_dim": 64, "ffn_dim": 2048}
     gpt = GPT(gpt_config(**widths, vocab_size=8192, n_layers=16, tie_embeddings=False))
-    config = ModelFolderConfig(kind="base", gpt=gpt.config)
-    export_hf(ModelFolder(gpt.to(torch.bfloat16), tiny_tokenizer(), config), tmp_path / "theirs")
+    config = CheckpointConfig(kind="base", gpt=gpt.config)
+    export_hf(Checkpoint(gpt.to(torch.bfloat16), tiny_tokenizer(), config), tmp_path / "theirs")
     code = (
         "import re, sys\n"
         "from pathlib import Path\n"
         "import psutil, torch\n"
-        "from llm.checkpoint.folder import save_model_folder\n"
+        "from llm.checkpoint.folder import save_checkpoint\n"
         "from llm.convert.hf import import_model\n"
         "before = psutil.Process().memory_info().rss\n"
         "folder = import_model(sys.argv[1], getattr(torch, sys.argv[2]))\n"
-        "save_model_folder(Path(sys.argv[3]), folder)\n"
+        "save_checkpoint(Path(sys.argv[3]), folder)\n"
         "peak = int(re.search(r'VmHWM:\\s+(\\d+) kB', Path('/proc/self/status').read_text())[1]) * 1024\n"
         "size = sum(p.numel() * p.element_size() for p in folder.model.parameters())\n"
         "print((peak - before) / size)\n"
@@ -506,9 +506,9 @@ def test_a_hub_name_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_model_folder_of_ours_is_a_source_too(tmp_path: Path) -> None:
     gpt = randomize(GPT(gpt_config(**SHIPPED_FORM, vocab_size=280)))
-    config = ModelFolderConfig(kind="instruct", gpt=gpt.config, template="chatml", system="Be brief.")  # type: ignore[arg-type]
-    saved = ModelFolder(gpt.to(torch.bfloat16), tiny_tokenizer(), config)  # type: ignore[arg-type]
-    save_model_folder(tmp_path / "ours", saved)
+    config = CheckpointConfig(kind="instruct", gpt=gpt.config, template="chatml", system="Be brief.")  # type: ignore[arg-type]
+    saved = Checkpoint(gpt.to(torch.bfloat16), tiny_tokenizer(), config)  # type: ignore[arg-type]
+    save_checkpoint(tmp_path / "ours", saved)
     imported = import_model(str(tmp_path / "ours"))
     assert same_weights(imported, saved)
     assert imported.config == config
@@ -532,7 +532,7 @@ def test_describe(sound: Path, tmp_path: Path) -> None:
     save(tiny("gpt2").to(torch.bfloat16), tmp_path)
     assert describe(import_model(str(tmp_path))).startswith("gpt2, ")
     own = GPT(gpt_config(**SHIPPED_FORM))
-    folder = ModelFolder(own, tiny_tokenizer(), ModelFolderConfig(kind="instruct", gpt=own.config, template="alpaca"))
+    folder = Checkpoint(own, tiny_tokenizer(), CheckpointConfig(kind="instruct", gpt=own.config, template="alpaca"))
     n = sum(p.numel() for p in own.parameters())
     assert describe(folder) == f"{n:,} parameters, float32, template alpaca"
 
@@ -580,7 +580,7 @@ def test_a_model_made_here_runs_in_transformers(tmp_path: Path, name: str, dtype
     model = randomize(GPT(gpt_config(**form))).to(dtype)
     assert isinstance(model, GPT)
     tokenizer = qwen_tokenizer() if name == "qwen2" else tiny_tokenizer()
-    saved = ModelFolder(model, tokenizer, ModelFolderConfig(kind="base", gpt=model.config))
+    saved = Checkpoint(model, tokenizer, CheckpointConfig(kind="base", gpt=model.config))
     export_hf(saved, tmp_path / "out")
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
@@ -589,7 +589,7 @@ def test_a_model_made_here_runs_in_transformers(tmp_path: Path, name: str, dtype
     assert {p.dtype for p in opened.parameters()} == {dtype}
     assert type(opened).__name__.lower().startswith(name.split(",")[0].split()[0])
     idx = token_ids(16)
-    expected = ours(ModelFolder(model.float(), saved.tokenizer, saved.config), idx)
+    expected = ours(Checkpoint(model.float(), saved.tokenizer, saved.config), idx)
     torch.testing.assert_close(theirs(opened.float(), idx), expected, atol=1e-5, rtol=1e-5)
     model.to(dtype)
     again = import_model(str(tmp_path / "out"))
@@ -620,9 +620,7 @@ def test_a_model_made_here_runs_in_transformers(tmp_path: Path, name: str, dtype
 def test_what_transformers_cannot_say_is_named(tmp_path: Path, form: dict[str, Any], message: str) -> None:
     model = GPT(gpt_config(**form, vocab_size=VOCAB))
     with pytest.raises(InputError, match=message) as error:
-        export_hf(
-            ModelFolder(model, tiny_tokenizer(), ModelFolderConfig(kind="base", gpt=model.config)), tmp_path / "o"
-        )
+        export_hf(Checkpoint(model, tiny_tokenizer(), CheckpointConfig(kind="base", gpt=model.config)), tmp_path / "o")
     assert "\n" not in str(error.value)
     assert list(tmp_path.iterdir()) == []
 
@@ -631,7 +629,7 @@ def test_every_form_is_written_or_refused(tmp_path: Path) -> None:
     written = []
     for name, form in FORMS.items():
         model = GPT(gpt_config(**form, vocab_size=VOCAB))
-        folder = ModelFolder(model, tiny_tokenizer(), ModelFolderConfig(kind="base", gpt=model.config))
+        folder = Checkpoint(model, tiny_tokenizer(), CheckpointConfig(kind="base", gpt=model.config))
         try:
             export_hf(folder, tmp_path / "out")
         except InputError:
@@ -643,16 +641,16 @@ def test_every_form_is_written_or_refused(tmp_path: Path) -> None:
 
 def test_a_classifier_is_not_exported(tmp_path: Path) -> None:
     gpt = GPT(gpt_config(**LLAMA_FORM, vocab_size=VOCAB))
-    config = ModelFolderConfig(kind="classifier", gpt=gpt.config, labels=["a", "b"], max_length=8)
+    config = CheckpointConfig(kind="classifier", gpt=gpt.config, labels=["a", "b"], max_length=8)
     with pytest.raises(InputError, match="a classifier's head has a bias"):
-        export_hf(ModelFolder(GPTClassifier(gpt, 2), tiny_tokenizer(), config), tmp_path / "out")
+        export_hf(Checkpoint(GPTClassifier(gpt, 2), tiny_tokenizer(), config), tmp_path / "out")
 
 
-def instruct(**changes: Any) -> ModelFolder:
+def instruct(**changes: Any) -> Checkpoint:
     model = randomize(GPT(gpt_config(**(LLAMA_FORM | {"vocab_size": VOCAB, "context_length": 128} | changes))))
     assert isinstance(model, GPT)
-    config = ModelFolderConfig(kind="instruct", gpt=model.config, template="chatml", system="Be brief.")
-    return ModelFolder(model, tiny_tokenizer(), config)
+    config = CheckpointConfig(kind="instruct", gpt=model.config, template="chatml", system="Be brief.")
+    return Checkpoint(model, tiny_tokenizer(), config)
 
 
 def test_an_exported_instruct_model_answers_in_transformers(tmp_path: Path) -> None:

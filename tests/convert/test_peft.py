@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from llm.checkpoint.adapter import save_adapter
-from llm.checkpoint.folder import ModelFolder, ModelFolderConfig
+from llm.checkpoint.folder import Checkpoint, CheckpointConfig
 from llm.common.errors import InputError
 from llm.convert.hf import export_hf
 from llm.convert.peft import export_peft
@@ -27,18 +27,18 @@ QWEN3 = LLAMA_FORM | {"qk_norm": True, "n_kv_heads": 2, "head_dim": 6}
 EVERY = ["q_proj", "k_proj", "v_proj", "out_proj", "up_proj", "gate_proj", "down_proj"]
 
 
-def base_folder(form: dict[str, Any], labels: int = 0) -> ModelFolder:
+def base_folder(form: dict[str, Any], labels: int = 0) -> Checkpoint:
     tokenizer = qwen_tokenizer() if form == QWEN else tiny_tokenizer()
     gpt = GPT(gpt_config(vocab_size=tokenizer.vocab_size, **form))
     model = GPTClassifier(gpt, labels) if labels else gpt
     randomize(model)
-    config = ModelFolderConfig(kind="base", gpt=gpt.config)
+    config = CheckpointConfig(kind="base", gpt=gpt.config)
     if labels:
-        config = ModelFolderConfig(kind="classifier", gpt=gpt.config, labels=["ham", "spam"], max_length=9)
-    return ModelFolder(model, tokenizer, config)
+        config = CheckpointConfig(kind="classifier", gpt=gpt.config, labels=["ham", "spam"], max_length=9)
+    return Checkpoint(model, tokenizer, config)
 
 
-def adapt(base: ModelFolder, folder: Path, **lora: Any) -> None:
+def adapt(base: Checkpoint, folder: Path, **lora: Any) -> None:
     """Adds adapters to the model of `base`, as if trained, and saves them alone."""
     params = train_params(trainable="lora", lora={"rank": 3, "alpha": 5.0, "dropout": 0.0, "targets": EVERY} | lora)
     freeze(base.model, params)

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from llm.common.errors import InputError
 from llm.data.batches import (
-    IGNORE,
+    IGNORE_INDEX,
     Batch,
     batches_by_length,
     collate_labels,
@@ -187,7 +187,7 @@ def test_held_out_windows_score_each_token_once(
     for batch in held_out_windows(tokens, context_length, batch_size, limit):
         assert batch.idx.shape == batch.targets.shape == (len(batch.rows), context_length)
         assert len(batch.rows) <= batch_size
-        counted = batch.targets != IGNORE
+        counted = batch.targets != IGNORE_INDEX
         scored += zip(batch.idx[counted].tolist(), batch.targets[counted].tolist(), strict=True)
     assert scored == [(100 + i, 101 + i) for i in range(min(limit, max(0, n - 1)))]
 
@@ -310,11 +310,11 @@ def test_targets_are_exactly_the_expected_ones(template: str, mask_prompt: bool)
         response = [*tokenizer.encode(pair.output), stop_token(tokenizer, template)]
         read = [*prompt, *response][:-1]
         masked = len(prompt) - 1 if mask_prompt else 0
-        wanted = [IGNORE] * masked + [*prompt, *response][1 + masked :]
+        wanted = [IGNORE_INDEX] * masked + [*prompt, *response][1 + masked :]
         if mask_prompt:
             assert wanted[masked:] == response
         assert batch.idx[b, : len(read)].tolist() == read
-        assert batch.targets[b].tolist() == wanted + [IGNORE] * (width - len(wanted))
+        assert batch.targets[b].tolist() == wanted + [IGNORE_INDEX] * (width - len(wanted))
     assert width == max(len(example.ids) for example in examples) - 1
     assert batch.rows == [1, 0]
 
@@ -334,7 +334,7 @@ def test_long_pairs_are_cut_and_those_without_room_for_a_response_go(mask_prompt
         batch = collate_pairs(examples, [0])
         assert batch.idx.shape[1] == short + room - 1  # the context, and no more
         assert batch.targets[0, short - 1 :].tolist() == response[:room]
-        assert (batch.targets[0, : short - 1] == IGNORE).all() == mask_prompt
+        assert (batch.targets[0, : short - 1] == IGNORE_INDEX).all() == mask_prompt
     with pytest.raises(InputError, match=f"every one of 2 prompts is longer than the context of {short - 1} tokens"):
         pair_examples(PAIRS, tokenizer, "chatml", mask_prompt, max_length=short - 1)
 
@@ -359,8 +359,8 @@ def test_padding_changes_no_row_and_no_loss(examples: list[Example]) -> None:
         length = len(example.ids) - 1
         assert batch.idx[row, :length].tolist() == example.ids[:-1]
         assert batch.lengths is not None and batch.lengths[row] == length
-        expected = [IGNORE] * example.counted + example.ids[example.counted + 1 :]
-        assert batch.targets[row].tolist() == expected + [IGNORE] * (batch.idx.shape[1] - length)
+        expected = [IGNORE_INDEX] * example.loss_start + example.ids[example.loss_start + 1 :]
+        assert batch.targets[row].tolist() == expected + [IGNORE_INDEX] * (batch.idx.shape[1] - length)
         alone = collate_pairs(examples, [row])
         total += F.cross_entropy(model(alone.idx)[0], alone.targets[0], reduction="sum")
     together = F.cross_entropy(model(batch.idx).flatten(0, 1), batch.targets.flatten(), reduction="sum")
@@ -462,7 +462,7 @@ def test_a_batch_for_a_gpu_is_copied_from_pinned_memory(monkeypatch: pytest.Monk
         torch.device("cuda")
     )
     assert [sent.idx, sent.targets, sent.lengths, sent.lower] == [-101, -102, -103, -104]
-    assert sent.rows == [0] and sent.n_lower == 5
+    assert sent.rows == [0] and sent.start_layer == 5
 
 
 # ---- several processes -----------------------------------------------------------------------------------------------
@@ -472,13 +472,13 @@ def test_a_batch_for_a_gpu_is_copied_from_pinned_memory(monkeypatch: pytest.Monk
 def test_the_parts_of_a_batch_hold_each_row_once(of: int) -> None:
     lower = torch.arange(20).view(5, 2, 2)
     whole = Batch(torch.arange(10).view(5, 2), torch.arange(5), list(range(5)), torch.arange(5), lower, 7)
-    parts = [whole.part(index, of) for index in range(of)]
+    parts = [whole.shard(index, of) for index in range(of)]
     assert sorted(row for part in parts for row in part.rows) == whole.rows
     for part in parts:
         assert part.lengths is not None and part.rows
         assert part.idx[:, 0].tolist() == [2 * row for row in part.rows]
         assert part.targets.tolist() == part.lengths.tolist() == part.rows
-        assert part.lower is not None and part.n_lower == 7
+        assert part.lower is not None and part.start_layer == 7
         assert part.lower[:, 0, 0].tolist() == [4 * row for row in part.rows]
     with pytest.raises(InputError, match="a batch of 5 rows is too few for 6 processes; raise batch_size"):
-        whole.part(0, 6)
+        whole.shard(0, 6)

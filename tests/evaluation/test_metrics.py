@@ -94,7 +94,7 @@ def test_score_needs_a_context_of_two() -> None:
 
 def test_bits_per_byte_and_perplexity() -> None:
     score = Score(nats=math.log(2) * 30, tokens=10)
-    assert score.bits_per_byte(15) == pytest.approx(2.0)
+    assert score.bpb(15) == pytest.approx(2.0)
     assert score.perplexity == pytest.approx(8.0)
     assert Score(1e6, 2).perplexity > 1e300  # large, not an error
 

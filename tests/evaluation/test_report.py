@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from llm.checkpoint.folder import ModelFolder, ModelFolderConfig
+from llm.checkpoint.folder import Checkpoint, CheckpointConfig
 from llm.common.errors import InputError
 from llm.config import EvaluateParams
 from llm.data.examples import Pair
@@ -54,11 +54,11 @@ def make_gpt(tokenizer: Tokenizer) -> GPT:
     return GPT(config).eval()
 
 
-def make_folder(tokenizer: Tokenizer, kind: str = "base", labels: list[str] | None = None) -> ModelFolder:
+def make_folder(tokenizer: Tokenizer, kind: str = "base", labels: list[str] | None = None) -> Checkpoint:
     gpt = make_gpt(tokenizer)
     model = GPTClassifier(gpt, len(labels)).eval() if labels else gpt
-    config = ModelFolderConfig(kind=kind, gpt=gpt.config, labels=labels, max_length=32 if labels else None)
-    return ModelFolder(model, tokenizer, config)
+    config = CheckpointConfig(kind=kind, gpt=gpt.config, labels=labels, max_length=32 if labels else None)
+    return Checkpoint(model, tokenizer, config)
 
 
 def params(**changes: object) -> EvaluateParams:
@@ -68,7 +68,7 @@ def params(**changes: object) -> EvaluateParams:
         "baseline_bytes": 10**6,
         "max_new_tokens": 4,
         "batch_size": 3,
-        "answers": 2,
+        "report_samples": 2,
         "prompts": ["the cat", ""],
     }
     return EvaluateParams.model_validate(values | changes)
@@ -106,7 +106,7 @@ def test_base_is_scored_on_the_bytes_without_separators(tmp_path: Path, tokenize
     assert result.gpt.loss == pytest.approx(math.log(tokenizer.vocab_size), rel=0.05)  # an untrained model guesses
     assert result.ngram.loss < 0.9 * result.gpt.loss
     assert [c.prompt for c in result.completions] == ["the cat", ""]
-    assert result.bits_per_byte()["xz"] == pytest.approx(8 * result.xz_bytes / result.n_bytes)
+    assert result.bpb()["xz"] == pytest.approx(8 * result.xz_bytes / result.n_bytes)
 
 
 def test_base_takes_val_without_a_test_part_and_limits_what_is_read(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -184,7 +184,7 @@ def test_a_base_that_knows_a_template_is_asked_in_it(
     monkeypatch.setattr("llm.evaluation.evaluate.generate", listen)
     plain = make_folder(tokenizer)
     config = plain.config.model_copy(update={"template": "chatml", "system": "the cat knows"})
-    folders = {"gpt": plain, "base": ModelFolder(plain.model, tokenizer, config)}
+    folders = {"gpt": plain, "base": Checkpoint(plain.model, tokenizer, config)}
     result = evaluate_instruct(folders, "alpaca", tmp_path, params())
     assert asked[0] == tokenizer.decode(encode_prompt(tokenizer, "alpaca", "say"))
     assert asked[1] == tokenizer.decode(encode_prompt(tokenizer, "chatml", "say", system="the cat knows"))
@@ -260,8 +260,8 @@ def results(labels: list[str]) -> tuple[BaseResult, ClassifierResult, InstructRe
 
 def test_metrics_are_nested_one_level() -> None:
     sections = report.metrics(*results(["ham", "spam"]))
-    assert sections["base"]["bits_per_byte"] == pytest.approx(500 / math.log(2) / 1000)
-    assert sections["base_xz"]["bits_per_byte"] == 2.0
+    assert sections["base"]["bpb"] == pytest.approx(500 / math.log(2) / 1000)
+    assert sections["base_xz"]["bpb"] == 2.0
     assert sections["classifier"]["accuracy"] == 1.0
     assert sections["instruct"]["exact_match"] == 1.0
     assert sections["instruct_scratch"]["exact_match"] == 0.5
@@ -273,7 +273,7 @@ def test_plot_files_hold_what_dvc_plots() -> None:
         name: list(csv.DictReader(io.StringIO(text))) for name, text in report.plot_files(*results(["a", "b"])).items()
     }
     assert len(files["confusion.csv"]) == 60 and set(files["confusion.csv"][0]) == {"actual", "predicted"}
-    assert [row["model"] for row in files["bits_per_byte.csv"]] == ["GPT", "n-gram model", "xz"]
+    assert [row["model"] for row in files["bpb.csv"]] == ["GPT", "n-gram model", "xz"]
     assert {row["classifier"] for row in files["classifiers.csv"]} >= {"GPT", "majority class"}
     assert set(files["roc.csv"][0]) == {"false_positive_rate", "true_positive_rate"}
     assert len(files["per_task.csv"]) == 6 and len(files["instructions.csv"]) == 3
@@ -370,7 +370,7 @@ def test_pictures_have_the_same_bytes_twice(tmp_path: Path, labels: list[str]) -
         folder = tmp_path / run
         folder.mkdir()
         report.draw_trainings(tmp_path, folder / "training.png")
-        report.draw_bits_per_byte(base, folder / "bits_per_byte.png")
+        report.draw_bits_per_byte(base, folder / "bpb.png")
         report.draw_classifiers(classifiers, folder / "classifiers.png")
         report.draw_confusion_roc(classifiers, folder / "confusion_roc.png")
         report.draw_instructions(instruct, folder / "instructions.png")

@@ -24,7 +24,7 @@ import pyarrow.parquet
 import torch
 from safetensors.torch import load
 
-from llm.checkpoint.folder import ModelFolder, ModelFolderConfig, load_model_folder, save_model_folder
+from llm.checkpoint.folder import Checkpoint, CheckpointConfig, load_checkpoint, save_checkpoint
 from llm.common.errors import InputError
 from llm.config import CorpusSource, InstructionsSource, MessagesSource, SourceFile
 from llm.convert.gguf import export_gguf, read_gguf
@@ -117,22 +117,22 @@ TOKENIZER = Tokenizer(  # small inputs are fast, and most of their bytes matter
 )
 
 
-def tiny_model(form: dict[str, Any]) -> ModelFolder:
+def tiny_model(form: dict[str, Any]) -> Checkpoint:
     sizes = {"vocab_size": 11, "emb_dim": 4, "n_heads": 2, "n_kv_heads": 2, "head_dim": 2, "ffn_dim": 4, "n_layers": 1}
     config = gpt_config(**form | sizes)
     model = randomize(GPT(config))
     assert isinstance(model, GPT)
-    return ModelFolder(model, TOKENIZER, ModelFolderConfig(kind="base", gpt=config))
+    return Checkpoint(model, TOKENIZER, CheckpointConfig(kind="base", gpt=config))
 
 
 def model_folder() -> Parser:
     """Ours: config.json and model.safetensors."""
     with tempfile.TemporaryDirectory() as name:
-        save_model_folder(Path(name, "it"), tiny_model(LLAMA_FORM))
+        save_checkpoint(Path(name, "it"), tiny_model(LLAMA_FORM))
         files = files_of(Path(name, "it"))
 
     def parse(folder: Path) -> None:
-        load_model_folder(folder, dtype=None)
+        load_checkpoint(folder, dtype=None)
 
     return Parser([Target(file, [files[file]], parse) for file in ("config.json", "model.safetensors")], files)
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm.checkpoint.folder import ModelFolder, ModelFolderConfig, load_model_folder, save_model_folder
+from llm.checkpoint.folder import Checkpoint, CheckpointConfig, load_checkpoint, save_checkpoint
 from llm.common.errors import InputError
 from llm.inference.classify import classify_texts
 from llm.model.classifier import GPTClassifier
@@ -19,13 +19,13 @@ from tests.helpers import LLAMA_FORM, gpt_config, randomize, tiny_tokenizer
 LABELS = ["ham", "spam", "neither"]
 
 
-def classifier(max_length: int = 12) -> ModelFolder:
+def classifier(max_length: int = 12) -> Checkpoint:
     tokenizer = tiny_tokenizer()
     gpt = GPT(gpt_config(**LLAMA_FORM, vocab_size=tokenizer.vocab_size))
-    config = ModelFolderConfig(kind="classifier", gpt=gpt.config, labels=LABELS, max_length=max_length)
+    config = CheckpointConfig(kind="classifier", gpt=gpt.config, labels=LABELS, max_length=max_length)
     model = GPTClassifier(gpt, len(LABELS))
     randomize(model)
-    return ModelFolder(model, tokenizer, config)
+    return Checkpoint(model, tokenizer, config)
 
 
 TEXTS = ["the cat sat on the mat", "ham", "", "spam and ham, spam and ham, spam and ham", "ß 1234 zzz", "the dog"]
@@ -62,14 +62,14 @@ def test_only_max_length_tokens_are_read() -> None:
 
 def test_a_saved_classifier_answers_the_same(tmp_path: Path) -> None:
     folder = classifier()
-    save_model_folder(tmp_path / "it", folder)
-    assert torch.equal(classify_texts(load_model_folder(tmp_path / "it"), TEXTS), classify_texts(folder, TEXTS))
+    save_checkpoint(tmp_path / "it", folder)
+    assert torch.equal(classify_texts(load_checkpoint(tmp_path / "it"), TEXTS), classify_texts(folder, TEXTS))
 
 
 def test_another_kind_of_model_is_named() -> None:
     folder = classifier()
     assert isinstance(folder.model, GPTClassifier)
     gpt = folder.model.gpt
-    base = ModelFolder(gpt, folder.tokenizer, ModelFolderConfig(kind="base", gpt=gpt.config))
+    base = Checkpoint(gpt, folder.tokenizer, CheckpointConfig(kind="base", gpt=gpt.config))
     with pytest.raises(InputError, match="a model of kind base, not a classifier; name one such as models/classifier"):
         classify_texts(base, ["ham"])

@@ -23,8 +23,8 @@ from llm.config import GPTConfig
 from llm.inference.compiled import compile_step
 from llm.inference.generate import generate, stream, stream_text
 from llm.inference.int8 import Int8Linear, to_int8
-from llm.inference.prefill import Prefix
-from llm.inference.sampling import GREEDY, Sampling, filter_logits, penalise, probabilities, sample
+from llm.inference.prefill import PrefixCache
+from llm.inference.sampling import GREEDY, Sampling, apply_repetition_penalty, filter_logits, probabilities, sample
 from llm.model.gpt import GPT
 from llm.model.kv_cache import KVCache
 from llm.model.linear import to_packed
@@ -173,7 +173,7 @@ def test_what_prompts_begin_with_is_read_once(
 
 def test_a_prefix_is_read_once_for_all_calls(model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
     system = [3, 1, 4, 1, 5, 9, 2, 6]
-    prefix = Prefix()
+    prefix = PrefixCache()
     calls = Calls(model, monkeypatch)
     read = []
     for prompt in ([*system, 7], [*system, 8, 9], [*system, 8, 9], [2, 7], [2, 7, 1]):
@@ -487,7 +487,7 @@ def test_filters_equal_those_of_transformers() -> None:
         (filter_logits(logits, Sampling(top_p=0.83)), warpers.TopPLogitsWarper(0.83)),
         (filter_logits(logits, Sampling(min_p=0.07)), warpers.MinPLogitsWarper(0.07)),
         (
-            penalise(logits, torch.zeros_like(logits, dtype=torch.bool).scatter(1, ids, True), 1.4),
+            apply_repetition_penalty(logits, torch.zeros_like(logits, dtype=torch.bool).scatter(1, ids, True), 1.4),
             warpers.RepetitionPenaltyLogitsProcessor(1.4),
         ),
     ]:

@@ -280,7 +280,7 @@ def test_the_cache_keeps_chosen_rows_in_the_chosen_order() -> None:
     with torch.no_grad():
         cache = KVCache(model.config, 4, 16)
         model(idx[:, :10], cache)
-        cache.keep(kept)
+        cache.reorder(kept)
         logits = model(idx[kept, 10:], cache)
         torch.testing.assert_close(logits, model(idx[kept])[:, 10:], atol=1e-5, rtol=1e-5)
 
@@ -318,14 +318,14 @@ def test_the_upper_blocks_go_on_from_what_the_lower_ones_made(form: dict[str, An
     model = model_of(form, n_layers=3)
     idx = ids(2, 9)
     with torch.no_grad():
-        whole = model.hidden(idx)
+        whole = model.hidden_states(idx)
         for n in range(4):
-            lower = model.stream(idx, n)
-            assert torch.equal(model.hidden(torch.zeros_like(idx), lower=lower, n_lower=n), whole), (
+            lower = model.run_blocks(idx, n)
+            assert torch.equal(model.hidden_states(torch.zeros_like(idx), cached_hidden=lower, start_layer=n), whole), (
                 "the ids are not read"
             )
         assert torch.equal(model.final_norm(lower), whole)
-        assert not torch.equal(model.stream(idx, 1), model.stream(idx, 2))
+        assert not torch.equal(model.run_blocks(idx, 1), model.run_blocks(idx, 2))
 
 
 # ---- classifier ------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from llm.checkpoint.adapter import base_digest, load_adapter, save_adapter, save_trained
-from llm.checkpoint.folder import ModelFolder, ModelFolderConfig, load_model_folder, save_model_folder
+from llm.checkpoint.folder import Checkpoint, CheckpointConfig, load_checkpoint, save_checkpoint
 from llm.common.errors import InputError
 from llm.config import LoRAParams, Params, parse_params
 from llm.convert.hf import export_hf, import_model
@@ -46,13 +46,13 @@ def new_model(kind: str = "base", seed: int = 0, **changes: Any) -> GPT | GPTCla
     return model
 
 
-def folder_of(model: GPT | GPTClassifier, kind: str = "base") -> ModelFolder:
+def folder_of(model: GPT | GPTClassifier, kind: str = "base") -> Checkpoint:
     more: dict[str, Any] = {}
     if kind == "classifier":
         more = {"labels": ["ham", "spam", "neither"], "max_length": 12}
     elif kind == "instruct":
         more = {"template": "chatml", "system": "Be kind."}
-    return ModelFolder(model, tiny_tokenizer(), ModelFolderConfig(kind=kind, gpt=gpt_of(model).config, **more))
+    return Checkpoint(model, tiny_tokenizer(), CheckpointConfig(kind=kind, gpt=gpt_of(model).config, **more))
 
 
 def train_adapters(model: nn.Module, seed: int = 1) -> None:
@@ -199,7 +199,7 @@ def test_only_adapters_and_the_head_get_gradients(target: str) -> None:
 # ---- adapters alone --------------------------------------------------------------------------------------------------
 
 
-def adapted(base: ModelFolder, kind: str, lora: LoRAParams) -> ModelFolder:
+def adapted(base: Checkpoint, kind: str, lora: LoRAParams) -> Checkpoint:
     """A model made from the base and as if trained; the base itself is left alone."""
     gpt = copy.deepcopy(base.model)
     assert isinstance(gpt, GPT)
@@ -214,15 +214,15 @@ def adapted(base: ModelFolder, kind: str, lora: LoRAParams) -> ModelFolder:
 def test_an_adapter_saved_alone_gives_the_same_model_on_its_base(
     tmp_path: Path, kind: str, form: dict[str, Any]
 ) -> None:
-    save_model_folder(tmp_path / "base", folder_of(new_model(**{**form, "vocab_size": tiny_tokenizer().vocab_size})))
+    save_checkpoint(tmp_path / "base", folder_of(new_model(**{**form, "vocab_size": tiny_tokenizer().vocab_size})))
     lora = lora_params(targets=["q_proj", "up_proj"] + ["head"] * kind.endswith("head"))
-    content = adapted(load_model_folder(tmp_path / "base"), kind.split()[0], lora)
+    content = adapted(load_checkpoint(tmp_path / "base"), kind.split()[0], lora)
     save_adapter(tmp_path / "adapter", content, lora)
     assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == ["adapter.json", "adapter.safetensors"]
     names = set(load_file(tmp_path / "adapter/adapter.safetensors"))
     assert not [name for name in names if "blocks" in name and not name.endswith((".A", ".B"))]  # nothing of the base
 
-    loaded = load_adapter(tmp_path / "adapter", load_model_folder(tmp_path / "base"))
+    loaded = load_adapter(tmp_path / "adapter", load_checkpoint(tmp_path / "base"))
     assert loaded.config == content.config
     assert type(loaded.model) is type(content.model) and not loaded.model.training
     assert adapters(loaded.model).keys() == adapters(content.model).keys()
@@ -230,17 +230,17 @@ def test_an_adapter_saved_alone_gives_the_same_model_on_its_base(
 
 
 def test_the_folder_of_a_training_is_merged_and_has_the_adapter_beside(tmp_path: Path) -> None:
-    save_model_folder(tmp_path / "base", folder_of(new_model()))
+    save_checkpoint(tmp_path / "base", folder_of(new_model()))
     for kind, targets in (("instruct", LINEARS), ("classifier", [*LINEARS, "head"])):
         lora = lora_params(targets=targets)
-        content = adapted(load_model_folder(tmp_path / "base"), kind, lora)
+        content = adapted(load_checkpoint(tmp_path / "base"), kind, lora)
         expected = logits(content.model)
         params = train_params(trainable="lora", lora=lora.model_dump())
         save_trained(tmp_path / kind, content, params)
-        merged = load_model_folder(tmp_path / kind)
+        merged = load_checkpoint(tmp_path / kind)
         assert merged.config == content.config
         torch.testing.assert_close(logits(merged.model), expected, atol=2e-5, rtol=1e-4)
-        again = load_adapter(tmp_path / kind / "adapter", load_model_folder(tmp_path / "base"))
+        again = load_adapter(tmp_path / kind / "adapter", load_checkpoint(tmp_path / "base"))
         assert torch.equal(logits(again.model), expected)
 
         save_trained(tmp_path / kind, merged, train_params(trainable="all"))
@@ -248,14 +248,14 @@ def test_the_folder_of_a_training_is_merged_and_has_the_adapter_beside(tmp_path:
 
 
 def test_a_base_stored_in_bf16_is_the_same_base_in_fp32(tmp_path: Path) -> None:
-    save_model_folder(tmp_path / "base", folder_of(new_model(**LLAMA_FORM).to(torch.bfloat16)))
-    stored, wide = (load_model_folder(tmp_path / "base", dtype=dtype) for dtype in (None, torch.float32))
+    save_checkpoint(tmp_path / "base", folder_of(new_model(**LLAMA_FORM).to(torch.bfloat16)))
+    stored, wide = (load_checkpoint(tmp_path / "base", dtype=dtype) for dtype in (None, torch.float32))
     assert stored.model.tok_emb.weight.dtype == torch.bfloat16 and wide.model.tok_emb.weight.dtype == torch.float32
     save_adapter(tmp_path / "adapter", adapted(stored, "base", lora_params()), lora_params())
     load_adapter(tmp_path / "adapter", wide)
 
 
-OTHER_BASES: dict[str, Callable[[], ModelFolder]] = {
+OTHER_BASES: dict[str, Callable[[], Checkpoint]] = {
     "other weights": lambda: folder_of(new_model(seed=1)),
     "more layers": lambda: folder_of(new_model(n_layers=3)),
     "the same weights in another form": lambda: folder_of(new_model(norm_eps=1e-6)),
@@ -265,7 +265,7 @@ OTHER_BASES: dict[str, Callable[[], ModelFolder]] = {
 
 
 @pytest.mark.parametrize("other", OTHER_BASES.values(), ids=OTHER_BASES.keys())
-def test_another_base_is_refused(tmp_path: Path, other: Callable[[], ModelFolder]) -> None:
+def test_another_base_is_refused(tmp_path: Path, other: Callable[[], Checkpoint]) -> None:
     save_adapter(tmp_path / "it", adapted(folder_of(new_model()), "base", lora_params()), lora_params())
     load_adapter(tmp_path / "it", folder_of(new_model()))
     with pytest.raises(InputError, match="it: the adapter was trained on another base model; name the one") as error:
@@ -376,7 +376,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, rows in (("messages", messages), ("instructions", pairs)):
         for part in ("train", "val"):
             (tokens / name / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    save_model_folder(tmp_path / "models/base", folder_of(new_model(context_length=64)))
+    save_checkpoint(tmp_path / "models/base", folder_of(new_model(context_length=64)))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -390,7 +390,7 @@ def test_each_stage_trains_adapters_and_writes_them_merged_and_alone(
     )  # the params here are in no file
     name = {"pretrain": "base", "finetune_classify": "classifier", "finetune_instruct": "instruct"}[stage.__name__]
     params = shipped_params()
-    before = load_model_folder(place / "models/base")
+    before = load_checkpoint(place / "models/base")
     stage(Run(stage.__name__, params, place / "state", MagicMock()))
 
     metrics = json.loads((place / f"reports/metrics/{stage.__name__}.json").read_text())
@@ -402,27 +402,27 @@ def test_each_stage_trains_adapters_and_writes_them_merged_and_alone(
     stored = {key for key in state if key.startswith("model.")}
     assert stored and all(key.endswith((".A", ".B")) or key.startswith("model.head.") for key in stored)
 
-    made = load_model_folder(place / "models" / name)
+    made = load_checkpoint(place / "models" / name)
     if name == "base":  # it started from random weights: its own base is nowhere but in it
         assert "blocks.0.attn.q_proj.A" in load_file(place / "models/base/adapter/adapter.safetensors")
         return
-    again = load_adapter(place / "models" / name / "adapter", load_model_folder(place / "models/base"))
+    again = load_adapter(place / "models" / name / "adapter", load_checkpoint(place / "models/base"))
     torch.testing.assert_close(logits(again.model), logits(made.model), atol=1e-5, rtol=1e-4)
     ours, theirs = gpt_of(made.model).state_dict(), before.model.state_dict()
     changed = {key for key in ours if not torch.equal(ours[key], theirs[key])}
     assert changed == {key for key in ours if key.split(".")[-2] in LINEARS and key.endswith("weight")}
     assert not (place / f"models/{name}_scratch/adapter").exists()
-    assert load_model_folder(place / f"models/{name}_scratch").config == made.config
+    assert load_checkpoint(place / f"models/{name}_scratch").config == made.config
 
 
 @pytest.mark.parametrize(("template", "system"), [("chatml", "Be kind."), ("alpaca", None)])
 def test_what_a_base_is_told_first_is_kept_with_its_template(place: Path, template: str, system: str | None) -> None:
-    save_model_folder(place / "models/base", folder_of(new_model(context_length=256), "instruct"))
+    save_checkpoint(place / "models/base", folder_of(new_model(context_length=256), "instruct"))
     params = shipped_params()
     section = params.finetune_instruct.model_copy(update={"template": template, "scratch_control": False})
     params = params.model_copy(update={"finetune_instruct": section})
     finetune_instruct(Run("finetune-instruct", params, place / "state", MagicMock()))
-    assert load_model_folder(place / "models/instruct").config.system == system
+    assert load_checkpoint(place / "models/instruct").config.system == system
 
 
 def test_pretraining_open_weights_by_adapters(place: Path) -> None:
@@ -432,7 +432,7 @@ def test_pretraining_open_weights_by_adapters(place: Path) -> None:
     params = shipped_params()
     section = params.pretrain.model_copy(update={"init": str(place / "hf")})
     pretrain(Run("pretrain", params.model_copy(update={"pretrain": section}), place / "state", MagicMock()))
-    made = load_model_folder(place / "models/base")
+    made = load_checkpoint(place / "models/base")
     assert (made.config.template, made.config.system) == ("chatml", "Be kind.")
     again = load_adapter(place / "models/base/adapter", import_model(str(place / "hf")))
     assert torch.equal(

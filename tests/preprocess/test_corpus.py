@@ -29,13 +29,13 @@ from llm.common.errors import InputError
 from llm.config import CorpusSplit
 from llm.preprocess import corpus
 from llm.preprocess import data_card as datacard
-from llm.preprocess.corpus import EncodedCorpus, Workers, cut_sections, encode_corpus, plan_corpus, training_texts
-from llm.preprocess.text import SPLITS, leak_key
+from llm.preprocess.corpus import EncodedCorpus, Workers, cut_chunks, encode_corpus, plan_corpus, training_texts
+from llm.preprocess.text import SPLITS, dedup_key
 from llm.tokenizer.bpe import Tokenizer
 from tests.datasets import disguise, document, folder_digest, read_split, words, write_corpus
 
-LEAK_FREE = CorpusSplit(split="leak_free", val=0.1, test=0.2, section_chars=2000)
-BOOK = CorpusSplit(split="book", val=0.1, test=0.2, section_chars=2000)
+LEAK_FREE = CorpusSplit(split="leak_free", val=0.1, test=0.2, chunk_chars=2000)
+BOOK = CorpusSplit(split="book", val=0.1, test=0.2, chunk_chars=2000)
 SEED = 123
 ALONE = Workers(1)  # without processes
 
@@ -50,7 +50,7 @@ def encode(path: Path, folder: Path, params: CorpusSplit, tokenizer: Tokenizer, 
     plan = plan_corpus(path, params, SEED, workers)
     tokenizer_folder = folder.with_name(f"{folder.name}.tokenizer")
     tokenizer.save(tokenizer_folder)
-    return encode_corpus(path, folder, plan, tokenizer_folder, options.get("shard_tokens", 10**6), workers)
+    return encode_corpus(path, folder, plan, tokenizer_folder, options.get("tokens_per_shard", 10**6), workers)
 
 
 def read_texts(folder: Path, split: str, tokenizer: Tokenizer) -> list[str]:
@@ -69,7 +69,7 @@ def test_examples() -> None:
 def test_sections_join_to_the_text() -> None:
     for seed in range(5):
         text = document(seed, paragraphs=30)
-        pieces = cut_sections(text, 1000)
+        pieces = cut_chunks(text, 1000)
         assert "".join(pieces) == text
         assert all(300 < len(piece) <= 1000 for piece in pieces)
         assert all(piece.endswith("\n\n") for piece in pieces[:-1])
@@ -87,14 +87,14 @@ def test_sections_join_to_the_text() -> None:
     ],
 )
 def test_sections_end_at_the_best_place(text: str, end: str) -> None:
-    first, second = cut_sections(text, 140)
+    first, second = cut_chunks(text, 140)
     assert first + second == text
     assert first.endswith(end)
 
 
 def test_short_and_empty_texts_are_not_cut() -> None:
-    assert cut_sections("a\n\nb", 4) == ["a\n\nb"]
-    assert cut_sections("", 4) == []
+    assert cut_chunks("a\n\nb", 4) == ["a\n\nb"]
+    assert cut_chunks("", 4) == []
 
 
 # ---- leak-free split -------------------------------------------------------------------------------------------------
@@ -135,7 +135,7 @@ def test_long_documents_are_cut_and_their_sections_follow_each_other(tmp_path: P
     for split in SPLITS:
         ends = {long.index(text) + len(text) for text in texts[split] if text in long}
         assert not ends & {long.index(text) for text in texts[split] if text in long}
-    assert max(map(len, runs)) > LEAK_FREE.section_chars
+    assert max(map(len, runs)) > LEAK_FREE.chunk_chars
 
 
 def test_equal_documents_stand_in_one_split(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -167,7 +167,7 @@ def test_no_document_stands_in_two_splits_and_every_one_in_one(
     tokenizer.save(tmp_path / "tokenizer")
     encode_corpus(path, tmp_path / "out", plan, tmp_path / "tokenizer", 10**6, ALONE)
     found = {split: read_texts(tmp_path / "out", split, tokenizer) for split in SPLITS}
-    keys = {split: set(map(leak_key, texts)) for split, texts in found.items()}
+    keys = {split: set(map(dedup_key, texts)) for split, texts in found.items()}
     assert not (keys["train"] & keys["val"] or keys["train"] & keys["test"] or keys["val"] & keys["test"])
     assert sorted(text for texts in found.values() for text in texts) == sorted(documents)
 
@@ -183,7 +183,7 @@ def test_equal_long_documents_stand_in_one_split_wherever_they_would_be_cut(tmp_
 
 
 def test_a_document_written_as_several_records_is_not_cut_unless_it_is_long(tmp_path: Path) -> None:
-    whole = CorpusSplit(split="leak_free", val=0.1, test=0.2, section_chars=10**6)
+    whole = CorpusSplit(split="leak_free", val=0.1, test=0.2, chunk_chars=10**6)
     records = [[document(seed), document(seed + 1000), document(seed + 2000)] for seed in range(30)]
     plan = plan_corpus(write_corpus(tmp_path / "corpus.jsonl", records), whole, SEED, ALONE)
     for number in range(30):
@@ -193,7 +193,7 @@ def test_a_document_written_as_several_records_is_not_cut_unless_it_is_long(tmp_
 
 def test_a_short_document_equal_to_a_section_of_a_long_one(tmp_path: Path) -> None:
     long = document(1, paragraphs=100)
-    sections = cut_sections(long, LEAK_FREE.section_chars)
+    sections = cut_chunks(long, LEAK_FREE.chunk_chars)
     plan = plan_corpus(write_corpus(tmp_path / "c.jsonl", [long, *map(str.upper, sections)]), LEAK_FREE, SEED, ALONE)
     assert plan.unit_split[: len(sections)].tolist() == plan.unit_split[len(sections) :].tolist()
 
@@ -211,7 +211,7 @@ def test_the_seed_decides_and_the_order_does_not(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("texts", [["one text"], ["one text", "One, text!", "two texts"]])
 def test_too_few_different_documents(tmp_path: Path, texts: list[str]) -> None:
-    with pytest.raises(InputError, match=r"too little text to split.*section_chars.*split: book") as caught:
+    with pytest.raises(InputError, match=r"too little text to split.*chunk_chars.*split: book") as caught:
         plan_corpus(write_corpus(tmp_path / "corpus.jsonl", texts), LEAK_FREE, SEED, ALONE)
     assert "\n" not in str(caught.value)
 
@@ -317,7 +317,7 @@ def test_training_text_is_limited_and_taken_from_all_over(tmp_path: Path) -> Non
 def test_shards_are_full_but_the_last(tmp_path: Path, tokenizer: Tokenizer) -> None:
     path = write_corpus(tmp_path / "corpus.jsonl", [document(seed) for seed in range(40)])
     one = encode(path, tmp_path / "one", LEAK_FREE, tokenizer).meta
-    many = encode(path, tmp_path / "many", LEAK_FREE, tokenizer, shard_tokens=100).meta
+    many = encode(path, tmp_path / "many", LEAK_FREE, tokenizer, tokens_per_shard=100).meta
     for split in SPLITS:
         assert read_split(tmp_path / "one", split) == read_split(tmp_path / "many", split)
         sizes = [(tmp_path / "many" / name).stat().st_size for name in many["splits"][split]["shards"]]
@@ -423,7 +423,7 @@ def synthetic_corpus(source: Path, path: Path, n_bytes: int) -> None:
 
 def measure(source: Path, megabytes: int, n_workers: int, vocab_size: int = 8192) -> None:
     folder = Path(tempfile.mkdtemp())
-    params = CorpusSplit(split="leak_free", val=0.05, test=0.05, section_chars=10_000)
+    params = CorpusSplit(split="leak_free", val=0.05, test=0.05, chunk_chars=10_000)
     try:
         path = folder / "corpus.jsonl"
         synthetic_corpus(source, path, megabytes * 1_000_000)

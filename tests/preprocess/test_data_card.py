@@ -50,7 +50,7 @@ def test_corpus_card(tmp_path: Path) -> None:
     path = write_corpus(tmp_path / "corpus.jsonl", documents)
     tiny_tokenizer().save(tmp_path / "tokenizer")
     with Workers(1) as alone:
-        params = CorpusSplit(split="book", val=0.1, test=0.2, section_chars=2000)
+        params = CorpusSplit(split="book", val=0.1, test=0.2, chunk_chars=2000)
         plan = plan_corpus(path, params, 123, alone)
         encoded = encode_corpus(path, tmp_path / "out", plan, tmp_path / "tokenizer", 10**6, alone)
     card = datacard.describe_corpus(plan, encoded, "book")

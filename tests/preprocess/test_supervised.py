@@ -14,7 +14,7 @@ from llm.config import LabelledSplit
 from llm.preprocess import data_card as datacard
 from llm.preprocess import supervised as labelled
 from llm.preprocess.supervised import Row, SplitRows
-from llm.preprocess.text import SPLITS, leak_key
+from llm.preprocess.text import SPLITS, dedup_key
 from tests.datasets import message_rows, write_lines
 from tests.helpers import tiny_tokenizer
 
@@ -107,8 +107,8 @@ def test_the_sources_own_split_is_kept_and_the_held_out_one_wins() -> None:
     split = labelled.split_messages(message_rows(texts, splits), ["ham", "spam"], LEAK_FREE, SEED)
     assert split.moved == 3
     assert len(split.rows["train"]) == 8
-    assert {row.key for row in split.rows["val"]} == {leak_key(f"text {i}") for i in range(10, 20) if i != 11}
-    assert {row.key for row in split.rows["test"]} == {leak_key(f"text {i}") for i in range(20, 30)}
+    assert {row.key for row in split.rows["val"]} == {dedup_key(f"text {i}") for i in range(10, 20) if i != 11}
+    assert {row.key for row in split.rows["test"]} == {dedup_key(f"text {i}") for i in range(20, 30)}
     assert split.dropped == {"val": 1, "test": 2}
 
 

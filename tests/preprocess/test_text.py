@@ -12,7 +12,7 @@ import pytest
 
 from llm.common.errors import InputError
 from llm.preprocess import text as records
-from llm.preprocess.text import CLEAN, CONTROLS, LINE_ENDS, key_hash, leak_key, normalise, read_records
+from llm.preprocess.text import CLEAN, CONTROLS, LINE_ENDS, dedup_key, key_hash, normalise, read_records
 from tests.datasets import write_lines
 
 
@@ -42,11 +42,11 @@ def test_normalise_is_idempotent() -> None:
 
 
 def test_leak_key() -> None:
-    assert leak_key("Free  entry:\n'CALL' n-o-w_!") == leak_key("free ENTRY call now")
-    assert leak_key("STRASSE ﬁn Ⅷ") == leak_key("straße fin viii")
-    assert leak_key("one two") != leak_key("one too")
-    assert leak_key("日本語。") == leak_key("日本語")
-    assert leak_key("?!") == "?!" != leak_key("!!")
+    assert dedup_key("Free  entry:\n'CALL' n-o-w_!") == dedup_key("free ENTRY call now")
+    assert dedup_key("STRASSE ﬁn Ⅷ") == dedup_key("straße fin viii")
+    assert dedup_key("one two") != dedup_key("one too")
+    assert dedup_key("日本語。") == dedup_key("日本語")
+    assert dedup_key("?!") == "?!" != dedup_key("!!")
 
 
 def test_key_hash() -> None:

@@ -52,8 +52,9 @@ def script(body: str) -> list[str]:
     """A command that runs `body` as the stage `demo`; it can use `run`."""
     lines = "".join(f"    {line}\n" for line in body.splitlines())
     code = (
-        "import errno, os, signal, sys, time\nfrom pathlib import Path\nfrom llm.config import InputError\n"
-        f"import stages.runtime.run\nstages.runtime.run.LOCK_PATIENCE = 0\ndef demo(run):\n{lines}stages.runtime.run.main('demo', demo)\n"
+        "import errno, os, signal, sys, time\nfrom pathlib import Path\nfrom llm.common.errors import InputError\n"
+        "from stages.runtime import run as runtime\nruntime.LOCK_PATIENCE = 0\n"
+        f"def demo(run):\n{lines}runtime.main('demo', demo)\n"
     )
     return [sys.executable, "-c", code]
 
@@ -240,7 +241,10 @@ def test_outside_of_a_training_a_signal_ends_at_once_and_cleans_up(place: Path) 
 
 
 def test_asked_to_stop_while_it_waits_for_the_delivery_it_has_done_its_work(place: Path) -> None:
-    body = "from stages.tracking.journal import Journal\nJournal.end = lambda *_: (print('waiting', flush=True), time.sleep(60))"
+    body = (
+        "from stages.tracking.journal import Journal\n"
+        "Journal.end = lambda *_: (print('waiting', flush=True), time.sleep(60))"
+    )
     process = begin(body)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=30)

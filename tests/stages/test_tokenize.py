@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from llm.checkpoint.folder import ModelFolder, ModelFolderConfig, load_model_folder, save_model_folder
+from llm.checkpoint.folder import Checkpoint, CheckpointConfig, load_checkpoint, save_checkpoint
 from llm.common.errors import InputError
 from llm.config import parse_params
 from llm.model.gpt import GPT
@@ -99,9 +99,9 @@ def test_gpt2_files_that_are_missing(raw: Path) -> None:
 
 def test_open_weights_bring_their_tokenizer_and_pass_through(raw: Path) -> None:
     config = gpt_config(**LLAMA_FORM | {"vocab_size": 300, "context_length": 64})  # 20 rows more than tokens
-    source = ModelFolder(GPT(config), tiny_tokenizer(), ModelFolderConfig(kind="base", gpt=config))
+    source = Checkpoint(GPT(config), tiny_tokenizer(), CheckpointConfig(kind="base", gpt=config))
     randomize(source.model)
-    save_model_folder(raw.parent / "open", source)
+    save_checkpoint(raw.parent / "open", source)
     run: Any = FakeRun()
     changes = {"init": str(raw.parent / "open"), "max_steps": 0}
     run.params = run.params.model_copy(update={"pretrain": run.params.pretrain.model_copy(update=changes)})
@@ -112,7 +112,7 @@ def test_open_weights_bring_their_tokenizer_and_pass_through(raw: Path) -> None:
 
     stage = Run("pretrain", run.params, raw.parent / "state", MagicMock())
     pretrain(stage)
-    base = load_model_folder(Path("models/base"))
+    base = load_checkpoint(Path("models/base"))
     assert base.config.gpt == config
     assert all(torch.equal(base.model.state_dict()[name], t) for name, t in source.model.state_dict().items())
 

@@ -25,7 +25,7 @@ import torch
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from llm.checkpoint.folder import ModelFolder, ModelFolderConfig, save_model_folder
+from llm.checkpoint.folder import Checkpoint, CheckpointConfig, save_checkpoint
 from llm.model.classifier import GPTClassifier
 from llm.model.gpt import GPT
 from llm.tokenizer.bpe import Tokenizer
@@ -544,15 +544,15 @@ def make_models(place: Path) -> None:
     gpt = GPT(config)
     labels = ["ham", "spam"]
     kinds = {
-        "base": (gpt, ModelFolderConfig(kind="base", gpt=config)),
-        "instruct": (gpt, ModelFolderConfig(kind="instruct", gpt=config, template="chatml")),
+        "base": (gpt, CheckpointConfig(kind="base", gpt=config)),
+        "instruct": (gpt, CheckpointConfig(kind="instruct", gpt=config, template="chatml")),
         "classifier": (
             GPTClassifier(gpt, 2),
-            ModelFolderConfig(kind="classifier", gpt=config, labels=labels, max_length=32),
+            CheckpointConfig(kind="classifier", gpt=config, labels=labels, max_length=32),
         ),
     }
     for kind, (model, folder_config) in kinds.items():
-        save_model_folder(place / "models" / kind, ModelFolder(model, tokenizer, folder_config))
+        save_checkpoint(place / "models" / kind, Checkpoint(model, tokenizer, folder_config))
 
 
 @pytest.mark.filterwarnings("ignore:.*AnyType")  # an answer's values are texts or tables

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from llm.common.device import pick_device
 from llm.common.errors import InputError
 from llm.config import TrainParams
-from llm.data.batches import IGNORE, Batch, batches_by_length, collate_labels, collate_pairs, example_batches
+from llm.data.batches import IGNORE_INDEX, Batch, batches_by_length, collate_labels, collate_pairs, example_batches
 from llm.data.examples import Example
 from llm.inference.generate import generate
 from llm.model.classifier import GPTClassifier
@@ -26,7 +26,7 @@ from llm.model.gpt import GPT, RMSNorm
 from llm.model.linear import Linear
 from llm.training import fit as training
 from llm.training.fit import FitResult, _Objective, _step, fit
-from llm.training.freeze import freeze, frozen_blocks, keep_lower, trained_parameters
+from llm.training.freeze import cache_frozen_activations, freeze, frozen_blocks, trained_parameters
 from llm.training.losses import label_loss, label_metrics, mean_loss, next_token_loss
 from llm.training.optim import orthogonalize
 from llm.training.precision import base_dtype, precision
@@ -85,7 +85,7 @@ def plain_losses(logits: Tensor, targets: Tensor) -> list[Tensor]:
     return [
         logits[i].logsumexp(0) - logits[i, target]
         for i, target in enumerate(targets.flatten().tolist())
-        if target != IGNORE
+        if target != IGNORE_INDEX
     ]
 
 
@@ -106,7 +106,7 @@ def test_next_token_loss_is_the_sum_over_counted_targets() -> None:
         with torch.no_grad():
             loss, count = next_token_loss(model, batch)
             expected = plain_losses(model(batch.idx), batch.targets)
-        assert count.item() == len(expected) == (batch.targets != IGNORE).sum()
+        assert count.item() == len(expected) == (batch.targets != IGNORE_INDEX).sum()
         assert loss.item() == pytest.approx(sum(expected).item(), rel=1e-6)
 
 
@@ -235,7 +235,7 @@ def test_one_batch_is_learned_by_heart(optimizer: str, form: dict[str, Any]) -> 
     )
     # Different rows may begin with the same token, so that the first target cannot be known.
     assert result.history[0]["val/loss"] > 4
-    assert result.kept["val/loss"] < 0.3
+    assert result.best_metrics["val/loss"] < 0.3
 
 
 ADAPTERS = tuple(
@@ -313,7 +313,7 @@ def test_a_bf16_base_stays_bf16_where_nothing_is_trained(trainable: str, monkeyp
         evaluate=lambda: {"val/loss": mean_loss(model, loss, [batch])},
         sample=lambda: str(generate(gpt, [[1, 2], [3]], max_new_tokens=20)),
     )
-    assert result.kept["val/loss"] < result.history[0]["val/loss"] - 0.1
+    assert result.best_metrics["val/loss"] < result.history[0]["val/loss"] - 0.1
     for name, p in model.named_parameters():
         assert p.dtype == (torch.float32 if p.requires_grad else torch.bfloat16), name
         assert p.requires_grad or torch.equal(p, before[name]), name
@@ -368,13 +368,13 @@ def test_what_frozen_blocks_make_of_an_example_is_kept_and_changes_no_loss_or_gr
     randomize(model, std=0.15)
     examples = ragged_examples()
     counts = rows_read(model)
-    kept = keep_lower(model, examples, collate, params, runtime_params(), reads=8)
+    kept = cache_frozen_activations(model, examples, collate, params, runtime_params(), reads=8)
     assert frozen_blocks(model) == frozen
     assert [counts[i] for i in range(3)] == [8] * frozen + [0] * (3 - frozen), "each example once"
 
     for rows in ([7, 0, 3], [1], [2], list(range(8))):
         plain, ours = collate(examples, rows), kept(examples, rows)
-        assert (plain.lower, plain.n_lower, ours.n_lower) == (None, 0, frozen)
+        assert (plain.lower, plain.start_layer, ours.start_layer) == (None, 0, frozen)
         assert ours.lower is not None and ours.lower.shape == (*plain.idx.shape, 16)
         assert not ours.lower.requires_grad
         torch.manual_seed(3)  # the adapter's dropout
@@ -400,7 +400,9 @@ def finetuning(
     """A training on the ragged examples; stopped after a step, or before the second batch of an evaluation."""
     model, loss, collate, params = with_frozen_blocks(kind, SHIPPED_FORM, max_steps=8, eval_interval=4, **changes)
     examples, made, read = ragged_examples(), 0, 0
-    batches = keep_lower(model, examples, collate, params, runtime_params(), reads=24) if keep else collate
+    batches = (
+        cache_frozen_activations(model, examples, collate, params, runtime_params(), reads=24) if keep else collate
+    )
 
     def train_batches(step: int) -> list[Batch]:
         nonlocal made
@@ -435,7 +437,7 @@ def test_a_training_on_what_is_kept_goes_as_one_that_computes_it_again(
     assert len(result.history) == 3
     for row, expected in zip(result.history, plain.history, strict=True):
         assert row == pytest.approx(expected, rel=1e-5)
-    assert result.kept["val/loss"] < result.history[0]["val/loss"]
+    assert result.best_metrics["val/loss"] < result.history[0]["val/loss"]
 
 
 @pytest.mark.parametrize("stopped", [{"stop_at": 3}, {"stop_at": 7}, {"stop_in": 4}])
@@ -465,7 +467,7 @@ def test_a_training_on_what_is_kept_continues_with_the_same_bits(
 )
 def test_nothing_is_kept_where_it_changes_or_would_not_be_read_again(changes: dict[str, Any], reads: int) -> None:
     model, _, collate, params = with_frozen_blocks("classifier", GPT2_FORM, **changes)
-    assert keep_lower(model, ragged_examples(), collate, params, runtime_params(), reads) is collate
+    assert cache_frozen_activations(model, ragged_examples(), collate, params, runtime_params(), reads) is collate
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -477,10 +479,10 @@ def test_what_would_take_too_much_memory_is_not_kept(
     size = sum(len(example.ids) for example in examples) * 16 * 4
     monkeypatch.setattr("llm.common.distributed.world_size", lambda: processes)
     monkeypatch.setattr("llm.training.freeze.KEPT_BYTES", processes * size)
-    assert keep_lower(model, examples, collate, params, runtime_params(), reads=8) is not collate
+    assert cache_frozen_activations(model, examples, collate, params, runtime_params(), reads=8) is not collate
     assert "the lower 2 of 3 blocks make of 8 examples is computed once and kept" in capsys.readouterr().err
     monkeypatch.setattr("llm.training.freeze.KEPT_BYTES", processes * size - 1)
-    assert keep_lower(model, examples, collate, params, runtime_params(), reads=8) is collate
+    assert cache_frozen_activations(model, examples, collate, params, runtime_params(), reads=8) is collate
     assert "it is computed again at every step" in capsys.readouterr().err
 
 
@@ -491,7 +493,7 @@ def test_a_bf16_base_is_kept_as_it_computes(monkeypatch: pytest.MonkeyPatch) -> 
     params = train_params(trainable="last_blocks")
     freeze(model, params)
     examples = ragged_examples()
-    kept = keep_lower(model, examples, collate_pairs, params, runtime_params(precision="bf16"), reads=8)
+    kept = cache_frozen_activations(model, examples, collate_pairs, params, runtime_params(precision="bf16"), reads=8)
     lower = kept(examples, [0]).lower
     assert lower is not None and lower.dtype == torch.bfloat16
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
@@ -634,7 +636,10 @@ def test_zero_steps_evaluate_and_leave_the_weights() -> None:
         assert_same_bits(weights(model), before)
         assert result.steps == result.best_step == 0
         assert [row["step"] for row in result.history] == [0]
-        assert result.kept == {"train/loss": result.history[0]["val/loss"], "val/loss": result.history[0]["val/loss"]}
+        assert result.best_metrics == {
+            "train/loss": result.history[0]["val/loss"],
+            "val/loss": result.history[0]["val/loss"],
+        }
 
 
 def scripted(model: GPT, losses: list[float]) -> tuple[Callable[[], dict[str, float]], list[dict[str, Tensor]]]:
@@ -656,7 +661,7 @@ def test_keep_best_or_last() -> None:
         result = train(model, train_params(max_steps=6, eval_interval=2, keep=keep), evaluate=evaluate)
         assert (result.steps, result.best_step) == (6, 2 * kept)
         assert_same_bits(weights(model), snapshots[kept])
-        assert result.kept["val/loss"] == losses[kept]
+        assert result.best_metrics["val/loss"] == losses[kept]
 
 
 def test_patience_ends_a_training_that_no_longer_improves() -> None:
@@ -931,7 +936,7 @@ def test_an_exploding_loss_ends_the_training_at_the_same_step_after_a_stop(eval_
 def test_after_a_guard_the_last_good_state_is_there(tmp_path: Path) -> None:
     def batches(step: int) -> list[Batch]:
         batch = random_batch(step)
-        return [batch if step < 7 else batch._replace(targets=torch.full_like(batch.targets, IGNORE))]
+        return [batch if step < 7 else batch._replace(targets=torch.full_like(batch.targets, IGNORE_INDEX))]
 
     arguments: dict[str, Any] = {"runtime": runtime_params(checkpoint_interval=2), "state_dir": tmp_path}
     with pytest.raises(InputError, match=r"^step 7, batch of rows 28, .*: no target in them counts; leave these rows"):
@@ -967,7 +972,7 @@ def test_messages_of_one_class_are_learned() -> None:
     evaluate = lambda: {"val/loss": mean_loss(classifier, label_loss, [batch])}  # noqa: E731
     params = train_params(max_steps=20)
     result = fit(classifier, label_loss, lambda step: [batch], params, runtime_params(), evaluate=evaluate)
-    assert result.kept["val/loss"] < 0.2
+    assert result.best_metrics["val/loss"] < 0.2
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

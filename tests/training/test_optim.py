@@ -33,15 +33,15 @@ def test_schedules_halfway_and_at_the_end() -> None:
         ("constant", 1.0, 1.0),
         ("wsd", 1.0, 0.1),
     ):
-        params = train_params(max_steps=110, warmup_steps=10, schedule=schedule, min_lr=0.1)
+        params = train_params(max_steps=110, warmup_steps=10, schedule=schedule, min_lr_ratio=0.1)
         assert lr_factor(60, params) == pytest.approx(halfway)
         assert lr_factor(110, params) == pytest.approx(end)
-    params = train_params(max_steps=100, warmup_steps=0, schedule="cosine", min_lr=0.2)
+    params = train_params(max_steps=100, warmup_steps=0, schedule="cosine", min_lr_ratio=0.2)
     assert lr_factor(25, params) == pytest.approx(0.2 + 0.8 * (1 + math.cos(math.pi / 4)) / 2)
 
 
 def test_wsd_is_constant_until_its_decay_which_is_linear() -> None:
-    params = train_params(max_steps=20, warmup_steps=2, schedule="wsd", decay_steps=5, min_lr=0.5)
+    params = train_params(max_steps=20, warmup_steps=2, schedule="wsd", decay_steps=5, min_lr_ratio=0.5)
     assert params.stable_steps == 15
     assert [lr_factor(step, params) for step in range(21)] == pytest.approx(
         [0.5] + [1.0] * 15 + [0.9, 0.8, 0.7, 0.6, 0.5]
@@ -68,24 +68,28 @@ def test_without_warmup_the_first_step_has_the_peak(schedule: str) -> None:
     warmup_steps=st.integers(0, 80),
     schedule=st.sampled_from(["cosine", "linear", "constant", "wsd"]),
     decay_steps=st.integers(1, 60),
-    min_lr=st.floats(0, 1),
+    min_lr_ratio=st.floats(0, 1),
 )
 def test_every_step_has_a_learning_rate_that_first_rises_and_then_falls(
-    max_steps: int, warmup_steps: int, schedule: str, decay_steps: int, min_lr: float
+    max_steps: int, warmup_steps: int, schedule: str, decay_steps: int, min_lr_ratio: float
 ) -> None:
     assume(schedule != "wsd" or warmup_steps + decay_steps <= max_steps)
     params = train_params(
-        max_steps=max_steps, warmup_steps=warmup_steps, schedule=schedule, decay_steps=decay_steps, min_lr=min_lr
+        max_steps=max_steps,
+        warmup_steps=warmup_steps,
+        schedule=schedule,
+        decay_steps=decay_steps,
+        min_lr_ratio=min_lr_ratio,
     )
     factors = [lr_factor(step, params) for step in range(max_steps)]
     peak = min(warmup_steps, max_steps)
     assert all(0 < factor <= 1 for factor in factors)
     assert factors[:peak] == sorted(factors[:peak])
     assert factors[peak:] == sorted(factors[peak:], reverse=True)
-    assert all(factor >= min_lr for factor in factors[peak:])
+    assert all(factor >= min_lr_ratio for factor in factors[peak:])
     if warmup_steps < max_steps:
         assert max(factors) == 1 and factors[peak] == 1
-        assert lr_factor(max_steps, params) == pytest.approx(1 if schedule == "constant" else min_lr, abs=1e-9)
+        assert lr_factor(max_steps, params) == pytest.approx(1 if schedule == "constant" else min_lr_ratio, abs=1e-9)
 
 
 # ---- who optimizes what ----------------------------------------------------------------------------------------------
