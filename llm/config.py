@@ -16,6 +16,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from llm.common.errors import InputError
 
+KINDS = ("corpus", "messages", "instructions")  # of data
+
 
 class Strict(BaseModel):
     """Unknown keys, missing keys and wrong types are errors; instances never change."""
@@ -115,6 +117,7 @@ class Source(Strict):
     """A named place that data comes from: a corpus, messages, instructions or several of them."""
 
     licence: str
+    quotable: bool = False  # reports may show its texts, and what a model trained on them writes
     corpus: CorpusSource | None = None
     messages: MessagesSource | None = None
     instructions: InstructionsSource | None = None
@@ -354,7 +357,7 @@ class Params(Strict):
 
     @model_validator(mode="after")
     def _sources_exist(self) -> Self:
-        for kind in ("corpus", "messages", "instructions"):
+        for kind in KINDS:
             name = getattr(self.data, kind)
             able = sorted(n for n, source in self.sources.items() if getattr(source, kind) is not None)
             if name not in able:

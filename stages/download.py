@@ -5,24 +5,27 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
-from llm.config import Params
+from llm.common.sanitize import one_line
+from llm.config import KINDS, Params, Source
 from llm.download.fetch import fetch
 from llm.download.readers import write_records
 from stages.runtime.run import Run, main
 from stages.tracking.journal import repository
 
-RAW = Path("data/raw")
+RAW, OWN = Path("data/raw"), Path("data/own")
 
 
 def download(run: Run) -> None:
+    tell_what_is_private(run.params)
     draft = RAW.with_name("raw.tmp")  # renamed at the end, so that data/raw is whole or absent
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     try:
-        provenance = {kind: write_kind(run, kind, draft) for kind in ("corpus", "messages", "instructions")}
+        provenance = {kind: write_kind(run, kind, draft) for kind in KINDS}
         messages = run.params.sources[run.params.data.messages].messages
         assert messages is not None  # Params has checked it
         write_json(draft / "labels.json", messages.labels)
@@ -46,7 +49,26 @@ def write_kind(run: Run, kind: str, folder: Path) -> dict[str, Any]:
         {"file": str(file), "sha256": file.sha256, "bytes": file.size, "records": count}
         for file, count in zip(files, written.counts, strict=True)
     ]
-    return {"source": name, "licence": source.licence, "files": entries}
+    return {"source": name, "licence": source.licence, "quotable": source.quotable, "files": entries}
+
+
+def tell_what_is_private(params: Params) -> None:
+    """Say on stderr which of the chosen sources are private, and what DVC does with their texts."""
+    chosen = {kind: getattr(params.data, kind) for kind in KINDS}
+    private = [name for kind, name in chosen.items() if is_private(params.sources[name], kind)]
+    if private:
+        names = one_line(", ".join(dict.fromkeys(private)))
+        print(
+            f"download: {names}: private data. DVC's cache keeps copies; `dvc push` and `dvc exp push` upload them, "
+            "and models trained on them, to a DVC remote. data/own/README.md says what goes where",
+            file=sys.stderr,
+        )
+
+
+def is_private(source: Source, kind: str) -> bool:
+    """Return whether the source is not quotable or its data of this kind lies in the folder for own files."""
+    paths = [os.path.normpath(Path(file.path).absolute()) for file in getattr(source, kind).files if file.path]
+    return not source.quotable or any(OWN.absolute() in Path(path).parents for path in paths)
 
 
 def copy_gpt2_files(params: Params, folder: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from llm.checkpoint.folder import Checkpoint, load_checkpoint
 from llm.common.device import pick_device
 from llm.common.files import write_atomic
+from llm.data.examples import read_quotable
 from llm.evaluation import report
 from llm.evaluation.evaluate import (
     BaseResult,
@@ -65,10 +66,11 @@ def evaluate(run: Run) -> None:
 
 
 def write(run: Run, base: BaseResult, classifiers: ClassifierResult, instruct: InstructResult) -> None:
+    quotable = read_quotable(TOKENS)
     run.write_metrics(report.metrics(base, classifiers, instruct))
     for name, content in report.plot_files(base, classifiers, instruct).items():
         write_atomic(REPORTS / "plots" / name, content)
-    for name, content in report.predictions(classifiers, instruct).items():
+    for name, content in report.predictions(base, classifiers, instruct).items():
         write_atomic(REPORTS / "predictions" / name, content)
 
     FIGURES.mkdir(parents=True, exist_ok=True)
@@ -84,7 +86,7 @@ def write(run: Run, base: BaseResult, classifiers: ClassifierResult, instruct: I
 
     def write_report() -> None:
         drawn = [path.name for path in FIGURES.glob("*.png")]
-        text = report.markdown(base, classifiers, instruct, run.params.data.model_dump(), drawn)
+        text = report.markdown(base, classifiers, instruct, run.params.data.model_dump(), drawn, quotable)
         write_atomic(REPORTS / "report.md", f"{text}\n{TIME_LINE}\n")
 
     write_atomic(REPORTS / "report.md", "The report was left out; the figures are in metrics/evaluate.json.\n")

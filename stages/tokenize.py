@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llm.common.files import write_atomic
-from llm.config import SCRATCH
+from llm.config import KINDS, SCRATCH
 from llm.preprocess import data_card as datacard
 from llm.preprocess import supervised as labelled
 from llm.preprocess.corpus import Workers, batches_of, encode_corpus, plan_corpus, training_texts
@@ -48,6 +48,9 @@ def write_tokens(run: Run, folder: Path) -> dict[str, Any]:
     labelled.write_rows(folder / "messages", split_messages)
     labelled.write_rows(folder / "instructions", split_pairs)
     write_atomic(folder / "messages" / "labels.json", json.dumps(labels) + "\n")
+    provenance = read_raw_json(RAW / "sources.json")
+    quotable = [kind for kind in KINDS if provenance[kind]["quotable"]]
+    write_atomic(folder / "quotable.json", json.dumps(quotable) + "\n")
 
     corpus = RAW / "corpus.jsonl"
     n_workers = min(run.params.runtime.workers or cores(), len(batches_of(corpus)))
@@ -66,20 +69,14 @@ def write_tokens(run: Run, folder: Path) -> dict[str, Any]:
         tokenizer.save(folder / "tokenizer")
         encoded = encode_corpus(corpus, folder / "corpus", plan, folder / "tokenizer", params.tokens_per_shard, workers)
 
-    return {
-        "sources": sources(),
+    card = {
+        "sources": {kind: {key: provenance[kind][key] for key in ("source", "licence")} for kind in KINDS},
         "tokenizer": datacard.describe_tokenizer(kind if init == SCRATCH else init, tokenizer, encoded.used),
         "corpus": datacard.describe_corpus(plan, encoded, params.corpus.split),
         "messages": datacard.describe_messages(messages, split_messages, tokenizer, params.messages.split),
         "instructions": datacard.describe_instructions(pairs, split_pairs, tokenizer, params.instructions.split),
     }
-
-
-def sources() -> dict[str, Any]:
-    """The name and the licence of each data set's source, as the download has written them."""
-    provenance = read_raw_json(RAW / "sources.json")
-    kinds = ("corpus", "messages", "instructions")
-    return {kind: {key: provenance[kind][key] for key in ("source", "licence")} for kind in kinds}
+    return datacard.without_texts(card, [kind for kind in KINDS if kind not in quotable])
 
 
 def cores() -> int:

@@ -101,6 +101,7 @@ def sound_params() -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("sound")
+    source = {"source": "mine", "licence": "private", "quotable": False}
     files = {
         "dvc.yaml": DVC_YAML,
         "params.yaml": yaml.safe_dump(sound_params()),
@@ -112,7 +113,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "data/raw/messages.jsonl": "".join(f'{{"text": "t{i}", "label": "{"hs"[i % 2]}"}}\n' for i in range(40)),
         "data/raw/instructions.jsonl": "".join(f'{{"instruction": "do {i}", "output": "d"}}\n' for i in range(40)),
         "data/raw/labels.json": '["h", "s"]',
-        "data/raw/sources.json": json.dumps({kind: {"source": "mine", "licence": "private"} for kind in KINDS}),
+        "data/raw/sources.json": json.dumps(dict.fromkeys(KINDS, source)),
         "data/tokens/messages/labels.json": '["ham", "spam"]\n',
         **{f"data/tokens/messages/{split}.jsonl": '{"text": "the cat", "label": "ham"}\n' for split in SPLITS},
     }

@@ -62,6 +62,12 @@ def read_labels(folder: Path) -> list[str]:
     return labels
 
 
+def read_quotable(tokens: Path) -> list[str]:
+    """Return the kinds of data whose texts reports may show."""
+    [kinds] = read_lines(tokens / "quotable.json")
+    return kinds
+
+
 class Example(NamedTuple):
     """Tokens of one message or pair; `loss_start` is the first position whose next token is a target."""
 

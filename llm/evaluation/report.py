@@ -11,7 +11,7 @@ import io
 import json
 import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,8 +107,8 @@ def plot_files(base: BaseResult, classifiers: ClassifierResult, instruct: Instru
     return {f"{name}.csv": to_csv(rows) for name, rows in files.items()}
 
 
-def predictions(classifiers: ClassifierResult, instruct: InstructResult) -> dict[str, str]:
-    """The content of the JSON lines files that hold what was predicted for each held-out message and pair, by name."""
+def predictions(base: BaseResult, classifiers: ClassifierResult, instruct: InstructResult) -> dict[str, str]:
+    """Return the JSON lines files with each prompt's completions and each held-out item's predictions, by name."""
     predicted = {name: classifiers.predicted(name) for name in classifiers.probabilities}
     messages = [
         {
@@ -122,10 +122,11 @@ def predictions(classifiers: ClassifierResult, instruct: InstructResult) -> dict
         }
         for i, (text, label) in enumerate(zip(classifiers.texts, classifiers.actual, strict=True))
     ]
+    completions = [completion._asdict() for completion in base.completions]
     pairs = [{**example.pair._asdict(), "answers": example.answers} for example in instruct.examples]
     return {
         f"{name}.jsonl": "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
-        for name, rows in (("messages", messages), ("instructions", pairs))
+        for name, rows in (("completions", completions), ("messages", messages), ("instructions", pairs))
     }
 
 
@@ -158,8 +159,12 @@ def markdown(
     instruct: InstructResult,
     sources: Mapping[str, str],
     pictures: Sequence[str],
+    quotable: Collection[str],
 ) -> str:
-    """The report. `sources` names the data of each kind, `pictures` the files of `figures/` that exist."""
+    """The report. `sources` names the data of each kind, `pictures` the files of `figures/` that exist.
+
+    Texts are shown where all data they can come from is `quotable`: a model can recite what it was trained on.
+    """
 
     def picture(name: str, description: str) -> list[str]:
         return [f"![{description}](figures/{name}.png)", ""] if f"{name}.png" in pictures else []
@@ -174,13 +179,17 @@ def markdown(
         "",
         *_headlines(base, classifiers, instruct),
         *picture("training", "Losses of the three trainings, over steps"),
-        *_base_section(base, picture("bpb", "Bits per byte of each model")),
+        *_base_section(base, picture("bpb", "Bits per byte of each model"), "corpus" in quotable),
         *_classifier_section(
             classifiers,
             picture("classifiers", "Accuracy of each classifier with its interval"),
             picture("confusion_roc", "Confusion matrix and ROC curves"),
         ),
-        *_instruct_section(instruct, picture("instructions", "Exact match by task and model")),
+        *_instruct_section(
+            instruct,
+            picture("instructions", "Exact match by task and model"),
+            {"corpus", "instructions"} <= set(quotable),
+        ),
     ]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -212,7 +221,7 @@ def _headlines(base: BaseResult, classifiers: ClassifierResult, instruct: Instru
     return table(["task", "GPT", "best alternative", "the same GPT without pretraining"], rows)
 
 
-def _base_section(base: BaseResult, picture: list[str]) -> list[str]:
+def _base_section(base: BaseResult, picture: list[str], quotable: bool) -> list[str]:
     bits = base.bpb()
     rows = [
         [TEXT_MODELS["gpt"], f"{bits['gpt']:.4f}", f"{base.gpt.loss:.4f}", f"{base.gpt.perplexity:.2f}"],
@@ -234,6 +243,8 @@ def _base_section(base: BaseResult, picture: list[str]) -> list[str]:
         "models, not to xz.",
         "",
     ]
+    if base.completions and not quotable:
+        return [*lines, "### Completions", "", withheld("completions", "the corpus"), ""]
     if base.completions:
         lines += ["### Completions", "", "The likeliest words, then a sample at temperature 0.8.", ""]
     for completion in base.completions:
@@ -277,7 +288,7 @@ def _classifier_section(result: ClassifierResult, comparison: list[str], details
     ]
 
 
-def _instruct_section(result: InstructResult, picture: list[str]) -> list[str]:
+def _instruct_section(result: InstructResult, picture: list[str], quotable: bool) -> list[str]:
     rows = [
         [
             ANSWERERS[name],
@@ -322,6 +333,8 @@ def _instruct_section(result: InstructResult, picture: list[str]) -> list[str]:
                 for task, r in tasks.items()
             ],
         )
+    if result.shown and not quotable:
+        return [*lines, "### Answers", "", withheld("instructions", "the corpus or the instructions"), ""]
     if result.shown:
         lines += [
             f"### {len(result.shown)} answers to read",
@@ -336,6 +349,11 @@ def _instruct_section(result: InstructResult, picture: list[str]) -> list[str]:
             parts[("= " if same else "  ") + ANSWERERS[name]] = text
         lines += fenced(labelled({label: text for label, text in parts.items() if text or label != "input"}))
     return lines
+
+
+def withheld(name: str, data: str) -> str:
+    """Say why texts are not shown, and where the owner finds them."""
+    return f"Withheld: the source of {data} is not `quotable`. Its owner has the texts in `reports/predictions/{name}.jsonl`."
 
 
 def labelled(parts: Mapping[str, str]) -> str:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from llm.common.sanitize import escape
+from llm.config import KINDS
 from llm.preprocess.corpus import Array, EncodedCorpus, Plan, count_characters
 from llm.preprocess.supervised import Row, SplitRows
 from llm.preprocess.text import SPLITS, TRAIN
@@ -109,6 +110,16 @@ def describe_rows(
     }
 
 
+def without_texts(card: Card, kinds: Collection[str]) -> Card:
+    """Return the card without the most repeated texts of these kinds of data; how often they occur stays."""
+    withheld = {
+        kind: {**card[kind], "most_repeated": [{"times": entry["times"]} for entry in card[kind]["most_repeated"]]}
+        for kind in kinds
+        if "most_repeated" in card[kind]
+    }
+    return card | withheld
+
+
 def row_leakage(split: SplitRows) -> dict[str, dict[str, int]]:
     train = split.rows["train"]
     verbatim, keys = {row.verbatim for row in train}, {row.key for row in train}
@@ -184,14 +195,13 @@ def render(card: Card) -> str:
 
 def _header(card: Card) -> list[str]:
     tokenizer = card["tokenizer"]
-    kinds = ("corpus", "messages", "instructions")
     return [
         "# Data card",
         "Written by the tokenize stage. Texts are equal here when their letters and digits are, whatever the case, "
         "space and punctuation.",
         table(
             ("", "source", "licence", "split"),
-            [(kind, *card["sources"][kind].values(), card[kind]["split"]) for kind in kinds],
+            [(kind, *card["sources"][kind].values(), card[kind]["split"]) for kind in KINDS],
         ),
         f"Tokenizer: {escape(tokenizer['kind'])}, {tokenizer['vocab_size']:,} tokens, of which "
         f"{tokenizer['tokens_used_in_train']:,} occur in train.",
@@ -252,8 +262,10 @@ def _rows(card: Card, kind: str) -> list[str]:
         _scripts(part["characters_of"]),
     ]
     if part["most_repeated"]:
-        rows = [(entry["times"], entry["text"]) for entry in part["most_repeated"]]
+        rows = [(entry["times"], entry.get("text")) for entry in part["most_repeated"]]
         blocks.append(table(("times", "most repeated"), rows))
+        if any("text" not in entry for entry in part["most_repeated"]):
+            blocks.append(f"Texts are withheld: the source is not `quotable`. They are in `data/raw/{kind}.jsonl`.")
     return blocks
 
 

@@ -14,10 +14,11 @@ import torch
 
 from llm.checkpoint.folder import Checkpoint, CheckpointConfig
 from llm.common.errors import InputError
-from llm.config import EvaluateParams
+from llm.config import KINDS, EvaluateParams
 from llm.data.examples import Pair
 from llm.evaluation import report
 from llm.evaluation.evaluate import (
+from llm.tokenizer.prompts import encode_prompt
     BaseResult,
     ClassifierResult,
     Completion,
@@ -280,10 +281,10 @@ def test_plot_files_hold_what_dvc_plots() -> None:
 
 
 def test_predictions_are_complete_and_a_line_each() -> None:
-    _, classifiers, instruct = results(["ham", "spam"])
+    base, classifiers, instruct = results(["ham", "spam"])
     files = {
         name: [json.loads(line) for line in text.rstrip("\n").split("\n")]
-        for name, text in report.predictions(classifiers, instruct).items()
+        for name, text in report.predictions(base, classifiers, instruct).items()
     }
     first = files["messages.jsonl"][0]
     assert len(files["messages.jsonl"]) == 60 and first["text"] == f"{EVIL} 0"
@@ -299,7 +300,7 @@ def test_predictions_are_complete_and_a_line_each() -> None:
 
 @pytest.mark.parametrize("labels", [["ham", "spam"], [f"{EVIL}{k}" for k in range(3)]])
 def test_text_from_models_and_data_cannot_become_markup(labels: list[str]) -> None:
-    text = report.markdown(*results(labels), {"corpus": EVIL, "messages": "m", "instructions": "i"}, [])
+    text = report.markdown(*results(labels), {"corpus": EVIL, "messages": "m", "instructions": "i"}, [], KINDS)
     assert "\x1b" not in text and "\u202e" not in text
     outside, fence = [], None
     for line in text.splitlines():
@@ -336,7 +337,7 @@ def test_no_text_ends_the_script_of_dvcs_page() -> None:
 
 def test_the_report_says_what_was_found() -> None:
     text = report.markdown(
-        *results(["ham", "spam"]), {"corpus": "sample", "messages": "m", "instructions": "i"}, ["training.png"]
+        *results(["ham", "spam"]), {"corpus": "sample", "messages": "m", "instructions": "i"}, ["training.png"], KINDS
     )
     assert "GPT of 1,234 parameters" in text
     assert "needs 50.0 % fewer bits than an n-gram model" in text
@@ -356,7 +357,9 @@ def test_the_report_stands_without_controls_and_tasks() -> None:
         examples=[],
         shown=[],
     )
-    text = report.markdown(base, classifiers, instruct, {"corpus": "c", "messages": "m", "instructions": "i"}, [])
+    text = report.markdown(
+        base, classifiers, instruct, {"corpus": "c", "messages": "m", "instructions": "i"}, [], KINDS
+    )
     assert "without pretraining |\n" in text and "answers to read" not in text
     assert report.plot_files(base, classifiers, instruct)["per_task.csv"].count("\n") == 3
 

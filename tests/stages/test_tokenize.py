@@ -53,7 +53,9 @@ def raw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     pairs = [{"instruction": f"do {i}", "input": "", "output": f"done {i}", "task": "doing"} for i in range(50)]
     write_lines(folder / "instructions.jsonl", pairs)
     (folder / "labels.json").write_text('["ham", "spam"]')
-    sources = {kind: {"source": "tiny", "licence": "MIT"} for kind in ("corpus", "messages", "instructions")}
+    sources = {
+        kind: {"source": "tiny", "licence": "MIT", "quotable": True} for kind in ("corpus", "messages", "instructions")
+    }
     (folder / "sources.json").write_text(json.dumps(sources))
     return folder
 
@@ -67,6 +69,7 @@ def test_the_stage_writes_everything_and_the_same_again(raw: Path) -> None:
         *(f"corpus/{name}" for name in ("meta.json", "test-00000.bin", "train-00000.bin", "val-00000.bin")),
         *(f"instructions/{name}.jsonl" for name in ("test", "train", "val")),
         *(f"messages/{name}" for name in ("labels.json", "test.jsonl", "train.jsonl", "val.jsonl")),
+        "quotable.json",
         "tokenizer/bpe.json",
     ]
     assert Tokenizer.load(tokens / "tokenizer").vocab_size == 300
