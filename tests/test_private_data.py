@@ -148,7 +148,7 @@ def test_reports_and_tracked_artifacts_quote_no_private_source(private: Path) ->
     assert all(name.startswith("predictions/") for name in quoting)
     assert (private / "reports/predictions/completions.jsonl").is_file()
     text = (private / "reports/report.md").read_text(encoding="utf-8")
-    assert text.count("is not `quotable`. Its owner has the texts in `reports/predictions/") == 2
+    assert text.count("is not `quotable`. The texts are in `reports/predictions/") == 2
     card = json.loads((private / "reports/data_card.json").read_text(encoding="utf-8"))
     assert card["messages"]["most_repeated"] == [{"times": 2}] * 3
     assert "data/raw/messages.jsonl" in (private / "reports/data_card.md").read_text(encoding="utf-8")

@@ -353,7 +353,7 @@ def _instruct_section(result: InstructResult, picture: list[str], quotable: bool
 
 def withheld(name: str, data: str) -> str:
     """Say why texts are not shown, and where the owner finds them."""
-    return f"Withheld: the source of {data} is not `quotable`. Its owner has the texts in `reports/predictions/{name}.jsonl`."
+    return f"Withheld: the source of {data} is not `quotable`. The texts are in `reports/predictions/{name}.jsonl`."
 
 
 def labelled(parts: Mapping[str, str]) -> str:
