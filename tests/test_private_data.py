@@ -36,15 +36,6 @@ ODD = ("data/own/README.md.txt", "data/own/a b/ü.md", "data/own/-x", "data/own/
 def with_own_data(folder: Path) -> Path:
     """Make a tiny copy of the repository whose committed params choose own files; the files are not committed."""
     tiny_copy(folder)
-    books = folder / OWN / "books"
-    books.mkdir(parents=True)
-    prose = "one morning the cat sat on the mat and saw a dog"
-    book = "\n\n\n".join(f"{MARKS['corpus']} {i} {prose * 6}" for i in range(50))
-    (books / "a diary.txt").write_text(book, encoding="utf-8")
-    mails = [f"{MARKS['messages']} {i // 2 * 2} hello,{('ham', 'spam')[i % 2]}\n" for i in range(60)]
-    (folder / OWN / "mails.csv").write_text("text,label\n" + "".join(mails), encoding="utf-8")
-    pairs = [json.dumps({"instruction": f"{MARKS['instructions']} {i}", "output": f"said {i}"}) for i in range(60)]
-    (folder / OWN / "pairs.jsonl").write_text("\n".join([*pairs, *pairs[:3]]) + "\n", encoding="utf-8")
     values = read_params(folder)
     values["data"] = dict.fromkeys(KINDS, "mine")
     values["sources"]["mine"] = {
@@ -60,6 +51,16 @@ def with_own_data(folder: Path) -> Path:
     for section in ("finetune_classify", "finetune_instruct"):
         change_params(folder, {section: {"scratch_control": False}})
     commit(folder, "Start")
+
+    books = folder / OWN / "books"
+    books.mkdir(parents=True)
+    prose = "one morning the cat sat on the mat and saw a dog"
+    book = "\n\n\n".join(f"{MARKS['corpus']} {i} {prose * 6}" for i in range(50))
+    (books / "a diary.txt").write_text(book, encoding="utf-8")
+    mails = [f"{MARKS['messages']} {i // 2 * 2} hello,{('ham', 'spam')[i % 2]}\n" for i in range(60)]
+    (folder / OWN / "mails.csv").write_text("text,label\n" + "".join(mails), encoding="utf-8")
+    pairs = [json.dumps({"instruction": f"{MARKS['instructions']} {i}", "output": f"said {i}"}) for i in range(60)]
+    (folder / OWN / "pairs.jsonl").write_text("\n".join([*pairs, *pairs[:3]]) + "\n", encoding="utf-8")
     return folder
 
 
@@ -74,7 +75,7 @@ def with_remotes(folder: Path) -> tuple[Path, Path]:
     execute(folder, "git", "init", "-q", "--bare", str(origin))
     execute(folder, "git", "remote", "add", "origin", str(origin))
     execute(folder, "dvc", "remote", "add", "-q", "-d", "there", str(remote))
-    commit(folder, "Add a remote")
+    execute(folder, "git", "commit", "-qm", "Add a remote", ".dvc/config")
     return origin, remote
 
 
@@ -112,6 +113,7 @@ def private(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with_remotes(folder)
     said = execute(folder, "dvc", "exp", "run", "-n", "here")
     assert "download: mine: private data." in said
+    assert marked(git_objects(folder)) == []
     for name in ODD:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(" ".join(MARKS.values()), encoding="utf-8")
