@@ -11,19 +11,21 @@ from typing import cast
 
 import pytest
 import yaml
+from tests.test_report import results
 
-from llm import datacard, report
-from llm.config import KINDS, InputError, parse_params
-from llm.data import read_quotable
-from llm.evaluate import BaseResult, ClassifierResult, Completion, InstructResult
-from llm.labelled import SplitRows
+from llm.common.errors import InputError
+from llm.config import KINDS, parse_params
+from llm.data.examples import read_quotable
+from llm.evaluation import report
+from llm.evaluation.evaluate import BaseResult, ClassifierResult, Completion, InstructResult
+from llm.preprocess import data_card as datacard
+from llm.preprocess.supervised import SplitRows
 from stages import download, evaluate
-from stages.run import Run
+from stages.runtime.run import Run
 from tests.conftest import ROOT
 from tests.datasets import message_rows
 from tests.helpers import tiny_tokenizer
 from tests.pipelines import change_params, environment, execute, read_params, tiny_copy, write_params
-from tests.test_report import results
 
 MARKS = {kind: f"zq{kind}zq" for kind in KINDS}  # in every text of that kind
 OWN = Path("data/own/mine")

@@ -18,7 +18,6 @@ from llm.config import KINDS, EvaluateParams
 from llm.data.examples import Pair
 from llm.evaluation import report
 from llm.evaluation.evaluate import (
-from llm.tokenizer.prompts import encode_prompt
     BaseResult,
     ClassifierResult,
     Completion,
