@@ -11,7 +11,6 @@ from typing import cast
 
 import pytest
 import yaml
-from tests.test_report import results
 
 from llm.common.errors import InputError
 from llm.config import KINDS, parse_params
@@ -24,6 +23,7 @@ from stages import download, evaluate
 from stages.runtime.run import Run
 from tests.conftest import ROOT
 from tests.datasets import message_rows
+from tests.evaluation.test_report import results
 from tests.helpers import tiny_tokenizer
 from tests.pipelines import change_params, environment, execute, read_params, tiny_copy, write_params
 
