@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tomllib
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from importlib.metadata import packages_distributions
 from pathlib import Path
@@ -24,32 +24,34 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FIRST_PARTY = ("llm", "stages")
 
-# `llm` from the ground up: a module may import those of the lines above its own. A new module is placed here.
+# The packages of `llm` from the ground up: each may import those of the lines above its own, none on its own line.
 LAYERS = [
-    {"display", "parallel", "chat_template", "figures"},
-    {"config", "linear", "attention"},
-    {"model", "loss", "optim", "tokenizer", "fetch", "records"},
-    {"sources", "data", "generate", "metrics", "corpus", "labelled", "checkpoint"},
-    {"baselines", "lora", "classify", "datacard", "tokenizer_files"},
-    {"train", "gguf_file"},
-    {"weights"},
-    {"evaluate", "mlflow_model", "peft", "bench/contest"},
-    {"report", "bench/models", "bench/tokenizing"},
-    {"bench/training", "bench/decoding", "bench/learning"},
-    {"bench/scaling"},
-    {"bench/__init__"},
-    {"bench/__main__"},
+    {"common"},
+    {"config"},
+    {"download", "tokenizer"},
+    {"data"},
+    {"preprocess"},
+    {"model"},
+    {"checkpoint"},
+    {"training", "inference"},
+    {"convert"},
+    {"evaluation"},
+    {"api"},
+    {"serving", "bench"},
+    {"cli"},
     {"__main__"},
 ]
+COMMANDS = {"sync", "timeline"}  # scripts of `stages` that are no stage
+WRITER = {"journal"}  # of stages/tracking: what a running stage needs; no other module of it makes a stage stale
 
 
 def modules(package: str) -> list[Path]:
     return sorted((ROOT / package).rglob("*.py"))
 
 
-def layer_name(path: Path) -> str:
-    """As LAYERS has it."""
-    return path.relative_to(ROOT / "llm").with_suffix("").as_posix()
+def package(path: Path) -> str:
+    """Return the name of a module's package, or of the module where it lies in `llm` itself."""
+    return path.relative_to(ROOT / "llm").parts[0].removesuffix(".py")
 
 
 @lru_cache
@@ -69,7 +71,7 @@ def imported(node: ast.AST) -> Iterator[str]:
 
 
 def at_module_level(path: Path) -> set[str]:
-    """Top-level packages that importing the file imports too: not those that a function imports when it is called."""
+    """Return the dotted names that importing the file imports, without those that a function imports when called."""
 
     def statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
         for node in body:
@@ -85,7 +87,11 @@ def at_module_level(path: Path) -> set[str]:
             else:
                 yield node
 
-    return {name.split(".")[0] for node in statements(tree(path).body) for name in imported(node)}
+    return {name for node in statements(tree(path).body) for name in imported(node)}
+
+
+def top_level(names: Iterable[str]) -> set[str]:
+    return {name.split(".")[0] for name in names}
 
 
 def module_file(name: str) -> Path | None:
@@ -98,10 +104,20 @@ def module_file(name: str) -> Path | None:
 
 @lru_cache
 def first_party(path: Path) -> frozenset[Path]:
-    """The project's own files that a file imports, early or late."""
-    names = {name for name in imported(tree(path)) if name.split(".")[0] in FIRST_PARTY}
-    names |= {name.split(".")[0] for name in names}
-    return frozenset(file for name in names if (file := module_file(name)) is not None) - {path}
+    """Return the project's own files that a file imports, early or late, and the packages that they lie in.
+
+    `llm/__init__.py` offers the whole library to a person, late. No module of ours takes it from there.
+    """
+    found = at_module_level(path) if path == ROOT / "llm/__init__.py" else set(imported(tree(path)))
+    names = {name for name in found if name.split(".")[0] in FIRST_PARTY}
+    names |= {".".join(name.split(".")[:n]) for name in names for n in range(1, name.count(".") + 1)}
+    files = {file for name in names if (file := module_file(name)) is not None}
+    return frozenset(file for file in files if file != path and has_code(file))
+
+
+def has_code(path: Path) -> bool:
+    """Tell a module from a package's `__init__.py` that holds nothing but its docstring."""
+    return path.name != "__init__.py" or len(tree(path).body) > 1 or path == ROOT / "llm/__init__.py"
 
 
 def transitive(path: Path) -> set[Path]:
@@ -111,7 +127,7 @@ def transitive(path: Path) -> set[Path]:
         here = ahead.pop()
         found.add(here)
         ahead |= first_party(here) - found
-    return found | {path.parent / "__init__.py"}
+    return found
 
 
 def dvc_stages() -> dict[str, dict[str, Any]]:
@@ -125,11 +141,11 @@ def shipped_params() -> dict[str, Any]:
 # ---- imports ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", modules("llm"), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", modules("llm"), ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_llm_knows_no_stage_tracker_or_orchestrator(path: Path) -> None:
-    assert "stages" not in {name.split(".")[0] for name in imported(tree(path))}
+    assert "stages" not in top_level(imported(tree(path)))
     forbidden = {"mlflow", "dvc", "yaml"} - ({"mlflow"} if path.name == "mlflow_model.py" else set())
-    assert not at_module_level(path) & forbidden
+    assert not top_level(at_module_level(path)) & forbidden
 
 
 def test_import_llm_is_light() -> None:
@@ -140,23 +156,51 @@ def test_import_llm_is_light() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_imports_inside_llm_run_one_way() -> None:
+def test_packages_of_llm_import_downwards_only() -> None:
     below: set[str] = {"__init__"}
     for layer in LAYERS:
-        for name in sorted(layer):
-            names = {layer_name(file) for file in first_party(ROOT / f"llm/{name}.py")}
-            assert names <= below, f"llm/{name}.py imports {sorted(names - below)}"
+        for path in modules("llm"):
+            if package(path) in layer:
+                names = {package(file) for file in first_party(path) if file.is_relative_to(ROOT / "llm")}
+                wrong = names - below - {package(path)}
+                assert not wrong, f"{path.relative_to(ROOT)} imports {sorted(wrong)}"
         below |= layer
-    assert {layer_name(path) for path in modules("llm")} == below
+    assert {package(path) for path in modules("llm")} == below
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    for path in [*modules("llm"), *modules("stages")]:
+        above = {file for each in early_imports(path) for file in [each, *reached(each)]}
+        assert path not in above, path.relative_to(ROOT)
+
+
+@lru_cache
+def early_imports(path: Path) -> frozenset[Path]:
+    names = {name for name in at_module_level(path) if name.split(".")[0] in FIRST_PARTY}
+    files = {file for name in names if (file := module_file(name)) is not None}
+    return frozenset(file for file in files if file != path and has_code(file))
+
+
+def reached(path: Path) -> set[Path]:
+    found: set[Path] = set()
+    ahead = set(early_imports(path))
+    while ahead:
+        here = ahead.pop()
+        found.add(here)
+        ahead |= early_imports(here) - found
+    return found
 
 
 def test_stages_never_import_each_other() -> None:
-    shared = {"run", "processes", "finetune", "tracking", "journals", "timeline", "sync", "__init__"}
+    scripts = {path.stem for path in (ROOT / "stages").glob("*.py")} - {"__init__"}
     for path in modules("stages"):
-        others = {file.stem for file in first_party(path) if file.parent.name == "stages"}
-        allowed = shared if path.stem in shared else {"run", "processes", "finetune", "tracking"}
-        assert others - {"__init__"} <= allowed, path.name
-        assert path.stem == "sync" or "mlflow" not in {name.split(".")[0] for name in imported(tree(path))}
+        files = {
+            file.relative_to(ROOT / "stages") for file in first_party(path) if file.is_relative_to(ROOT / "stages")
+        }
+        assert not {file.stem for file in files if len(file.parts) == 1} & scripts, path.name
+        if path.stem not in COMMANDS and "tracking" not in path.parts:
+            assert {file.stem for file in files if file.parts[0] == "tracking"} <= WRITER, path.name
+        assert path.stem == "delivery" or "mlflow" not in top_level(imported(tree(path)))
 
 
 PEERS = {"litgpt", "llms_from_scratch"}  # `bench` measures them where they are; their requirements do not fit ours
@@ -178,7 +222,7 @@ def test_dependencies_are_what_is_imported() -> None:
     )
     assert required == used - optional
     for path in [*modules("llm"), *modules("stages")]:  # an extra is imported where it is used, or it were none
-        early = {normalised(each) for name in at_module_level(path) for each in distributions.get(name, [])}
+        early = {normalised(each) for name in top_level(at_module_level(path)) for each in distributions.get(name, [])}
         assert not early & optional, path.name
 
 
@@ -221,20 +265,57 @@ def test_no_text_becomes_code() -> None:
                 raise AssertionError(f"{path.name}, line {node.value.lineno}: {node.arg}")
 
 
-@pytest.mark.parametrize("path", modules("llm"), ids=lambda path: path.name)
-def test_chat_templates_are_rendered_in_one_place(path: Path) -> None:
-    assert "jinja2" not in {name.split(".")[0] for name in imported(tree(path))} or path.name == "chat_template.py"
+def test_chat_templates_are_rendered_in_one_place() -> None:
+    users = {path.name for path in modules("llm") if "jinja2" in top_level(imported(tree(path)))}
+    assert users == {"chat_template.py"}
+
+
+# ---- words -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("package", FIRST_PARTY)
+def test_docstrings_open_with_a_verb_or_a_noun(package: str) -> None:
+    """Paraphrases hide the field's term: "What a model has computed for its prompt" is a prefix cache."""
+    for path in modules(package):
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                first = (ast.get_docstring(node) or "").partition("\n")[0]
+                assert not re.match(r"(What|Of|As|Those|The same|How|Whether)\b", first), f"{path.name}: {first}"
+
+
+def test_functions_fit_on_a_screen() -> None:
+    for path in [*modules("llm"), *modules("stages")]:
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                assert node.end_lineno is not None
+                assert node.end_lineno - node.lineno < 60, f"{path.name}: {node.name} has over 60 lines"
 
 
 # ---- the pipeline ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stage", dvc_stages())
-def test_deps_are_exactly_what_the_stage_imports(stage: str) -> None:
+def test_deps_cover_what_the_stage_imports_and_nothing_else(stage: str) -> None:
     script = ROOT / "stages" / f"{stage.replace('-', '_')}.py"
     assert dvc_stages()[stage]["cmd"] == f"python -m stages.{script.stem}"
-    listed = {dep for dep in dvc_stages()[stage]["deps"] if dep.split("/")[0] in FIRST_PARTY}
-    assert listed == {path.relative_to(ROOT).as_posix() for path in transitive(script)}
+    listed = [dep for dep in dvc_stages()[stage]["deps"] if dep.split("/")[0] in FIRST_PARTY]
+    used: set[str] = set()
+    for path in transitive(script):
+        covering = [dep for dep in listed if path == ROOT / dep or path.is_relative_to(ROOT / dep)]
+        assert covering, f"{path.relative_to(ROOT)} is imported and lies under none of the deps"
+        used |= set(covering)
+    assert set(listed) == used, "no module under these deps is imported"
+
+
+def test_an_edit_makes_no_stage_stale_that_it_cannot_change() -> None:
+    def stale(changed: str) -> set[str]:
+        covered = lambda dep: f"{changed}/".startswith(f"{dep}/")  # noqa: E731
+        return {stage for stage, entry in dvc_stages().items() if any(covered(dep) for dep in entry["deps"])}
+
+    assert not stale("llm/model/attention.py") & {"download", "tokenize"}
+    assert not stale("llm/preprocess/corpus.py") & {"pretrain", "finetune-classify", "finetune-instruct"}
+    for unused in ("llm/cli", "llm/bench", "llm/serving", "llm/api.py", "stages/tracking/delivery.py", "README.md"):
+        assert not stale(unused), unused
 
 
 def test_data_deps_come_from_an_earlier_stage_or_the_repository() -> None:
