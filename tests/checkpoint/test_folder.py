@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from llm.checkpoint.folder import Checkpoint, CheckpointConfig, load_checkpoint, save_checkpoint
-from llm.common.files import replaced_folder, sync
+from llm.common.files import replaced_folder
 from llm.model.classifier import GPTClassifier
 from llm.model.gpt import GPT
 from llm.tokenizer.bpe import Tokenizer
@@ -161,23 +161,6 @@ def test_a_full_disk_is_called_so_whoever_writes(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code, tmp_path / "a"], cwd=ROOT, capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("True True\n", "")
-
-
-def test_the_disk_has_a_folder_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    synced: list[str] = []
-
-    def note(path: Path) -> None:
-        synced.append(f"{path.relative_to(tmp_path)} {(tmp_path / 'it').exists()}")
-        sync(path)
-
-    monkeypatch.setattr("llm.common.files.sync", note)
-    with replaced_folder(tmp_path / "it") as new:
-        (new / "inner").mkdir()
-        (new / "inner/a").touch()
-        (new / "b").touch()
-    inside = {f"it.partial{name} False" for name in ("", "/b", "/inner", "/inner/a")}
-    assert set(synced[:-1]) == inside
-    assert synced[-1] == ". True"
 
 
 def test_what_a_kill_left_behind_is_cleared_away(tmp_path: Path) -> None:
