@@ -11,6 +11,8 @@ from typing import Any
 import hypothesis
 import pytest
 
+from llm.common.log import setup_logging
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # Before torch and mlflow are imported. One thread for each worker of pytest-xdist; two when there is only one process.
@@ -20,7 +22,7 @@ for name in [n for n in os.environ if n.startswith(("MLFLOW_TRACKING", "MLFLOW_R
     del os.environ[name]
 if "LLM_DATA_MIRROR" in os.environ:  # only for tests that ask for it, in every worker
     os.environ["LLM_TEST_MIRROR"] = os.environ["LLM_DATA_MIRROR"]
-for name in ("LLM_DATA_MIRROR", "DVC_ROOT", "DVC_STAGE"):
+for name in ("LLM_DATA_MIRROR", "LLM_LOG_LEVEL", "DVC_ROOT", "DVC_STAGE"):
     os.environ.pop(name, None)
 
 # The same examples every time and no time limits: a test passes or fails by what it tests.
@@ -39,6 +41,12 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
         connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", local_only)
+
+
+@pytest.fixture(autouse=True)
+def _messages_on_stderr() -> None:
+    """Show messages of progress as the commands do, whatever an earlier test has set."""
+    setup_logging()
 
 
 @pytest.fixture
