@@ -26,8 +26,8 @@ import pytest
 import torch
 
 from llm.checkpoint.folder import load_checkpoint
-from stages import timeline
 from stages.runtime.processes import has_room_beside
+from stages.tracking import timeline
 from tests.pipelines import (
     CHANGES,
     STEPS,

@@ -28,7 +28,7 @@ import torch
 import yaml
 
 import llm.convert.gguf
-import stages.sync
+import stages.tracking.delivery
 from llm.checkpoint.adapter import read_adapter
 from llm.checkpoint.folder import Checkpoint, CheckpointConfig, load_checkpoint, save_checkpoint
 from llm.common import sanitize as display
@@ -311,10 +311,10 @@ def test_mlflow_unpickles_nothing_where_we_run_it(
     import mlflow
 
     CASES["an MLflow model that is a pickle"](tmp_path, models, marker)
-    monkeypatch.setattr(stages.sync, "sync", lambda: mlflow.pyfunc.load_model(str(tmp_path / "mlflow")))
+    monkeypatch.setattr(stages.tracking.delivery, "sync", lambda: mlflow.pyfunc.load_model(str(tmp_path / "mlflow")))
     monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "true")
     with pytest.raises(mlflow.MlflowException, match="pickle is disallowed"):
-        stages.sync.main([])
+        stages.tracking.delivery.main([])
 
 
 def test_a_training_state_that_is_a_pickle_is_passed_over(tmp_path: Path, marker: Path) -> None:

@@ -295,7 +295,7 @@ class Journal:
         try:
             with (self.folder.parent / "delivery.log").open("ab") as log:
                 subprocess.Popen(
-                    [sys.executable, "-m", "stages.sync", "--follow", pipeline, json.dumps(process)],
+                    [sys.executable, "-m", "stages.tracking.delivery", "--follow", pipeline, json.dumps(process)],
                     cwd=repository(),  # a temporary experiment copy is gone before everything is delivered
                     env=environment,
                     stdin=subprocess.DEVNULL,

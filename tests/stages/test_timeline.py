@@ -16,8 +16,9 @@ import pytest
 from mlflow import MlflowClient
 
 from llm.common.errors import InputError
-from stages import sync, timeline
+from stages.tracking import delivery as sync
 from stages.tracking import journal as tracking
+from stages.tracking import timeline
 from stages.tracking.journal import Clock, Journal, Process
 from tests.conftest import ROOT
 

@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm.common.files import write_atomic
-from stages import timeline
 from stages.runtime.run import locked
+from stages.tracking import timeline
 from stages.tracking.journal import Process, is_delivered, printable, repository, runs_folder, tracking_uri
-from stages.tracking.journals import (
+from stages.tracking.journal_reader import (
     Event,
     close_if_dead,
     end_event,

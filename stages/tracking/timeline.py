@@ -19,7 +19,7 @@ from llm.common.files import write_atomic
 from llm.common.plotting import BASE, CONTROL, OURS, new_figure, save, style
 from llm.common.sanitize import escape, table
 from stages.tracking.journal import runs_folder
-from stages.tracking.journals import end_event, first_event, is_open, journals
+from stages.tracking.journal_reader import end_event, first_event, is_open, journals
 
 TABLE, PICTURE = "timeline.md", "timeline.png"
 PHASES = {  # the name in the record: what is in it, its colour

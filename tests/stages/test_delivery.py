@@ -29,7 +29,7 @@ from llm.checkpoint.folder import Checkpoint, CheckpointConfig, save_checkpoint
 from llm.model.classifier import GPTClassifier
 from llm.model.gpt import GPT
 from llm.tokenizer.bpe import Tokenizer
-from stages import sync
+from stages.tracking import delivery as sync
 from stages.tracking import journal as tracking
 from stages.tracking.journal import Journal, Process
 from tests.conftest import ROOT
@@ -55,7 +55,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
         journal = Journal(place / ".work/runs" / f"pipeline-{number}" / "demo-1")
         journal._write(event="start", stage="demo", title="t", process=Process(1, 1, "elsewhere"), params={}, tags={})
         journal.end("FINISHED")
-    processes = [command("stages.sync", place, LLM_TRACKING="on", MLFLOW_TRACKING_URI=uri) for place in racing]
+    processes = [
+        command("stages.tracking.delivery", place, LLM_TRACKING="on", MLFLOW_TRACKING_URI=uri) for place in racing
+    ]
     for process in processes:
         told = process.communicate(timeout=400)
         assert process.returncode == 0, told
@@ -422,7 +424,7 @@ def test_no_fault_of_a_store_reaches_a_stage_and_nothing_is_lost(
         for path in place.glob(".work/runs/*/*/"):  # as if nothing had been delivered
             for name in ("delivered", "progress.json"):
                 (path / name).unlink(missing_ok=True)
-        later = command("stages.sync", place, MLFLOW_TRACKING_URI=store, MLFLOW_EXPERIMENT_NAME=place.name)
+        later = command("stages.tracking.delivery", place, MLFLOW_TRACKING_URI=store, MLFLOW_EXPERIMENT_NAME=place.name)
         assert later.communicate(timeout=400) == (f"{len(stages)} runs delivered to {store}\n", "")
         known.append(snapshot(store, place.name))
     assert known[0] == known[1]
