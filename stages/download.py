@@ -14,7 +14,7 @@ from llm.config import KINDS, Params, Source
 from llm.download.fetch import fetch
 from llm.download.readers import write_records
 from stages.runtime.run import Run, main
-from stages.tracking.journal import repository
+from stages.tracking.process import repository
 
 RAW, OWN = Path("data/raw"), Path("data/own")
 

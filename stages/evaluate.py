@@ -23,7 +23,8 @@ from llm.evaluation.evaluate import (
     evaluate_classifiers,
     evaluate_instruct,
 )
-from stages.runtime.run import Run, main, resource_error
+from stages.runtime.errors import resource_error
+from stages.runtime.run import Run, main
 
 MODELS, TOKENS, REPORTS = Path("models"), Path("data/tokens"), Path("reports")
 FIGURES = REPORTS / "figures"

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from stages.runtime.run import files_under
+from stages.runtime.inputs import files_under
 from tests.conftest import ROOT
 
 STEPS = 30

@@ -26,7 +26,7 @@ import pytest
 import torch
 
 from llm.checkpoint.folder import load_checkpoint
-from stages.runtime.processes import has_room_beside
+from stages.runtime.baseline import BASELINE, has_room_beside
 from stages.tracking import timeline
 from tests.pipelines import (
     CHANGES,
@@ -100,7 +100,7 @@ def test_the_report_shows_pictures_that_exist(pipeline: Path) -> None:
 
 def test_the_time_line_knows_what_every_stage_spent_its_time_on(pipeline: Path) -> None:
     [invocation] = [folder for folder in (pipeline / ".work/runs").iterdir() if len(list(folder.glob("*/"))) > 1]
-    rows = {row.stage: row for row in timeline.read(invocation).rows}
+    rows = {row.stage: row for row in timeline.read_timeline(invocation).rows}
     assert list(rows) == list(dvc_stages(pipeline))
     common = {"start-up", "data", "tracking"}
     for stage in rows:
@@ -402,7 +402,7 @@ def test_a_process_that_fails_ends_all_with_its_message(pipeline: Path) -> None:
     )
     assert done.returncode == 1
     assert "pretrain: /no/shards: missing" in done.stderr
-    assert "process 1 of 2 ended with status 1; what it said stands above" in done.stderr
+    assert "process 1 of 2 ended with status 1; its message is above" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -418,23 +418,23 @@ def test_a_wrong_number_of_processes_is_one_line(pipeline: Path, number: str) ->
     )
 
 
-def test_a_control_that_dies_ends_its_stage_and_both_go_on(pipeline: Path) -> None:
+def test_a_killed_baseline_ends_its_stage_and_both_resume(pipeline: Path) -> None:
     stage, training = "finetune-classify", "classifier_scratch"
     undisturbed = contents(outputs(pipeline, stage))
 
-    def kill_control() -> bool:
+    def kill_baseline() -> bool:
         """Once it has saved a step; the stage gets a signal that it does not notice."""
         if saved_step(pipeline, stage, training) < 1:
             return False
         for process in running(pipeline):
-            if "LLM_CONTROL" in process.environ():
+            if BASELINE in process.environ():
                 process.kill()
         return True
 
-    ended = interrupt(pipeline, stage, signal.SIGCONT, kill_control)
+    ended = interrupt(pipeline, stage, signal.SIGCONT, kill_baseline)
     assert ended == 1
     said = (pipeline / ".work" / "stage.log").read_text(encoding="utf-8")
-    assert f"{stage}: the training of the control ended with status -9; what it said stands above" in said
+    assert f"{stage}: the from-scratch baseline ended with status -9; its message is above" in said
     said = execute(pipeline, "python", "-m", "stages.finetune_classify")
     assert re.search(rf"^classifier: continues at step {STEPS} of {STEPS}", said, re.MULTILINE)
     assert re.search(rf"^{training}: continues at step \d+ of {STEPS}", said, re.MULTILINE)

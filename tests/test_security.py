@@ -28,7 +28,7 @@ import torch
 import yaml
 
 import llm.convert.gguf
-import stages.tracking.delivery
+import stages.sync
 from llm.checkpoint.adapter import read_adapter
 from llm.checkpoint.folder import Checkpoint, CheckpointConfig, load_checkpoint, save_checkpoint
 from llm.common import sanitize as display
@@ -45,7 +45,7 @@ from llm.model.gpt import GPT
 from llm.tokenizer.bpe import GPT2_PATTERN, Tokenizer
 from llm.tokenizer.chat_template import render, render_untrusted
 from llm.training.state import load_state, save_state
-from stages.runtime.run import read_yaml
+from stages.runtime.inputs import read_yaml
 from tests.conftest import ROOT
 from tests.download.test_fetch import DATA, Server, serving
 from tests.helpers import LLAMA_FORM, gpt_config, randomize, tiny_tokenizer
@@ -311,10 +311,10 @@ def test_mlflow_unpickles_nothing_where_we_run_it(
     import mlflow
 
     CASES["an MLflow model that is a pickle"](tmp_path, models, marker)
-    monkeypatch.setattr(stages.tracking.delivery, "sync", lambda: mlflow.pyfunc.load_model(str(tmp_path / "mlflow")))
+    monkeypatch.setattr(stages.sync, "deliver_all", lambda: mlflow.pyfunc.load_model(str(tmp_path / "mlflow")))
     monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "true")
     with pytest.raises(mlflow.MlflowException, match="pickle is disallowed"):
-        stages.tracking.delivery.main([])
+        stages.sync.main([])
 
 
 def test_a_training_state_that_is_a_pickle_is_passed_over(tmp_path: Path, marker: Path) -> None:

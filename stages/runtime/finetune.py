@@ -22,7 +22,7 @@ from llm.training.fit import FitResult, fit
 from llm.training.freeze import cache_frozen_activations, freeze, trained_parameters
 from llm.training.losses import LossFunction
 from llm.training.precision import base_dtype
-from stages.runtime.processes import control_beside, has_room_beside, is_control, leave_result
+from stages.runtime.baseline import baseline_beside, has_room_beside, is_baseline, write_result
 from stages.runtime.run import Run
 
 
@@ -43,18 +43,18 @@ def finetune(
     run: Run, name: str, section: ClassifyParams | InstructParams, make_task: Callable[[Run, Checkpoint], Task]
 ) -> None:
     """Trains `models/NAME`, with `scratch_control` also `models/NAME_scratch`, and writes the stage's metrics."""
-    control = f"{name}_scratch"
+    baseline = f"{name}_scratch"
     scratch = section.model_copy(update={"trainable": "all"})  # there is nothing in random weights to keep
 
-    def train_control() -> dict[str, float]:
-        return train(run, control, scratch, make_task, from_base=False)[0].best_metrics
+    def train_baseline() -> dict[str, float]:
+        return train(run, baseline, scratch, make_task, from_base=False)[0].best_metrics
 
-    if is_control():
-        leave_result(run, train_control())
+    if is_baseline():
+        write_result(run, train_baseline())
         return
     with contextlib.ExitStack() as stack:
         if section.scratch_control and has_room_beside(run.params.runtime.device):
-            train_control = stack.enter_context(control_beside(run))
+            train_baseline = stack.enter_context(baseline_beside(run))
         result, trained = train(run, name, section, make_task, from_base=True)
         metrics: dict[str, Any] = {
             "trained_parameters": trained,
@@ -63,9 +63,9 @@ def finetune(
             **result.best_metrics,
         }
         if section.scratch_control:
-            metrics["scratch"] = train_control()
+            metrics["scratch"] = train_baseline()
         else:
-            Path("models", control).mkdir(parents=True, exist_ok=True)  # an output that DVC expects, empty
+            Path("models", baseline).mkdir(parents=True, exist_ok=True)  # an output that DVC expects, empty
     if distributed.rank() == 0:
         run.write_history(result.history)
         run.write_metrics(metrics)

@@ -1,4 +1,4 @@
-"""Reads what the stages of a pipeline have recorded (`stages/tracking/journal.py` writes it)."""
+"""Reader of the journals of a pipeline, whose stages may still run (`stages/tracking/journal.py` writes them)."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
-from stages.tracking.journal import Process
+from stages.tracking.journal import Event
+from stages.tracking.process import Process
 
-Event = dict[str, Any]
 
-
-def journals(pipeline: Path) -> list[Path]:
-    """A pipeline's journals, in the order in which its stages started; none whose start a full disk refused."""
+def list_journals(pipeline: Path) -> list[Path]:
+    """Return a pipeline's journals by their start, without those whose start a full disk refused."""
     folders = [path.parent for path in pipeline.glob("*/events.jsonl") if has_start(path)]
-    return sorted(folders, key=lambda folder: int(first_event(folder)["time"]))
+    return sorted(folders, key=lambda folder: int(start_event(folder)["time"]))
 
 
 def has_start(events: Path) -> bool:
+    """Return True if the first line is whole."""
     with events.open("rb") as file:
         line = file.readline()
     try:
@@ -28,13 +28,14 @@ def has_start(events: Path) -> bool:
         return False
 
 
-def first_event(journal: Path) -> Event:
+def start_event(journal: Path) -> Event:
+    """Return the first event."""
     with (journal / "events.jsonl").open("rb") as file:
         return cast(Event, json.loads(file.readline()))
 
 
 def end_event(journal: Path) -> Event | None:
-    """The journal's end, if it has one; journals are long, and this is asked often."""
+    """Return the end of a journal, if it has one, without reading all of it."""
     with (journal / "events.jsonl").open("rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - 1000))
         last = file.read().splitlines()[-1]
@@ -45,22 +46,22 @@ def end_event(journal: Path) -> Event | None:
     return event if event["event"] == "end" else None
 
 
-def is_open(journal: Path) -> bool:
-    """Whether more may come: no end yet, and the stage's process lives."""
-    return end_event(journal) is None and not Process(**first_event(journal)["process"]).is_gone()
+def is_running(journal: Path) -> bool:
+    """Return True if the journal has no end yet and the stage's process lives."""
+    return end_event(journal) is None and not Process(**start_event(journal)["process"]).is_gone()
 
 
-def close_if_dead(journal: Path) -> None:
-    """Ends the journal of a stage that was killed, at the time of its last sign of life."""
-    if end_event(journal) is None and not is_open(journal):
+def close_if_killed(journal: Path) -> None:
+    """End the journal of a stage that was killed, at the time of its last event."""
+    if end_event(journal) is None and not is_running(journal):
         path = journal / "events.jsonl"
         end = {"time": int(path.stat().st_mtime * 1000), "event": "end", "status": "KILLED"}
         with path.open("ab") as file:
             file.write(f"\n{json.dumps(end)}\n".encode())
 
 
-def events_from(journal: Path, offset: int) -> Iterator[tuple[Event, int]]:
-    """The events from a byte offset on, each with the offset behind it; a line without its end is not there yet."""
+def iter_events(journal: Path, offset: int) -> Iterator[tuple[Event, int]]:
+    """Yield the whole lines from a byte offset on, each with the offset of the next line."""
     with (journal / "events.jsonl").open("rb") as file:
         file.seek(offset)
         for line in file:
@@ -73,9 +74,9 @@ def events_from(journal: Path, offset: int) -> Iterator[tuple[Event, int]]:
                 continue  # its process died in the middle of it
 
 
-def pipeline_state(pipeline: Path) -> tuple[str, int]:
-    """MLflow's status for a pipeline, and when its last stage ended."""
-    ends = [end_event(journal) for journal in journals(pipeline)]
+def pipeline_status(pipeline: Path) -> tuple[str, int]:
+    """Return MLflow's status of a pipeline, and the time at which its last stage ended."""
+    ends = [end_event(journal) for journal in list_journals(pipeline)]
     done = [end for end in ends if end is not None]
     if len(done) < len(ends):
         return "RUNNING", 0

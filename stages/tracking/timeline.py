@@ -1,41 +1,38 @@
-"""The time line of a pipeline: when each of its stages ran, and what it spent its time on.
+"""Time line of a pipeline: when each of its stages ran, and for how long in each phase.
 
-    python -m stages.timeline     prints that of the last one, finished or not; writes .work/timeline.md and .png
-
-Nothing of it is an output of the pipeline, which would differ from run to run. `stages.sync` brings it to MLflow.
+It differs from run to run, so it is no output of the pipeline. It is delivered to MLflow with the journals.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from llm.common.errors import InputError
-from llm.common.files import write_atomic
+from llm.common.files import atomic_file, write_atomic
 from llm.common.plotting import BASE, CONTROL, OURS, new_figure, save, style
 from llm.common.sanitize import escape, table
-from stages.tracking.journal import runs_folder
-from stages.tracking.journal_reader import end_event, first_event, is_open, journals
+from stages.tracking.journal_reader import end_event, is_running, list_journals, start_event
+from stages.tracking.process import runs_folder
 
 TABLE, PICTURE = "timeline.md", "timeline.png"
-PHASES = {  # the name in the record: what is in it, its colour
+PHASES = {  # name in the journal: description, colour
     "start-up": ("Python, imports", "#6d7783"),
-    "data": ("reading, checking and making what the stage works on", BASE),
+    "data": ("reading, checking and making data", BASE),
     "training": ("steps", OURS),
     "evaluation": ("on held-out data, samples", CONTROL),
-    "saving": ("training states, models, reports, pictures", "#5b9a68"),
-    "tracking": ("the record, and waiting for its delivery at the end", "#b5527c"),
-    "control": ("waiting for the control that trains beside", "#8f7cc0"),
+    "saving": ("checkpoints, models, reports, pictures", "#5b9a68"),
+    "tracking": ("the journal, and waiting for its delivery at the end", "#b5527c"),
+    "control": ("waiting for the from-scratch baseline that trains beside", "#8f7cc0"),
 }
 UNKNOWN = "not recorded"
 
 
 class Row(NamedTuple):
-    """A stage; its times are seconds after the pipeline's start."""
+    """A stage, with times in seconds after the pipeline's start."""
 
     stage: str
     status: str  # RUNNING, FINISHED, FAILED or KILLED
@@ -45,49 +42,52 @@ class Row(NamedTuple):
 
 
 class TimeLine(NamedTuple):
+    """The stages of a pipeline."""
+
     pipeline: str
     title: str
     rows: list[Row]  # in the order in which they started
 
 
-def read(pipeline: Path) -> TimeLine:
-    """What the journals of a pipeline say."""
-    folders = journals(pipeline)
+def read_timeline(pipeline: Path) -> TimeLine:
+    """Return the time line of a pipeline's journals."""
+    folders = list_journals(pipeline)
     if not folders:
         raise InputError(f"{pipeline}: no stage has left a record there")
-    starts = [first_event(folder) for folder in folders]
+    starts = [start_event(folder) for folder in folders]
     start = starts[0].get("invoked", starts[0]["time"] / 1000)
-    return TimeLine(pipeline.name, starts[0]["title"], [_row(folder, start) for folder in folders])
+    return TimeLine(pipeline.name, starts[0]["title"], [read_row(folder, start) for folder in folders])
 
 
-def _row(journal: Path, start: float) -> Row:
-    event, ended = first_event(journal), end_event(journal)
+def read_row(journal: Path, start: float) -> Row:
+    """Return the stage of a journal; `start` is the pipeline's."""
+    event, ended = start_event(journal), end_event(journal)
     try:
-        note = json.loads((journal / "times.json").read_text(encoding="utf-8"))
+        times = json.loads((journal / "times.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):  # a full disk refused it
-        note = {"began": event["time"] / 1000, "until": event["time"] / 1000, "seconds": {}}
+        times = {"began": event["time"] / 1000, "until": event["time"] / 1000, "seconds": {}}
     if ended is not None:
-        status, end = ended["status"], max(note["until"], ended["time"] / 1000)
-    elif is_open(journal):
-        status, end = "RUNNING", note["until"]
+        status, end = ended["status"], max(times["until"], ended["time"] / 1000)
+    elif is_running(journal):
+        status, end = "RUNNING", times["until"]
     else:
-        status, end = "KILLED", max(note["until"], (journal / "events.jsonl").stat().st_mtime)
-    known: dict[str, float] = note["seconds"]
+        status, end = "KILLED", max(times["until"], (journal / "events.jsonl").stat().st_mtime)
+    known: dict[str, float] = times["seconds"]
     seconds = {phase: known[phase] for phase in dict.fromkeys([*PHASES, *known]) if phase in known}
-    seconds[UNKNOWN] = end - note["began"] - sum(seconds.values())
+    seconds[UNKNOWN] = end - times["began"] - sum(seconds.values())
     seconds = {phase: value for phase, value in seconds.items() if value >= 0.005}
-    return Row(event["stage"], status, note["began"] - start, end - start, seconds)
+    return Row(event["stage"], status, times["began"] - start, end - start, seconds)
 
 
 def update(pipeline: Path) -> None:
-    """Writes a pipeline's time line into its folder when all stages that have begun are over, and it has changed.
+    """Write a changed time line into the pipeline's folder, unless a stage is running.
 
-    That of the last pipeline also where the user finds it.
+    The last pipeline's time line also goes to `.work/`.
     """
-    folders = journals(pipeline)
-    if not folders or is_open(folders[-1]):  # asked often, while stages run
+    folders = list_journals(pipeline)
+    if not folders or is_running(folders[-1]):  # asked often, while stages run
         return
-    line = read(pipeline)
+    line = read_timeline(pipeline)
     if any(row.status == "RUNNING" for row in line.rows):
         return
     path = pipeline / TABLE
@@ -99,21 +99,22 @@ def update(pipeline: Path) -> None:
 
 
 def last_pipeline() -> Path | None:
-    return max((pipeline for pipeline in runs_folder().glob("*/") if journals(pipeline)), default=None)
+    """Return the folder of the last invocation that ran a stage."""
+    return max((pipeline for pipeline in runs_folder().glob("*/") if list_journals(pipeline)), default=None)
 
 
 def write(line: TimeLine, folder: Path) -> None:
-    draft = folder / f".{PICTURE}.partial"
-    draw(line.rows, draft)
-    draft.replace(folder / PICTURE)
+    """Write the table and the picture."""
+    with atomic_file(folder / PICTURE) as draft:
+        draw(line.rows, draft)
     write_atomic(folder / TABLE, markdown(line))  # last: it says that both are there
 
 
-# ---- for people ------------------------------------------------------------------------------------------------------
+# ---- table and picture -----------------------------------------------------------------------------------------------
 
 
 def markdown(line: TimeLine) -> str:
-    """A row for each stage, in seconds; what is between them is DVC's part."""
+    """Return a table with a row for each stage, in seconds; the time between them is DVC's."""
     phases = phases_of(line.rows)
     whole = max(row.end for row in line.rows)
     sums = {phase: sum(row.seconds.get(phase, 0.0) for row in line.rows) for phase in phases}
@@ -144,17 +145,18 @@ def _cell(seconds: float | None) -> str:
 
 
 def phases_of(rows: Sequence[Row]) -> list[str]:
-    """Those that took time in any row, the known ones first."""
+    """Return the phases that took time in any row, the known ones first."""
     found = dict.fromkeys(phase for row in rows for phase in row.seconds)
     return [phase for phase in dict.fromkeys([*PHASES, *found]) if phase in found]
 
 
 def label(row: Row) -> str:
+    """Return the stage's name, with its status unless it finished."""
     return row.stage if row.status == "FINISHED" else f"{row.stage}, {row.status.lower()}"
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """A bar for each stage from its start to its end, parted by what it spent its time on."""
+    """Draw a bar for each stage from its start to its end, parted by phase."""
     whole = max(row.end for row in rows)
     unit, name = (60, "minutes") if whole >= 180 else (1, "seconds")
     phases = phases_of(rows)
@@ -179,22 +181,3 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         if phases:
             figure.legend(loc="outside lower center", ncols=len(phases), fontsize=9)
         save(figure, path)
-
-
-def main(arguments: list[str]) -> None:
-    if arguments:
-        raise InputError(f"takes no arguments, found {' '.join(arguments)}")
-    pipeline = last_pipeline()
-    if pipeline is None:
-        raise InputError(f"{runs_folder()}: no stage has run here yet; `dvc repro` runs all")
-    line, folder = read(pipeline), runs_folder().parent
-    write(line, folder)
-    print(markdown(line), end="")
-    print(f"written to {folder / TABLE} and {folder / PICTURE}", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except InputError as error:
-        sys.exit(f"timeline: {error}")

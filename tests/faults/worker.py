@@ -175,6 +175,6 @@ if __name__ == "__main__":
     for module in (*HEAVY, *(f"stages.{name.replace('-', '_')}" for name in STAGES)):
         importlib.import_module(module)  # what it has imported, its copies need not
     for number in stages.runtime.run.EXIT_STATUS:  # for the moments before a stage does so
-        signal.signal(number, stages.runtime.run._leave)
+        signal.signal(number, stages.runtime.run.exit_on_signal)
     for line in sys.stdin:
         print(json.dumps(answer(json.loads(line))), flush=True)

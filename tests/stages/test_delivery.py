@@ -29,9 +29,11 @@ from llm.checkpoint.folder import Checkpoint, CheckpointConfig, save_checkpoint
 from llm.model.classifier import GPTClassifier
 from llm.model.gpt import GPT
 from llm.tokenizer.bpe import Tokenizer
-from stages.tracking import delivery as sync
-from stages.tracking import journal as tracking
-from stages.tracking.journal import Journal, Process
+from stages.tracking.delivery import Delivery, deliver_all, record_problem, undelivered_pipelines
+from stages.tracking.journal import Journal, read_events
+from stages.tracking.journal_reader import list_journals
+from stages.tracking.mlflow_client import redact_urls
+from stages.tracking.process import Process
 from tests.conftest import ROOT
 from tests.helpers import gpt_config
 
@@ -53,11 +55,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
     racing = [places[0], places[1], places[1]]
     for number, place in enumerate(racing):
         journal = Journal(place / ".work/runs" / f"pipeline-{number}" / "demo-1")
-        journal._write(event="start", stage="demo", title="t", process=Process(1, 1, "elsewhere"), params={}, tags={})
+        journal.write(event="start", stage="demo", title="t", process=Process(1, 1, "elsewhere"), params={}, tags={})
         journal.end("FINISHED")
-    processes = [
-        command("stages.tracking.delivery", place, LLM_TRACKING="on", MLFLOW_TRACKING_URI=uri) for place in racing
-    ]
+    processes = [command("stages.sync", place, LLM_TRACKING="on", MLFLOW_TRACKING_URI=uri) for place in racing]
     for process in processes:
         told = process.communicate(timeout=400)
         assert process.returncode == 0, told
@@ -68,11 +68,11 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
-def delivery(store: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[sync.Delivery]:
+def delivery(store: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Delivery]:
     """A delivery to the store, into an experiment of this test alone."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", place.name)
-    yield sync.Delivery()
+    yield Delivery()
 
 
 def command(module: str, cwd: Path, *words: str, **variables: str) -> subprocess.Popen[str]:
@@ -126,7 +126,7 @@ def test_a_journal_tells_the_whole_run(place: Path) -> None:
     journal.summary({"val/loss": 1.5})
     journal.metrics({"val/loss": torch.tensor(0.5), "x": float("nan")}, 20)  # type: ignore[dict-item]
     journal.end("FINISHED")
-    events = tracking.read_events(journal.folder)
+    events = read_events(journal.folder)
     own = [e for e in events if not any("system/" in key or "time/" in key for key in e.get("values", {}))]
     assert [e["event"] for e in own] == [
         *["start", "metrics", "metrics", "metrics", "dataset", "artifact", "summary", "metrics", "end"]
@@ -162,7 +162,7 @@ def test_a_resumed_run_has_the_whole_curve_once(place: Path) -> None:
             if first == 0 and step == 20:
                 journal.metrics({"scratch/loss": 7.0}, 400)
     journal.end("FINISHED")
-    events = [event for event in tracking.read_events(journal.folder) if event["event"] == "metrics"]
+    events = [event for event in read_events(journal.folder) if event["event"] == "metrics"]
     curve = {event["step"]: event["values"]["train/loss"] for event in events if "train/loss" in event["values"]}
     assert len([event for event in events if "train/loss" in event["values"]]) == 8
     assert curve == {0: 0, 10: 10, 20: 20, 30: 3030, 40: 3040, 50: 5050, 60: 5060, 70: 5070}
@@ -181,22 +181,22 @@ def test_a_prolonged_run_has_the_curve_of_the_shorter_one_before_its_decay(place
         for step in range(first + interval, last + 1, interval):
             journal.metrics({"train/loss": step + first / 100}, step)
         journal.end("FINISHED")
-    events = [event for event in tracking.read_events(journal.folder) if event["event"] == "metrics"]
+    events = [event for event in read_events(journal.folder) if event["event"] == "metrics"]
     curve = [event["values"]["train/loss"] for event in events if "train/loss" in event["values"]]
     assert curve == [5, 10, 15, 20, 25, 30, 40.3, 50.4, 60.5, 70.5, 80.5]
 
 
 def test_user_and_password_are_never_shown() -> None:
-    assert tracking.printable("https://me:secret@host:5000/path?a@b") == "https://host:5000/path"
-    assert tracking.printable("is 'https://host/a?token=secret' up? see b") == "is 'https://host/a' up? see b"
-    assert tracking.printable("sqlite:////home/me@work/mlflow.db") == "sqlite:////home/me@work/mlflow.db"
+    assert redact_urls("https://me:secret@host:5000/path?a@b") == "https://host:5000/path"
+    assert redact_urls("is 'https://host/a?token=secret' up? see b") == "is 'https://host/a' up? see b"
+    assert redact_urls("sqlite:////home/me@work/mlflow.db") == "sqlite:////home/me@work/mlflow.db"
 
 
 def test_a_pipeline_is_recognised_by_the_dvc_process_above_it(place: Path) -> None:
     """Both stages of an invocation name the same process, those of another invocation another one."""
     (place / "dvc").write_text(
         "import subprocess, sys\n"
-        "code = 'from stages.tracking.journal import invocation, pipeline_name; print(pipeline_name(invocation()))'\n"
+        "code = 'from stages.tracking.process import invocation, pipeline_name; print(pipeline_name(invocation()))'\n"
         "for _ in range(2):\n"
         "    subprocess.run(['sh', '-c', f'{sys.executable} -c \"{code}\"; true'])\n"
     )
@@ -214,16 +214,16 @@ def test_a_pipeline_is_recognised_by_the_dvc_process_above_it(place: Path) -> No
 # ---- delivery --------------------------------------------------------------------------------------------------------
 
 
-def test_one_parent_for_a_pipeline_and_a_child_for_each_stage(delivery: sync.Delivery, place: Path, store: str) -> None:
+def test_one_parent_for_a_pipeline_and_a_child_for_each_stage(delivery: Delivery, place: Path, store: str) -> None:
     first = record("pretrain", lr="x" * 7000)
-    delivery.pipeline(first.folder.parent)
+    delivery.deliver(first.folder.parent)
     runs = {run.info.run_name: run for run in all_runs(store, place.name)}
     assert {run.info.status for run in runs.values()} == {"RUNNING"}, "while a stage runs"
     first.summary({"val/loss": 1.5})
     first.end("FINISHED")
     second = record("evaluate", model="y")
     second.end("FAILED")
-    delivery.pipeline(first.folder.parent)
+    delivery.deliver(first.folder.parent)
 
     runs = {run.info.run_name: run for run in all_runs(store, place.name)}
     parent = runs.pop("run sample")
@@ -238,7 +238,7 @@ def test_one_parent_for_a_pipeline_and_a_child_for_each_stage(delivery: sync.Del
     assert runs["pretrain"].data.metrics["train/loss"] == 3.0
 
 
-def test_delivering_again_in_any_order_changes_nothing(delivery: sync.Delivery, place: Path, store: str) -> None:
+def test_delivering_again_in_any_order_changes_nothing(delivery: Delivery, place: Path, store: str) -> None:
     pipelines = []
     for number in range(2):
         journal = record(steps=3000)  # more than one batch
@@ -249,7 +249,7 @@ def test_delivering_again_in_any_order_changes_nothing(delivery: sync.Delivery, 
         pipelines.append(journal.folder.parent.rename(journal.folder.parent.with_name(f"pipeline-{number}")))
     shutil.copytree(place / ".work", place / "kept")
     for pipeline in pipelines:
-        delivery.pipeline(pipeline)
+        delivery.deliver(pipeline)
     before = snapshot(store, place.name)
     assert len(before) == 4
     child = next(value for name, value in before.items() if "pipeline-0/" in name)
@@ -260,15 +260,15 @@ def test_delivering_again_in_any_order_changes_nothing(delivery: sync.Delivery, 
 
     shutil.rmtree(place / ".work")  # as if nothing had been delivered
     (place / "kept").rename(place / ".work")
-    again = sync.Delivery()
+    again = Delivery()
     for pipeline in reversed(pipelines):
-        again.pipeline(pipeline)
-        again.pipeline(pipeline)
+        again.deliver(pipeline)
+        again.deliver(pipeline)
     assert snapshot(store, place.name) == before
-    assert sync.undelivered() == []
+    assert undelivered_pipelines() == []
 
 
-def test_a_killed_stage_is_closed_as_killed(delivery: sync.Delivery, place: Path, store: str) -> None:
+def test_a_killed_stage_is_closed_as_killed(delivery: Delivery, place: Path, store: str) -> None:
     code = (
         "import os, signal; from stages.tracking.journal import Journal; j = Journal.start('pretrain', {}, 'sample')\n"
         "j.metrics({'train/loss': 2.0}, 5); f = (j.folder / 'events.jsonl').open('a'); f.write('{\"time\": 1, \"ev')\n"
@@ -276,8 +276,8 @@ def test_a_killed_stage_is_closed_as_killed(delivery: sync.Delivery, place: Path
     )
     done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=60)
     assert done.returncode == -signal.SIGKILL
-    [pipeline] = sync.undelivered()
-    delivery.pipeline(pipeline)
+    [pipeline] = undelivered_pipelines()
+    delivery.deliver(pipeline)
     runs = all_runs(store, place.name)
     assert [run.info.status for run in runs] == ["KILLED", "KILLED"]
     assert all(run.info.end_time >= run.info.start_time for run in runs)
@@ -285,13 +285,13 @@ def test_a_killed_stage_is_closed_as_killed(delivery: sync.Delivery, place: Path
 
 
 def test_a_store_that_was_deleted_gets_everything_again(
-    delivery: sync.Delivery, place: Path, store: str, monkeypatch: pytest.MonkeyPatch
+    delivery: Delivery, place: Path, store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     journal = record()
-    delivery.pipeline(journal.folder.parent)
+    delivery.deliver(journal.folder.parent)
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", f"{place.name}-2")
     journal.end("FINISHED")
-    sync.Delivery().pipeline(journal.folder.parent)
+    Delivery().deliver(journal.folder.parent)
     [child] = [run for run in all_runs(store, f"{place.name}-2") if run.info.run_name == "pretrain"]
     assert child.data.metrics["train/loss"] == 3.0
 
@@ -301,7 +301,7 @@ from pathlib import Path
 from stages.runtime import run
 from stages.tracking import journal as tracking
 
-tracking.DELIVERY_PATIENCE = 300  # until the delivery says what is wrong, on a slow machine too
+tracking.DELIVERY_TIMEOUT = 300  # until the delivery says what is wrong, on a slow machine too
 
 
 def demo(run):
@@ -399,7 +399,7 @@ def test_no_fault_of_a_store_reaches_a_stage_and_nothing_is_lost(
         )
     for kind, stage in stages.items():
         out, err = stage.communicate(timeout=400)
-        address = tracking.printable(bad_stores.get(kind, ""))
+        address = redact_urls(bad_stores.get(kind, ""))
         assert (stage.returncode, out) == (0, ""), f"{kind}: {err}"
         line = (
             f"tracking: MLflow at {address} (did not answer|failed: .*); the record is kept: python -m stages.sync .*\n"
@@ -409,10 +409,10 @@ def test_no_fault_of_a_store_reaches_a_stage_and_nothing_is_lost(
             assert (place / kind / name).read_bytes() == (place / "undisturbed" / name).read_bytes()
     for pipeline in place.glob(".work/runs/*/"):
         wait_for_lock(pipeline)
-        [journal] = sync.journals(pipeline)
+        [journal] = list_journals(pipeline)
         events = [
             e
-            for e in tracking.read_events(journal)
+            for e in read_events(journal)
             if not {"system", "time"} & {key.split("/")[0] for key in e.get("values", {})}
         ]
         assert [e["event"] for e in events] == ["start", *["metrics"] * 5, "summary", "end"]
@@ -424,7 +424,7 @@ def test_no_fault_of_a_store_reaches_a_stage_and_nothing_is_lost(
         for path in place.glob(".work/runs/*/*/"):  # as if nothing had been delivered
             for name in ("delivered", "progress.json"):
                 (path / name).unlink(missing_ok=True)
-        later = command("stages.tracking.delivery", place, MLFLOW_TRACKING_URI=store, MLFLOW_EXPERIMENT_NAME=place.name)
+        later = command("stages.sync", place, MLFLOW_TRACKING_URI=store, MLFLOW_EXPERIMENT_NAME=place.name)
         assert later.communicate(timeout=400) == (f"{len(stages)} runs delivered to {store}\n", "")
         known.append(snapshot(store, place.name))
     assert known[0] == known[1]
@@ -439,14 +439,14 @@ def test_no_fault_of_a_store_reaches_a_stage_and_nothing_is_lost(
 
 def wait_for_lock(pipeline: Path) -> None:
     """Until the process that the stage started has ended."""
-    from stages.runtime.run import locked
+    from llm.common.lock import locked
 
-    with locked(pipeline / "lock", patience=300) as holder:
+    with locked(pipeline / "lock", timeout=300) as holder:
         assert holder is None
 
 
 def test_an_experiment_that_another_clone_makes_first_is_taken(
-    delivery: sync.Delivery, place: Path, monkeypatch: pytest.MonkeyPatch
+    delivery: Delivery, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = MlflowClient(os.environ["MLFLOW_TRACKING_URI"]).create_experiment(place.name)
     first_look = MlflowClient.get_experiment_by_name
@@ -455,14 +455,14 @@ def test_an_experiment_that_another_clone_makes_first_is_taken(
         monkeypatch.setattr(MlflowClient, "get_experiment_by_name", first_look)
 
     monkeypatch.setattr(MlflowClient, "get_experiment_by_name", too_early)
-    assert delivery._client()[1] == made
+    assert delivery.connection[1] == made
 
 
 def dead_journal(place: Path, name: str) -> Journal:
     """That of a stage whose process is gone without a word."""
     journal = Journal(place / ".work/runs" / name / "pretrain-1")
     gone = Process(2**22, 1, socket.gethostname())
-    journal._write(event="start", stage="pretrain", title=name, process=gone._asdict(), params={}, tags={})
+    journal.write(event="start", stage="pretrain", title=name, process=gone._asdict(), params={}, tags={})
     return journal
 
 
@@ -470,7 +470,7 @@ def test_a_stage_is_delivered_when_it_ends_and_the_next_one_closes_what_died(pla
     dead = dead_journal(place, "died")
     variables = {"LLM_TRACKING": "on", "MLFLOW_TRACKING_URI": store, "MLFLOW_EXPERIMENT_NAME": place.name}
     (place / "stage.py").write_text(
-        "from stages import tracking; tracking.DELIVERY_PATIENCE = 300\n"
+        "from stages.tracking import journal as tracking; tracking.DELIVERY_TIMEOUT = 300\n"
         "j = tracking.Journal.start('pretrain', {'seed': 1}, 'sample')\n"
         "j.metrics({'train/loss': 2.0}, 5); j.end('FINISHED'); print((j.folder / 'delivered').exists())"
     )
@@ -485,15 +485,15 @@ def test_a_stage_is_delivered_when_it_ends_and_the_next_one_closes_what_died(pla
 
 
 def test_one_bad_journal_does_not_keep_the_others_back(
-    delivery: sync.Delivery, place: Path, store: str, capsys: pytest.CaptureFixture[str]
+    delivery: Delivery, place: Path, store: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     empty = place / ".work/runs/1/pretrain-1/events.jsonl"
     empty.parent.mkdir(parents=True)
     empty.touch()  # a full disk refused the first line
     bad = dead_journal(place, "2")
-    bad._write(event="artifact", name="lost.md")
+    bad.write(event="artifact", name="lost.md")
     good = dead_journal(place, "3")
-    assert sync.sync() == 1
+    assert deliver_all() == 1
     said = capsys.readouterr()
     assert said.out == f"1 runs delivered to {store}\n"
     assert re.search(r"^tracking: MLflow at sqlite:.* failed: .*lost.md", said.err, re.MULTILINE)
@@ -501,7 +501,7 @@ def test_one_bad_journal_does_not_keep_the_others_back(
 
 
 def test_an_error_without_words_is_called_by_its_name(place: Path) -> None:
-    assert sync.note_problem(place, TimeoutError()).endswith("failed: TimeoutError")
+    assert record_problem(place, TimeoutError()).endswith("failed: TimeoutError")
 
 
 def test_a_line_that_a_full_disk_cut_costs_no_other(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -527,7 +527,7 @@ def test_a_line_that_a_full_disk_cut_costs_no_other(place: Path, monkeypatch: py
         0,
         "tracking: metrics is not recorded: [Errno 28] No space left on device\n",
     )
-    assert [e["step"] for e in tracking.read_events(journal.folder) if e["event"] == "metrics"] == [2]
+    assert [e["step"] for e in read_events(journal.folder) if e["event"] == "metrics"] == [2]
 
 
 def test_switched_off_it_only_keeps_the_journal(place: Path) -> None:
@@ -558,15 +558,15 @@ def make_models(place: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*AnyType")  # an answer's values are texts or tables
-def test_registered_models_load_without_pickle_and_answer(delivery: sync.Delivery, place: Path, store: str) -> None:
+def test_registered_models_load_without_pickle_and_answer(delivery: Delivery, place: Path, store: str) -> None:
     make_models(place)
     journal = record("evaluate")
     for kind in ("base", "classifier", "instruct"):
-        journal.model(f"llm-{kind}", place / "models" / kind)
+        journal.register_model(f"llm-{kind}", place / "models" / kind)
     shutil.rmtree(place / "models")  # what was handed over counts
     journal.end("FINISHED")
-    delivery.pipeline(journal.folder.parent)
-    sync.Delivery().pipeline(journal.folder.parent)
+    delivery.deliver(journal.folder.parent)
+    Delivery().deliver(journal.folder.parent)
 
     code = """
 import json, mlflow, pandas as pd

@@ -15,12 +15,12 @@ from tests.conftest import ROOT
 def execute(folder: Path, code: str) -> subprocess.CompletedProcess[str]:
     """Runs the code as a program that can start itself again."""
     program = folder / "program.py"
-    program.write_text(f"import os, time\nfrom pathlib import Path\nfrom stages import processes\n{code}")
+    program.write_text(f"import os, time\nfrom pathlib import Path\nfrom stages.runtime import processes\n{code}")
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.run([sys.executable, program], cwd=folder, env=env, capture_output=True, text=True, timeout=120)
 
 
-def test_after_the_work_helpers_are_let_go_and_a_slow_one_is_killed(tmp_path: Path) -> None:
+def test_ranks_may_exit_after_the_work_and_a_slow_one_is_killed(tmp_path: Path) -> None:
     """Rank 1 leaves by itself, rank 2 would stay."""
     done = execute(
         tmp_path,
@@ -30,12 +30,12 @@ if "RANK" in os.environ:
     if os.environ["RANK"] == "2":
         time.sleep(600)
     raise SystemExit
-with processes._started(2) as helpers:
+with processes.started_ranks(2) as ranks:
     while not (Path("1").exists() and Path("2").exists()):
         time.sleep(0.01)
-    helpers[0].wait()
-    processes.PATIENCE = 0.1
-print([helper.returncode for helper in helpers])
+    ranks[0].wait()
+    processes.EXIT_TIMEOUT = 0.1
+print([rank.returncode for rank in ranks])
 """,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "[0, -9]\n", "")

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from llm.common.errors import InputError
 from llm.config import parse_params
-from stages.runtime import run
+from stages.runtime.inputs import data_digests, fingerprint, read_inputs, read_yaml
 from tests.conftest import ROOT
 
 SHIPPED = (ROOT / "params.yaml").read_text(encoding="utf-8")
@@ -53,7 +53,7 @@ def script(body: str) -> list[str]:
     lines = "".join(f"    {line}\n" for line in body.splitlines())
     code = (
         "import errno, os, signal, sys, time\nfrom pathlib import Path\nfrom llm.common.errors import InputError\n"
-        "from stages.runtime import run as runtime\nruntime.LOCK_PATIENCE = 0\n"
+        "from stages.runtime import run as runtime\nruntime.LOCK_TIMEOUT = 0\n"
         f"def demo(run):\n{lines}runtime.main('demo', demo)\n"
     )
     return [sys.executable, "-c", code]
@@ -82,7 +82,7 @@ def current_fingerprint(**changes: Any) -> str:
     for key, value in changes.items():
         section, _, name = key.partition("__")
         values[section] = values[section] | {name: value} if name else value
-    return run.fingerprint(run.read_inputs("demo", values), parse_params(values))
+    return fingerprint(read_inputs("demo", values), parse_params(values))
 
 
 # ---- inputs ----------------------------------------------------------------------------------------------------------
@@ -115,14 +115,14 @@ def test_digests_of_data_are_those_of_dvc(place: Path) -> None:
     from dvc_data.hashfile.hash_info import HashInfo
     from dvc_data.hashfile.tree import Tree
 
-    inputs = run.read_inputs("demo", yaml.safe_load(SHIPPED))
+    inputs = read_inputs("demo", yaml.safe_load(SHIPPED))
     tree = Tree()
     for name in ("b.txt", "inner/a.txt"):
         md5 = inputs.files[f"data/folder/{name}"].md5
         tree.add(tuple(name.split("/")), None, HashInfo("md5", md5))  # type: ignore[arg-type]
     tree.digest()
     assert tree.hash_info is not None and tree.hash_info.value is not None
-    assert run.data_digests(inputs) == {"data/folder": tree.hash_info.value.removesuffix(".dir")}
+    assert data_digests(inputs) == {"data/folder": tree.hash_info.value.removesuffix(".dir")}
 
 
 @pytest.mark.parametrize("change", ["Path('code.py').write_text('a = 2')", "Path('data/folder/new').write_text('')"])
@@ -283,7 +283,7 @@ def test_other_errors_keep_their_traceback(place: Path) -> None:
 def test_any_file_is_keys_with_values_or_one_line(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "params.yaml").write_bytes(content)
     try:
-        assert isinstance(run.read_yaml(tmp_path / "params.yaml"), dict)
+        assert isinstance(read_yaml(tmp_path / "params.yaml"), dict)
     except InputError as error:
         assert str(error).isprintable() and str(error).startswith(f"{tmp_path}/params.yaml")
 
@@ -291,10 +291,10 @@ def test_any_file_is_keys_with_values_or_one_line(tmp_path: Path, content: bytes
 def test_a_missing_file_is_named(place: Path) -> None:
     shutil.rmtree("data/folder")
     with pytest.raises(InputError, match="data/folder: missing"):
-        run.read_inputs("demo", yaml.safe_load(SHIPPED))
+        read_inputs("demo", yaml.safe_load(SHIPPED))
     Path("params.yaml").unlink()
     with pytest.raises(InputError, match=r"params.yaml: not found in .*run from the repository's root"):
-        run.read_yaml(Path("params.yaml"))
+        read_yaml(Path("params.yaml"))
 
 
 def test_metrics_are_rounded_json_in_the_order_given(place: Path) -> None:
@@ -303,17 +303,3 @@ def test_metrics_are_rounded_json_in_the_order_given(place: Path) -> None:
     text = (place / "reports/metrics/demo.json").read_text()
     assert text == json.dumps({"val/loss": 1.23457, "test": {"n": 1234567, "bad": None}}, indent=2) + "\n"
     assert [path.name for path in (place / "reports/metrics").iterdir()] == ["demo.json"]
-
-
-def test_atomic_writing_leaves_the_old_file_when_it_fails(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = place / "file.json"
-    run.write_atomic(path, "old")
-
-    def full(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Path, "replace", full)
-    with pytest.raises(OSError, match="No space"):
-        run.write_atomic(path, "new")
-    assert path.read_text() == "old"
-    assert not list(place.glob(".file*"))

@@ -16,16 +16,20 @@ import pytest
 from mlflow import MlflowClient
 
 from llm.common.errors import InputError
-from stages.tracking import delivery as sync
-from stages.tracking import journal as tracking
+from stages.timeline import main
+from stages.tracking import clock as tracking_clock
+from stages.tracking import journal as tracking_journal
 from stages.tracking import timeline
-from stages.tracking.journal import Clock, Journal, Process
+from stages.tracking.clock import Clock
+from stages.tracking.delivery import deliver_all, undelivered_pipelines
+from stages.tracking.journal import Journal, read_events
+from stages.tracking.process import Process, process_age, runs_folder
 from tests.conftest import ROOT
 
 IMPORTED = time.monotonic()
 BEGAN = 1_800_000_000.0
 GONE = Process(2**22, 1, socket.gethostname())
-HERE = Process.of(psutil.Process())
+HERE = Process.from_psutil(psutil.Process())
 
 
 @pytest.fixture
@@ -39,7 +43,7 @@ def stage(
     name: str, begin: float, seconds: dict[str, float], status: str = "", process: Process = GONE, pipeline: str = "p"
 ) -> Path:
     """The record of a stage that began so many seconds after its pipeline; without a status it has no end."""
-    journal = tracking.runs_folder() / pipeline / f"{name}-1"
+    journal = runs_folder() / pipeline / f"{name}-1"
     journal.mkdir(parents=True)
     start, end = BEGAN + begin, BEGAN + begin + sum(seconds.values())
     events: list[dict[str, Any]] = [
@@ -65,7 +69,7 @@ def note(journal: Path, began: float, seconds: dict[str, float]) -> None:
 def test_an_inner_phase_interrupts_the_outer_and_nothing_is_counted_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr(time, "perf_counter", lambda: now)
-    monkeypatch.setattr(tracking, "age", lambda process: 3.0)
+    monkeypatch.setattr(tracking_clock, "process_age", lambda process: 3.0)
     clock = Clock()
     clock.enter("data")
     now += 1
@@ -82,10 +86,10 @@ def test_an_inner_phase_interrupts_the_outer_and_nothing_is_counted_twice(monkey
 def test_a_process_is_as_old_as_it_is() -> None:
     """To two ticks of the system's clock, on whatever machine."""
     since_import = time.monotonic() - IMPORTED
-    assert tracking.age(psutil.Process()) >= since_import - 0.02
+    assert process_age(psutil.Process()) >= since_import - 0.02
     before = time.monotonic()
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
-        age = tracking.age(psutil.Process(process.pid))
+        age = process_age(psutil.Process(process.pid))
         at_most = time.monotonic() - before
         process.communicate(b"\n")
     assert -0.02 <= age <= at_most + 0.02
@@ -105,13 +109,13 @@ def test_a_stage_notes_its_times_however_it_ends(place: Path, failure: str, stat
     assert done.returncode == bool(failure), done.stderr
     pipeline = timeline.last_pipeline()
     assert pipeline is not None
-    [row] = timeline.read(pipeline).rows
+    [row] = timeline.read_timeline(pipeline).rows
     assert (row.stage, row.status) == ("demo", status)
     [times] = [json.loads(path.read_text()) for path in pipeline.glob("*/times.json")]
     assert list(times["seconds"]) == ["start-up", "data", "tracking", "training", "saving"]
     assert all(value > 0 for value in times["seconds"].values())
     assert times["until"] - times["began"] == pytest.approx(sum(times["seconds"].values()))
-    points = [e["values"] for e in tracking.read_events(next(pipeline.glob("*/"))) if e["event"] == "metrics"]
+    points = [e["values"] for e in read_events(next(pipeline.glob("*/"))) if e["event"] == "metrics"]
     assert [key for values in points for key in values if key.startswith("time/")] == [
         f"time/{phase}" for phase in times["seconds"]
     ]
@@ -125,7 +129,7 @@ def test_each_stage_has_its_part_of_the_line_however_it_ended(place: Path) -> No
     stage("pretrain", 5, {"start-up": 2, "training": 30.25, "saving": 0.001}, "FAILED")
     killed = stage("evaluate", 40, {"start-up": 2, "evaluation": 8})
     os.utime(killed / "events.jsonl", (BEGAN + 52, BEGAN + 52))  # its last sign of life
-    line = timeline.read(tracking.runs_folder() / "p")
+    line = timeline.read_timeline(runs_folder() / "p")
     assert [(row.stage, row.status, row.begin, row.end) for row in line.rows] == [
         ("download", "FINISHED", 2, 3.5),
         ("pretrain", "FAILED", 5, pytest.approx(37.251)),
@@ -149,7 +153,7 @@ def test_each_stage_has_its_part_of_the_line_however_it_ended(place: Path) -> No
 def test_the_picture_has_a_bar_for_each_time_where_it_belongs(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stage("download", 2, {"start-up": 1, "data": 0.5}, "FINISHED")
     stage("pretrain", 5, {"start-up": 2, "training": 30, "brooding": 1.0}, "FINISHED")
-    rows = timeline.read(tracking.runs_folder() / "p").rows
+    rows = timeline.read_timeline(runs_folder() / "p").rows
     figures = []
     monkeypatch.setattr(timeline, "save", lambda figure, path: figures.append(figure))
     timeline.draw(rows, place / "x.png")
@@ -171,16 +175,16 @@ def test_a_line_without_times_is_still_drawn(place: Path) -> None:
     """A full disk refused them."""
     journal = stage("download", 2, {"data": 3.0}, "FINISHED")
     (journal / "times.json").write_text("")
-    [row] = timeline.read(tracking.runs_folder() / "p").rows
+    [row] = timeline.read_timeline(runs_folder() / "p").rows
     assert (row.begin, row.end) == (pytest.approx(2.1), 5)
     assert row.seconds == {"not recorded": pytest.approx(2.9)}
-    timeline.update(tracking.runs_folder() / "p")
+    timeline.update(runs_folder() / "p")
     assert (place / ".work/timeline.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.filterwarnings("error")
 def test_a_stage_that_ended_as_it_began_is_drawn_too(place: Path) -> None:
-    [row] = timeline.read(stage("download", 0, {}, "KILLED").parent).rows
+    [row] = timeline.read_timeline(stage("download", 0, {}, "KILLED").parent).rows
     assert (row.end, row.seconds) == (0, {})
     timeline.draw([row], place / "x.png")
     assert (place / "x.png").read_bytes().startswith(b"\x89PNG")
@@ -188,12 +192,13 @@ def test_a_stage_that_ended_as_it_began_is_drawn_too(place: Path) -> None:
 
 def test_by_hand_it_shows_the_last_pipeline_also_while_it_runs(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(InputError, match="no stage has run here yet; `dvc repro` runs all"):
-        timeline.main([])
-    with pytest.raises(InputError, match="takes no arguments, found --help"):
-        timeline.main(["--help"])
+        main([])
+    with pytest.raises(SystemExit):
+        main(["pretrain"])
+    assert "unrecognized arguments: pretrain" in capsys.readouterr().err
     stage("download", 2, {"data": 1.0}, "FINISHED", pipeline="1")
     stage("pretrain", 2, {"training": 1.0}, process=HERE, pipeline="2")
-    timeline.main([])
+    main([])
     said = capsys.readouterr().out
     assert "pretrain, running" in said and "download" not in said
     assert (place / ".work/timeline.md").read_text() == said
@@ -227,7 +232,7 @@ def test_it_is_delivered_to_the_parent_run_once_and_again_when_it_has_changed(
     first = stage("download", 2, {"data": 1.0}, "FINISHED", pipeline="1")
     stage("pretrain", 2, {"training": 3.0}, pipeline="2")
     for _ in range(2):
-        assert sync.sync() == 0
+        assert deliver_all() == 0
     files = delivered(store, place)
     assert {name: set(content) for name, content in files.items()} == {
         **{"1": {"timeline.md", "timeline.png"}, "1/download-1": set()},
@@ -240,19 +245,19 @@ def test_it_is_delivered_to_the_parent_run_once_and_again_when_it_has_changed(
 
     calls = []
     monkeypatch.setattr(MlflowClient, "log_artifact", lambda *given: calls.append(given))
-    assert sync.sync() == 0 and not calls, "it is there"
+    assert deliver_all() == 0 and not calls, "it is there"
     monkeypatch.undo()
     monkeypatch.chdir(place)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{place}/mlflow.db")
     note(first, BEGAN + 2, {"data": 1.0, "tracking": 7.0})  # it waited for the delivery, which is now known
     timeline.update(first.parent)
-    assert sync.undelivered() == [first.parent]
-    assert sync.sync() == 0
+    assert undelivered_pipelines() == [first.parent]
+    assert deliver_all() == 0
     again = delivered(store, place)
     assert again.keys() == files.keys()
     assert b"| download | 2.0 | 1.0 | 7.0 | 8.0 |" in again["1"]["timeline.md"]
     assert again["2"] == files["2"]
-    assert sync.undelivered() == []
+    assert undelivered_pipelines() == []
     assert capsys.readouterr().err == ""
 
 
@@ -264,7 +269,7 @@ def test_a_time_line_that_cannot_be_drawn_does_not_keep_the_record_back(
 
     stage("download", 2, {"data": 1.0}, "FINISHED")
     monkeypatch.setattr(timeline, "save", full)
-    assert sync.sync() == 0
+    assert deliver_all() == 0
     assert capsys.readouterr().err == "tracking: no time line: OSError: [Errno 28] No space left on device\n"
     assert delivered(store, place) == {"p": {}, "p/download-1": {}}
 
@@ -273,14 +278,14 @@ def test_a_record_of_before_there_were_time_lines_stays_as_it_was_delivered(stor
     journal = stage("download", 2, {"data": 1.0}, "FINISHED")
     (journal / "delivered").touch()
     timeline.update(journal.parent)
-    assert sync.undelivered() == []
+    assert undelivered_pipelines() == []
 
 
 def test_the_wait_for_the_delivery_counts(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr(time, "perf_counter", lambda: now)
     journal = Journal.start("demo", {}, "sample")
-    journal.patience = 60.0
+    journal.delivery_timeout = 60.0
     noted = []
 
     def deliver(folder: Path) -> bool:
@@ -289,7 +294,7 @@ def test_the_wait_for_the_delivery_counts(place: Path, monkeypatch: pytest.Monke
         now += 5
         return True
 
-    monkeypatch.setattr(tracking, "is_delivered", deliver)
+    monkeypatch.setattr(tracking_journal, "is_delivered", deliver)
     with journal.clock("tracking"):
         now += 1
         journal.end("FINISHED")
