@@ -1,11 +1,11 @@
-"""Evaluates the three models on held-out data: `models/`, `data/tokens/` to `reports/`; registers them.
+"""Evaluate the three models on held-out data: `models/`, `data/tokens/` to `reports/`; registers them.
 
 The figures are written first. What comes after them, the pictures and the registration, can fail without losing them.
 """
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from llm.evaluation.evaluate import (
 from stages.runtime.errors import resource_error
 from stages.runtime.run import Run, main
 
+logger = logging.getLogger("llm")
 MODELS, TOKENS, REPORTS = Path("models"), Path("data/tokens"), Path("reports")
 FIGURES = REPORTS / "figures"
 TIME_LINE = (
@@ -39,7 +40,7 @@ def evaluate(run: Run) -> None:
     device = pick_device(params.runtime.device)
 
     def models(**names: str) -> dict[str, Checkpoint]:
-        """The named model folders; that of a control is empty where none was trained."""
+        """Load the named model folders, without that of a from-scratch baseline that was not trained."""
         folders = {key: MODELS / name for key, name in names.items()}
         with run.phase("data"):
             return {
@@ -54,19 +55,19 @@ def evaluate(run: Run) -> None:
         classifiers = evaluate_classifiers(
             models(gpt="classifier", scratch="classifier_scratch"), TOKENS / "messages", section.batch_size
         )
-        followers = models(gpt="instruct", scratch="instruct_scratch")
-        template = followers["gpt"].config.template or params.finetune_instruct.template
-        order = {"gpt": followers["gpt"], "base": base_folder, **followers}
+        instruct_models = models(gpt="instruct", scratch="instruct_scratch")
+        template = instruct_models["gpt"].config.template or params.finetune_instruct.template
+        order = {"gpt": instruct_models["gpt"], "base": base_folder, **instruct_models}
         instruct = evaluate_instruct(order, template, TOKENS / "instructions", section)
     with run.phase("saving"):
-        write(run, base, classifiers, instruct)
+        write_reports(run, base, classifiers, instruct)
     for path in (REPORTS / "report.md", FIGURES):
-        extra(f"artifact {path}", partial(run.artifact, path))
+        optional(f"artifact {path}", partial(run.artifact, path))
     for name in ("base", "classifier", "instruct"):
-        extra(f"registration of {name}", partial(run.register, f"llm-{name}", MODELS / name))
+        optional(f"registration of {name}", partial(run.register, f"llm-{name}", MODELS / name))
 
 
-def write(run: Run, base: BaseResult, classifiers: ClassifierResult, instruct: InstructResult) -> None:
+def write_reports(run: Run, base: BaseResult, classifiers: ClassifierResult, instruct: InstructResult) -> None:
     quotable = read_quotable(TOKENS)
     run.write_metrics(report.metrics(base, classifiers, instruct))
     for name, content in report.plot_files(base, classifiers, instruct).items():
@@ -83,7 +84,7 @@ def write(run: Run, base: BaseResult, classifiers: ClassifierResult, instruct: I
         "instructions": partial(report.draw_instructions, instruct),
     }
     for name, draw in pictures.items():
-        extra(f"picture {name}", partial(draw, FIGURES / f"{name}.png"))
+        optional(f"picture {name}", partial(draw, FIGURES / f"{name}.png"))
 
     def write_report() -> None:
         drawn = [path.name for path in FIGURES.glob("*.png")]
@@ -91,20 +92,21 @@ def write(run: Run, base: BaseResult, classifiers: ClassifierResult, instruct: I
         write_atomic(REPORTS / "report.md", f"{text}\n{TIME_LINE}\n")
 
     write_atomic(REPORTS / "report.md", "The report was left out; the figures are in metrics/evaluate.json.\n")
-    extra("report", write_report)
+    optional("report", write_report)
 
 
-def extra(name: str, action: Callable[[], None]) -> None:
-    """Runs what is good to have; a failure is one line on stderr.
+def optional(name: str, action: Callable[[], None]) -> None:
+    """Run what is good to have; a failure is a warning.
 
-    Not one of the disk or the memory: with that over, the same would succeed, so it must not count as done without it.
+    A lack of disk or memory is an error: the same succeeds later, so the stage must not count as done without it.
     """
     try:
         action()
     except Exception as error:
         if resource_error(error):
             raise
-        print(f"evaluate: {name} left out: {type(error).__name__}: {error}".splitlines()[0], file=sys.stderr)
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        logger.warning("evaluate: %s left out: %s", name, reason)
 
 
 if __name__ == "__main__":

@@ -43,11 +43,11 @@ def finetune(
     run: Run, name: str, section: ClassifyParams | InstructParams, make_task: Callable[[Run, Checkpoint], Task]
 ) -> None:
     """Trains `models/NAME`, with `scratch_control` also `models/NAME_scratch`, and writes the stage's metrics."""
-    baseline = f"{name}_scratch"
+    control = f"{name}_scratch"
     scratch = section.model_copy(update={"trainable": "all"})  # there is nothing in random weights to keep
 
     def train_baseline() -> dict[str, float]:
-        return train(run, baseline, scratch, make_task, from_base=False)[0].best_metrics
+        return train(run, control, scratch, make_task, from_base=False)[0].best_metrics
 
     if is_baseline():
         write_result(run, train_baseline())
@@ -65,7 +65,7 @@ def finetune(
         if section.scratch_control:
             metrics["scratch"] = train_baseline()
         else:
-            Path("models", baseline).mkdir(parents=True, exist_ok=True)  # an output that DVC expects, empty
+            Path("models", control).mkdir(parents=True, exist_ok=True)  # an output that DVC expects, empty
     if distributed.rank() == 0:
         run.write_history(result.history)
         run.write_metrics(metrics)

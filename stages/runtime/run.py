@@ -50,7 +50,7 @@ logger = logging.getLogger("llm")
 
 
 class Run:
-    """One execution of one stage: its parameters, its place for resumable state, and where its figures go."""
+    """Run of one stage: its params, its state folder, its journal and its metrics files."""
 
     def __init__(
         self, stage: str, params: Params, state_dir: Path, journal: Journal, stable_dir: Path | None = None
@@ -71,7 +71,7 @@ class Run:
             self._journal.metrics(metrics, step)
 
     def write_metrics(self, values: Mapping[str, Any]) -> None:
-        """Writes `reports/metrics/<stage>.json`, which DVC compares; logs its numbers, nested ones as `a/b`."""
+        """Write `reports/metrics/<stage>.json`, which DVC compares; log its numbers, nested ones as `a/b`."""
         values = rounded(values)
         path = Path("reports/metrics") / f"{self.stage.replace('-', '_')}.json"
         with self.phase("saving"):
@@ -84,31 +84,31 @@ class Run:
         return lambda metrics, step: self.log({f"{prefix}/{name}": value for name, value in metrics.items()}, step)
 
     def write_history(self, rows: list[dict[str, float]]) -> None:
-        """Writes a training's evaluations to `reports/plots/<stage>.csv`, which DVC plots."""
+        """Write a training's evaluations to `reports/plots/<stage>.csv`, which DVC plots."""
         lines = [",".join(rows[0])] + [",".join(f"{value:.6g}" for value in row.values()) for row in rows]
         with self.phase("saving"):
             write_atomic(Path("reports/plots") / f"{self.stage.replace('-', '_')}.csv", "\n".join(lines) + "\n")
 
     def artifact(self, path: Path) -> None:
-        """Attaches a small file or folder, as it is now, to the tracked run."""
+        """Log a copy of a small file or folder."""
         with self.phase("tracking"):
             self._journal.artifact(path)
 
     def dataset(self, name: str, digest: str, source: str, context: str) -> None:
-        """Names data that the run used: an md5, where it came from, and what for (`train`, `val`, `test`)."""
+        """Log an input: its md5, origin and use (`train`, `val`, `test`)."""
         with self.phase("tracking"):
             self._journal.dataset(name, digest, source, context)
 
     def register(self, name: str, folder: Path) -> None:
-        """Hands a model folder over to the model registry under this name."""
+        """Register a model folder under this name."""
         with self.phase("tracking"):
             self._journal.register_model(name, folder)
 
     @contextmanager
     def graceful(self) -> Iterator[None]:
-        """Within it the first SIGTERM or SIGINT only sets `stop_requested`, so that the training can save its state.
+        """Defer the first SIGTERM or SIGINT to the end of the block, which `stop_requested` asks for.
 
-        The stage then ends where the block ends; a second signal ends it at once.
+        A training has time to save a checkpoint. A second signal ends the stage at once.
         """
         received: list[signal.Signals] = []
 
