@@ -17,6 +17,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from llm.common.errors import InputError
 
 KINDS = ("corpus", "messages", "instructions")  # of data
+SPLITS = ("train", "val", "test")  # the later one is the more held out
+TRAIN, VAL, TEST = range(3)
+HELD_OUT = SPLITS[1:]
 
 
 class Strict(BaseModel):

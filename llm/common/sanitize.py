@@ -33,6 +33,11 @@ def one_line(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+def error_text(error: BaseException) -> str:
+    """Return an error's message on one line, or the name of its type where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def escape(text: str) -> str:
     """Text for a line or a table cell of Markdown, shown as it is.
 

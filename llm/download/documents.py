@@ -1,0 +1,65 @@
+"""Cut the text of a file into documents and those into pieces, without Project Gutenberg's own lines."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+
+from llm.common.errors import InputError
+from llm.download.formats import split_lines
+
+PIECE = 1_000_000  # characters of a document in one record
+
+# Older books break a long title in the START line, and some name the end once more before the END line.
+GUTENBERG_START = re.compile(r"\*\*\* ?START OF (THE|THIS) PROJECT GUTENBERG EBOOK")
+GUTENBERG_END = re.compile(r"\*\*\* ?END OF (THE|THIS) PROJECT GUTENBERG EBOOK|End of (the )?Project Gutenberg")
+
+
+def strip_gutenberg(text: Iterable[str], name: str) -> Iterator[str]:
+    """Yield the lines of the book, without Project Gutenberg's header, licence and the lines that mark them."""
+    state = "before"
+    for line in split_lines(text, name):
+        if state == "book":
+            if GUTENBERG_END.match(line):
+                return
+            yield line + "\n"
+        elif state == "marker" or GUTENBERG_START.match(line):
+            state = "book" if line.rstrip().endswith("***") else "marker"
+    missing = "*** END OF" if state == "book" else "*** START OF"
+    raise InputError(
+        f"{name}: expected a line '{missing} THIS PROJECT GUTENBERG EBOOK', found none; remove strip: gutenberg"
+    )
+
+
+def split_documents(text: Iterable[str], separator: str | None) -> Iterator[tuple[int, str]]:
+    """Yield numbered documents in pieces. A document of blanks only is left out."""
+    number, waiting, begun = 0, "", False
+    for block in text:
+        waiting += block
+        if separator and separator in waiting:
+            *ended, waiting = waiting.split(separator)
+            for document in ended:
+                if begun or document.strip():
+                    yield from ((number, piece) for piece in cut_pieces(document))
+                    number, begun = number + 1, False
+        keep = PIECE + len(separator or "")  # so that no separator is cut in two
+        while len(waiting) > keep:
+            at = _cut(waiting)
+            yield number, waiting[:at]
+            waiting, begun = waiting[at:], True
+    if waiting.strip() or (begun and waiting):
+        yield from ((number, piece) for piece in cut_pieces(waiting))
+
+
+def cut_pieces(text: str) -> Iterator[str]:
+    while len(text) > PIECE:
+        at = _cut(text)
+        yield text[:at]
+        text = text[at:]
+    if text:
+        yield text
+
+
+def _cut(text: str) -> int:
+    """Return the end of a piece: after the last line end that fits in, or else the last space, or else its limit."""
+    return text.rfind("\n", 0, PIECE) + 1 or text.rfind(" ", 0, PIECE) + 1 or PIECE
