@@ -33,7 +33,7 @@ Row = tuple[str, Mapping[str, Any]]  # its place, for messages; its columns
 
 
 def decode_text(file: DataFile) -> Iterator[str]:
-    """Yield UTF-8 text, without byte order mark, all line ends as \\n."""
+    """Yield UTF-8 text, without byte order mark, each line end as a line feed."""
     decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")(), translate=True)
     offset, at_start = 0, True
 
@@ -58,7 +58,7 @@ def decode_text(file: DataFile) -> Iterator[str]:
 
 
 def split_lines(text: Iterable[str], name: str) -> Iterator[str]:
-    """Yield lines without their ends, cut at \\n only: the other Unicode line ends may stand inside JSON."""
+    """Yield lines without their ends, cut at line feeds only: other Unicode line ends may stand inside JSON."""
     rest = ""
     for block in text:
         *lines, rest = (rest + block).split("\n")

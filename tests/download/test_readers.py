@@ -14,9 +14,8 @@ import pytest
 
 from llm.common.errors import InputError
 from llm.config import CorpusSource, InstructionsSource, MessagesSource, SourceFile
-from llm.download import fetch
-from llm.download import readers as sources
-from llm.download.fetch import DataFile
+from llm.download import archives, documents, formats
+from llm.download.archives import DataFile
 from llm.download.readers import Section, write_records
 
 FILES = [SourceFile(path="unused")]
@@ -28,8 +27,8 @@ INSTRUCTIONS = InstructionsSource(files=FILES)
 @pytest.fixture(params=[7, 1 << 20], ids=["tiny blocks", "one block"])
 def _blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is read must not depend on where the blocks end."""
-    monkeypatch.setattr(fetch, "BLOCK", request.param)
-    monkeypatch.setattr(sources, "BLOCK", request.param)
+    monkeypatch.setattr(archives, "BLOCK", request.param)
+    monkeypatch.setattr(formats, "BLOCK", request.param)
 
 
 def data_file(tmp_path: Path, name: str, content: str | bytes) -> DataFile:
@@ -75,7 +74,7 @@ def test_documents(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("_blocks")
 def test_long_documents_come_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "PIECE", 20)
+    monkeypatch.setattr(documents, "PIECE", 20)
     separated = CorpusSource(files=FILES, document_separator="====")
     first, second = "a line\nand another\n" * 5 + "words without a line end " * 3, "x" * 50 + "\n"
     found = read(separated, data_file(tmp_path, "a.txt", f"{first}===={second}====last"))
@@ -263,9 +262,9 @@ def test_wrong_split(tmp_path: Path) -> None:
 
 
 def test_rows_that_never_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetch, "BLOCK", 10)
-    monkeypatch.setattr(sources, "BLOCK", 10)
-    monkeypatch.setattr(sources, "LARGEST_ROW", 50)
+    monkeypatch.setattr(archives, "BLOCK", 10)
+    monkeypatch.setattr(formats, "BLOCK", 10)
+    monkeypatch.setattr(formats, "LARGEST_ROW", 50)
     assert "more than 50 characters" in refused(CORPUS, data_file(tmp_path, "a.jsonl", '{"text": "' + "a" * 100))
     file = data_file(tmp_path, "a.json", '[{"text": "' + "a" * 10_000)
     taken = []
