@@ -28,7 +28,9 @@ from llm.convert.hf import GPT2Form
 from llm.data.batches import held_out_windows, window_batches
 from llm.data.shards import TokenShards
 from llm.model.gpt import GPT
-from llm.preprocess.corpus import Workers, encode_corpus, plan_corpus, training_texts
+from llm.preprocess.corpus import plan_corpus, training_texts
+from llm.preprocess.encode import encode_corpus
+from llm.preprocess.workers import Workers
 from llm.tokenizer.bpe import Tokenizer
 from llm.training.fit import fit
 from llm.training.losses import mean_loss, next_token_loss

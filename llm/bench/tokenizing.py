@@ -20,8 +20,10 @@ from typing import NamedTuple
 from llm.bench.contest import OURS, Contest, Turn, apart
 from llm.common.errors import InputError
 from llm.config import CorpusSplit
-from llm.preprocess.corpus import Batch, Workers, batch_records, encode_corpus, plan_corpus
+from llm.preprocess.corpus import LineBatch, plan_corpus, read_batch
+from llm.preprocess.encode import encode_corpus
 from llm.preprocess.text import normalise
+from llm.preprocess.workers import Workers
 from llm.tokenizer.bpe import GPT2_PATTERN, SPECIAL_TOKENS, Tokenizer
 
 SAMPLE = Path(__file__).resolve().parents[2] / "data" / "sample" / "stories.txt"
@@ -61,7 +63,7 @@ def read_documents(path: Path) -> list[str]:
 def stored_documents(path: Path) -> list[str]:
     """Those of a `corpus.jsonl`, each whole."""
     documents: dict[int, str] = defaultdict(str)
-    for number, piece in batch_records(path, Batch(0, path.stat().st_size)):
+    for number, piece in read_batch(path, LineBatch(0, path.stat().st_size)):
         documents[number] += piece
     return list(documents.values())
 

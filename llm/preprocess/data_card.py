@@ -1,6 +1,6 @@
-"""The data card: what the three data sets hold, measured on the splits as they are.
+"""Measure the three data sets and their splits, and render the data card.
 
-A held-out text counts as leaked when one of train is equal: verbatim, or by its leak key (`llm.preprocess.text`).
+A held-out text counts as leaked when one of train is equal: verbatim, or by its dedup key (`llm.preprocess.text`).
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ from typing import Any
 import numpy as np
 
 from llm.common.sanitize import escape
-from llm.config import KINDS
-from llm.preprocess.corpus import Array, EncodedCorpus, Plan, count_characters
+from llm.config import HELD_OUT, KINDS, SPLITS, TRAIN
+from llm.preprocess.corpus import Array, Plan
+from llm.preprocess.encode import EncodedCorpus
 from llm.preprocess.supervised import Row, SplitRows
-from llm.preprocess.text import SPLITS, TRAIN
+from llm.preprocess.text import count_characters
 from llm.tokenizer.bpe import Tokenizer
 
 Card = dict[str, Any]
-MOST_REPEATED = 3  # texts that are shown
+MOST_REPEATED = 3  # texts in the card
 
 
 # ---- measure ---------------------------------------------------------------------------------------------------------
@@ -36,26 +37,26 @@ def describe_tokenizer(kind: str, tokenizer: Tokenizer, used: Array) -> Card:
 
 
 def describe_corpus(plan: Plan, encoded: EncodedCorpus, split: str) -> Card:
-    n_units = len(plan.unit_chars)
+    n_chunks = len(plan.chunk_lengths)
     meta = encoded.meta["splits"]
-    characters = np.bincount(plan.unit_split, weights=plan.unit_chars, minlength=len(SPLITS)).astype(int).tolist()
+    characters = np.bincount(plan.chunk_split, weights=plan.chunk_lengths, minlength=len(SPLITS)).astype(int).tolist()
     return {
         "split": split,
         "documents": len(plan.document_hashes),
-        "units": n_units,
+        "units": n_chunks,
         "characters": sum(characters),
         "duplicate_documents": len(plan.document_hashes) - len(np.unique(plan.document_hashes)),
-        "duplicate_units": n_units - len(np.unique(plan.unit_hashes)),
+        "duplicate_units": n_chunks - len(np.unique(plan.chunk_hashes)),
         "document_lengths": {
-            "characters": spread(np.bincount(plan.unit_document, weights=plan.unit_chars)),
-            "tokens": spread(np.bincount(plan.unit_document, weights=encoded.unit_tokens)),
+            "characters": length_summary(np.bincount(plan.chunk_document, weights=plan.chunk_lengths)),
+            "tokens": length_summary(np.bincount(plan.chunk_document, weights=encoded.chunk_tokens)),
         },
         "splits": {
             name: {
                 **{key: meta[name][key] for key in ("documents", "tokens", "bytes")},
                 "characters": characters[i],
                 "bytes_per_token": bytes_per_token(
-                    meta[name]["bytes"], encoded.unit_tokens[plan.unit_split == i].sum()
+                    meta[name]["bytes"], encoded.chunk_tokens[plan.chunk_split == i].sum()
                 ),
             }
             for i, name in enumerate(SPLITS)
@@ -66,9 +67,9 @@ def describe_corpus(plan: Plan, encoded: EncodedCorpus, split: str) -> Card:
 
 
 def corpus_leakage(plan: Plan) -> dict[str, int]:
-    train = np.unique(plan.unit_hashes[plan.unit_split == TRAIN])
+    train = np.unique(plan.chunk_hashes[plan.chunk_split == TRAIN])
     return {
-        name: int(np.isin(plan.unit_hashes[plan.unit_split == i], train).sum())
+        name: int(np.isin(plan.chunk_hashes[plan.chunk_split == i], train).sum())
         for i, name in enumerate(SPLITS)
         if i != TRAIN
     }
@@ -87,7 +88,7 @@ def describe_instructions(rows: Sequence[Row], split: SplitRows, tokenizer: Toke
 def describe_rows(
     rows: Sequence[Row], split: SplitRows, texts: Mapping[str, Sequence[str]], tokenizer: Tokenizer, how: str
 ) -> Card:
-    """`rows`: all that were read; `texts`: what is measured of them, such as the inputs and the outputs."""
+    """Describe all rows that were read; lengths and scripts are those of `texts`, such as inputs and outputs."""
     answers: dict[str, set[str]] = {}
     for row in rows:
         answers.setdefault(row.key, set()).add(row.answer)
@@ -128,12 +129,12 @@ def row_leakage(split: SplitRows) -> dict[str, dict[str, int]]:
             "verbatim": sum(row.verbatim in verbatim for row in split.rows[name]),
             "by_key": sum(row.key in keys for row in split.rows[name]),
         }
-        for name in ("val", "test")
+        for name in HELD_OUT
     }
 
 
 def counts_per_split(split: SplitRows, field: str) -> dict[str, dict[str, int]]:
-    """How often each value of a field, such as the label, occurs in each split."""
+    """Count each value of a field, such as the label, in each split."""
     counts = {name: Counter(row.fields[field] for row in rows) for name, rows in split.rows.items()}
     values = sorted(set().union(*counts.values()))
     return {value: {name: counts[name][value] for name in SPLITS} for value in values}
@@ -143,13 +144,13 @@ def describe_lengths(texts: Sequence[str], tokenizer: Tokenizer) -> Card:
     tokens = [len(ids) for ids in tokenizer.encode_batch(texts)]
     n_bytes = sum(len(text.encode()) for text in texts)
     return {
-        "characters": spread(np.array([len(text) for text in texts])),
-        "tokens": spread(np.array(tokens)),
+        "characters": length_summary(np.array([len(text) for text in texts])),
+        "tokens": length_summary(np.array(tokens)),
         "bytes_per_token": bytes_per_token(n_bytes, sum(tokens)),
     }
 
 
-def spread(values: Array) -> dict[str, float]:
+def length_summary(values: Array) -> dict[str, float]:
     return {
         "mean": round(float(values.mean()), 1),
         "median": round(float(np.median(values)), 1),
@@ -163,7 +164,7 @@ def bytes_per_token(n_bytes: int, n_tokens: int) -> float | None:
 
 
 def scripts(code_points: Mapping[int, int]) -> dict[str, float]:
-    """The share of each script among all characters, the largest first.
+    """Return the share of each script among all characters, the largest first.
 
     >>> scripts(count_characters("abc где 1!"))
     {'Latin': 0.3, 'Cyrillic': 0.3, 'white space': 0.2, 'punctuation': 0.1, 'digits': 0.1}
@@ -175,7 +176,7 @@ def scripts(code_points: Mapping[int, int]) -> dict[str, float]:
 
 
 def script(character: str) -> str:
-    """The script of a letter, which is the first word of its Unicode name; the kind of any other character."""
+    """Return the script of a letter, the first word of its Unicode name; for any other character its kind."""
     kind = unicodedata.category(character)[0]
     if kind in "LM":
         word = unicodedata.name(character, "other").split()[0].split("-")[0]
@@ -189,7 +190,7 @@ def script(character: str) -> str:
 
 
 def render(card: Card) -> str:
-    """The card as Markdown."""
+    """Return the card as Markdown."""
     return "\n\n".join([*_header(card), *_corpus(card), *_rows(card, "messages"), *_rows(card, "instructions")]) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""Messages with labels and instruction pairs: from raw records to leak-free splits, or to those of the book."""
+"""Split labelled messages and instruction pairs: leak-free, or as the book does."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llm.common.errors import InputError
-from llm.config import LabelledSplit
-from llm.preprocess.text import SPLITS, dedup_key, key_hash, read_records, text_field
+from llm.config import HELD_OUT, SPLITS, LabelledSplit
+from llm.preprocess.text import dedup_key, key_hash, read_records, text_field
 
-BOOK_SEED = 123  # of the book's own splits, whatever the seed of the pipeline
+BOOK_SEED = 123  # of the book's own splits, for any seed of the pipeline
 
 
 class Row(NamedTuple):
     """A message or an instruction pair on its way into a split."""
 
-    fields: dict[str, str]  # what is written
+    fields: dict[str, str]  # the columns of the written row
     key: str  # rows with the same key never stand in two splits
-    verbatim: str  # the text that the key is made of
+    verbatim: str  # the text of the key
     answer: str  # label or output: rows with the same key and answer are duplicates
     stratum: str  # each stratum is split alike
-    own_split: str | None  # what the source says
+    own_split: str | None  # the source's own
 
 
 class SplitRows(NamedTuple):
     rows: dict[str, list[Row]]  # for each split
-    moved: int  # rows that stand elsewhere than their source says, because an equal one is held out
+    moved: int  # rows outside their source's own split, because an equal one is held out
     dropped: dict[str, int]  # duplicates left out of a held-out split
 
 
@@ -81,10 +81,10 @@ def own_split(record: Mapping[str, Any], where: str) -> str | None:
 
 
 def split_rows(rows: Sequence[Row], params: LabelledSplit, seed: int, kind: str) -> SplitRows:
-    """Leak-free splits: rows with equal keys together, each stratum alike, the source's own splits where it has them.
+    """Split rows without leaks: equal keys together, each stratum alike, by the source's own splits where it has them.
 
-    Where the source has no val or no test, it is taken from its train. Duplicates stay in train; val and test hold
-    none, so that no text counts twice.
+    A missing val or test is taken from train. Duplicates stay in train; val and test hold none, so that no text counts
+    twice.
     """
     if sum(row.own_split is None for row in rows) not in (0, len(rows)):
         raise InputError(f"data.{kind}: some records have a split and some have none; give all of them one, or none")
@@ -99,7 +99,7 @@ def split_rows(rows: Sequence[Row], params: LabelledSplit, seed: int, kind: str)
     free = {key: group for key, group in groups.items() if split_of[key] == "train"}
     split_of |= assign_splits(free, missing, seed)
 
-    result = SplitRows({split: [] for split in SPLITS}, 0, dict.fromkeys(("val", "test"), 0))
+    result = SplitRows({split: [] for split in SPLITS}, 0, dict.fromkeys(HELD_OUT, 0))
     seen = set()
     for row in rows:
         split = split_of[row.key]
@@ -113,8 +113,10 @@ def split_rows(rows: Sequence[Row], params: LabelledSplit, seed: int, kind: str)
 
 
 def assign_splits(groups: Mapping[str, Sequence[Row]], held_out: Mapping[str, float], seed: int) -> dict[str, str]:
-    """Gives each group a split: stratum by stratum in the order of their hashes, each group to the split that is
-    furthest behind its share, but the first one of a stratum to train."""
+    """Return the split of each group, stratum by stratum in the order of the hashes.
+
+    The first group of a stratum goes to train, each other one to the split that is furthest behind its share.
+    """
     shares = {"train": 1 - sum(held_out.values()), **held_out}
     counts, total = dict.fromkeys(shares, 0), 0
     split_of: dict[str, str] = {}
@@ -144,7 +146,7 @@ def split_instructions(rows: Sequence[Row], params: LabelledSplit, seed: int) ->
 
 
 def split_messages_by_book(rows: Sequence[Row], labels: Sequence[str]) -> SplitRows:
-    """Every label as often as the rarest, shuffled, 70/10/20: the book's chapter 6, with its seed."""
+    """Balance the labels, shuffle and split 70/10/20, as the book's chapter 6 with its seed."""
     import pandas as pd
 
     by_label = {
@@ -155,19 +157,19 @@ def split_messages_by_book(rows: Sequence[Row], labels: Sequence[str]) -> SplitR
     shuffled = [rows[i] for i in pd.concat(parts).sample(frac=1, random_state=BOOK_SEED)]
     train_end = int(0.7 * len(shuffled))
     val_end = train_end + int(0.1 * len(shuffled))
-    return _as_they_are(shuffled[:train_end], shuffled[train_end:val_end], shuffled[val_end:])
+    return _splits_in_order(shuffled[:train_end], shuffled[train_end:val_end], shuffled[val_end:])
 
 
 def split_instructions_by_book(rows: Sequence[Row]) -> SplitRows:
-    """The first 85 % train, the next 10 % test, the rest val: the book's chapter 7."""
+    """Assign the first 85 % to train, the next 10 % to test, the rest to val, as the book's chapter 7."""
     train_end = int(0.85 * len(rows))
     test_end = train_end + int(0.1 * len(rows))
-    return _as_they_are(rows[:train_end], rows[test_end:], rows[train_end:test_end])
+    return _splits_in_order(rows[:train_end], rows[test_end:], rows[train_end:test_end])
 
 
-def _as_they_are(*parts: Sequence[Row]) -> SplitRows:
+def _splits_in_order(*parts: Sequence[Row]) -> SplitRows:
     return SplitRows(
-        {split: list(part) for split, part in zip(SPLITS, parts, strict=True)}, 0, dict.fromkeys(("val", "test"), 0)
+        {split: list(part) for split, part in zip(SPLITS, parts, strict=True)}, 0, dict.fromkeys(HELD_OUT, 0)
     )
 
 
