@@ -1,15 +1,14 @@
-"""Fetches and checks the three data sets that `params.yaml` names, and writes them in one form to `data/raw/`."""
+"""Fetch and check the three data sets that `params.yaml` names, and write them in one form to `data/raw/`."""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
-import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
-from llm.common.sanitize import one_line
+from llm.common.files import replaced_folder, write_atomic
 from llm.config import KINDS, Params, Source
 from llm.download.fetch import fetch
 from llm.download.readers import write_records
@@ -21,10 +20,7 @@ RAW, OWN = Path("data/raw"), Path("data/own")
 
 def download(run: Run) -> None:
     tell_what_is_private(run.params)
-    draft = RAW.with_name("raw.tmp")  # renamed at the end, so that data/raw is whole or absent
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    try:
+    with replaced_folder(RAW) as draft:
         provenance = {kind: write_kind(run, kind, draft) for kind in KINDS}
         messages = run.params.sources[run.params.data.messages].messages
         assert messages is not None  # Params has checked it
@@ -32,10 +28,6 @@ def download(run: Run) -> None:
         if run.params.tokenize.tokenizer.kind == "gpt2":
             provenance["gpt2"] = copy_gpt2_files(run.params, draft / "gpt2")
         write_json(draft / "sources.json", provenance)
-        shutil.rmtree(RAW, ignore_errors=True)
-        draft.replace(RAW)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
 
 
 def write_kind(run: Run, kind: str, folder: Path) -> dict[str, Any]:
@@ -53,15 +45,14 @@ def write_kind(run: Run, kind: str, folder: Path) -> dict[str, Any]:
 
 
 def tell_what_is_private(params: Params) -> None:
-    """Say on stderr which of the chosen sources are private, and what DVC does with their texts."""
+    """Log which of the chosen sources are private, and where DVC puts their texts."""
     chosen = {kind: getattr(params.data, kind) for kind in KINDS}
     private = [name for kind, name in chosen.items() if is_private(params.sources[name], kind)]
     if private:
-        names = one_line(", ".join(dict.fromkeys(private)))
-        print(
-            f"download: {names}: private data. DVC's cache keeps copies; `dvc push` and `dvc exp push` upload them, "
+        logging.getLogger("llm").warning(
+            "download: %s: private data. DVC's cache keeps copies; `dvc push` and `dvc exp push` upload them, "
             "and models trained on them, to a DVC remote. data/own/README.md says what goes where",
-            file=sys.stderr,
+            ", ".join(dict.fromkeys(private)),
         )
 
 
@@ -82,7 +73,7 @@ def copy_gpt2_files(params: Params, folder: Path) -> dict[str, Any]:
 
 
 def downloads() -> Path:
-    """Kept between runs, and shared with DVC's temporary copies for experiments."""
+    """Return the folder of earlier downloads, which DVC's temporary copies for experiments share."""
     return repository() / ".work" / "downloads"
 
 
@@ -92,7 +83,7 @@ def mirror() -> Path | None:
 
 
 def write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
+    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ def document(seed: int, paragraphs: int = 2) -> str:
 
 
 def disguise(text: str) -> str:
-    """Another text with the same leak key."""
+    """Return another text with the same dedup key."""
     return text.upper().replace(" ", "  ").replace(".", " !?")
 
 

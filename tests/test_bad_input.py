@@ -37,11 +37,11 @@ from torch import Tensor
 from llm.__main__ import main as llm_main
 from llm.checkpoint.adapter import save_trained
 from llm.checkpoint.folder import Checkpoint, CheckpointConfig, save_checkpoint
+from llm.config import SPLITS
 from llm.convert.gguf import export_gguf
 from llm.convert.hf import export_hf
 from llm.model.classifier import GPTClassifier
 from llm.model.gpt import GPT
-from llm.preprocess.text import SPLITS
 from llm.tokenizer.bpe import GPT2_PATTERN, Tokenizer
 from llm.training.freeze import freeze
 from stages.runtime import run as stage_run
@@ -444,7 +444,7 @@ TEXTS: dict[str, Case] = {
         r"messages\.jsonl: line 1: .*run the download stage again",
     ),
     "labels damaged": Case(
-        cut("data/raw/labels.json", 3), "tokenize", r"labels\.json: damaged .*run the download stage again"
+        cut("data/raw/labels.json", 3), "tokenize", r"labels\.json: not valid JSON .*run the download stage again"
     ),
     "tokens damaged": Case(
         cut("data/tokens/messages/val.jsonl", 9),

@@ -10,11 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm.common.errors import InputError
-from llm.config import LabelledSplit
-from llm.preprocess import data_card as datacard
-from llm.preprocess import supervised as labelled
+from llm.config import SPLITS, LabelledSplit
+from llm.preprocess import data_card, supervised
 from llm.preprocess.supervised import Row, SplitRows
-from llm.preprocess.text import SPLITS, dedup_key
+from llm.preprocess.text import dedup_key
 from tests.datasets import message_rows, write_lines
 from tests.helpers import tiny_tokenizer
 
@@ -29,14 +28,14 @@ def texts_of(split: SplitRows, name: str) -> list[str]:
 
 def test_messages_are_stratified() -> None:
     rows = message_rows([(f"text {i}", "spam" if i % 5 == 0 else "ham") for i in range(500)])
-    split = labelled.split_messages(rows, ["ham", "spam"], LEAK_FREE, SEED)
-    counts = datacard.counts_per_split(split, "label")
+    split = supervised.split_messages(rows, ["ham", "spam"], LEAK_FREE, SEED)
+    counts = data_card.counts_per_split(split, "label")
     assert counts["ham"] == {"train": 280, "val": 40, "test": 80}
     assert counts["spam"] == {"train": 70, "val": 10, "test": 20}
     for name in SPLITS:  # the order of the source
         numbers = [int(text.split()[1]) for text in texts_of(split, name)]
         assert numbers == sorted(numbers)
-    other = labelled.split_messages(rows, ["ham", "spam"], LEAK_FREE, SEED + 1)
+    other = supervised.split_messages(rows, ["ham", "spam"], LEAK_FREE, SEED + 1)
     assert texts_of(other, "test") != texts_of(split, "test")
 
 
@@ -45,13 +44,13 @@ def test_equal_messages_stand_in_one_split_and_count_once_where_held_out() -> No
         (f"{shown} {i}", "ham" if i % 2 else "spam") for i in range(200) for shown in ("Hello there", "hello THERE!")
     ]
     rows = message_rows(texts)
-    split = labelled.split_messages(rows, ["ham", "spam"], LEAK_FREE, SEED)
+    split = supervised.split_messages(rows, ["ham", "spam"], LEAK_FREE, SEED)
     keys = {name: {row.key for row in split.rows[name]} for name in SPLITS}
     assert not (keys["train"] & keys["val"] or keys["train"] & keys["test"] or keys["val"] & keys["test"])
     assert [len(keys[name]) for name in SPLITS] == [140, 20, 40]
     assert [len(split.rows[name]) for name in SPLITS] == [280, 20, 40]
     assert split.dropped == {"val": 20, "test": 40}
-    assert datacard.row_leakage(split) == {name: {"verbatim": 0, "by_key": 0} for name in ("val", "test")}
+    assert data_card.row_leakage(split) == {name: {"verbatim": 0, "by_key": 0} for name in ("val", "test")}
 
 
 @settings(max_examples=150)
@@ -72,7 +71,7 @@ def test_no_text_stands_in_two_splits_and_every_row_in_one(
     texts = [(f"TEXT  {n}!" if loud else f"text {n}", label) for n, loud, label, _ in chosen]
     rows = message_rows(texts, [split for *_, split in chosen] if given_splits else None)
     rows = [row._replace(fields={"number": str(number)}) for number, row in enumerate(rows)]
-    result = labelled.split_rows(rows, LabelledSplit(split="leak_free", val=val, test=test), seed, "messages")
+    result = supervised.split_rows(rows, LabelledSplit(split="leak_free", val=val, test=test), seed, "messages")
     keys = {name: {row.key for row in result.rows[name]} for name in SPLITS}
     assert not (keys["train"] & keys["val"] or keys["train"] & keys["test"] or keys["val"] & keys["test"])
     numbers = [int(row.fields["number"]) for name in SPLITS for row in result.rows[name]]
@@ -89,22 +88,22 @@ def test_no_text_stands_in_two_splits_and_every_row_in_one(
 
 def test_equal_texts_with_different_labels_stay_and_are_counted() -> None:
     rows = message_rows([(f"text {i}", label) for i in range(100) for label in ("ham", "spam")])
-    split = labelled.split_messages(rows, ["ham", "spam"], LEAK_FREE, SEED)
+    split = supervised.split_messages(rows, ["ham", "spam"], LEAK_FREE, SEED)
     assert split.dropped == {"val": 0, "test": 0}
     assert [len(split.rows[name]) for name in SPLITS] == [140, 20, 40]
-    card = datacard.describe_messages(rows, split, tiny_tokenizer(), "leak_free")
+    card = data_card.describe_messages(rows, split, tiny_tokenizer(), "leak_free")
     assert card["duplicates"]["keys_with_different_answers"] == 100
 
 
 def test_the_sources_own_split_is_kept_and_the_held_out_one_wins() -> None:
     texts = [(f"text {i}", "ham" if i % 2 else "spam") for i in range(30)]
     splits = ["train"] * 10 + ["val"] * 10 + ["test"] * 10
-    clean = labelled.split_messages(message_rows(texts, splits), ["ham", "spam"], LEAK_FREE, SEED)
+    clean = supervised.split_messages(message_rows(texts, splits), ["ham", "spam"], LEAK_FREE, SEED)
     assert [texts_of(clean, name) for name in SPLITS] == [[t for t, _ in texts[i : i + 10]] for i in (0, 10, 20)]
     assert clean.moved == 0
 
     texts[0], texts[1], texts[11] = ("TEXT 20!", "spam"), ("TEXT 15!", "ham"), ("TEXT 25!", "ham")
-    split = labelled.split_messages(message_rows(texts, splits), ["ham", "spam"], LEAK_FREE, SEED)
+    split = supervised.split_messages(message_rows(texts, splits), ["ham", "spam"], LEAK_FREE, SEED)
     assert split.moved == 3
     assert len(split.rows["train"]) == 8
     assert {row.key for row in split.rows["val"]} == {dedup_key(f"text {i}") for i in range(10, 20) if i != 11}
@@ -115,7 +114,7 @@ def test_the_sources_own_split_is_kept_and_the_held_out_one_wins() -> None:
 def test_a_missing_split_is_taken_from_the_sources_train() -> None:
     texts = [(f"text {i}", "ham" if i % 2 else "spam") for i in range(200)]
     splits = ["train"] * 150 + ["test"] * 50
-    split = labelled.split_messages(message_rows(texts, splits), ["ham", "spam"], LEAK_FREE, SEED)
+    split = supervised.split_messages(message_rows(texts, splits), ["ham", "spam"], LEAK_FREE, SEED)
     assert texts_of(split, "test") == [text for text, _ in texts[150:]]
     assert [len(split.rows[name]) for name in SPLITS] == [135, 15, 50]
 
@@ -123,21 +122,21 @@ def test_a_missing_split_is_taken_from_the_sources_train() -> None:
 def test_a_split_for_some_records_only() -> None:
     rows = message_rows([("a", "ham"), ("b", "spam")], ["train", None])
     with pytest.raises(InputError, match=r"data\.messages: some records have a split and some have none"):
-        labelled.split_messages(rows, ["ham", "spam"], LEAK_FREE, SEED)
+        supervised.split_messages(rows, ["ham", "spam"], LEAK_FREE, SEED)
 
 
 def test_an_empty_split_and_a_label_that_train_lacks() -> None:
     with pytest.raises(InputError, match=r"data\.messages: too few different records .* val would be empty"):
-        labelled.split_messages(message_rows([("a", "ham"), ("b", "spam")]), ["ham", "spam"], LEAK_FREE, SEED)
+        supervised.split_messages(message_rows([("a", "ham"), ("b", "spam")]), ["ham", "spam"], LEAK_FREE, SEED)
     rows = message_rows([(f"text {i}", "ham") for i in range(100)])
     with pytest.raises(InputError, match="no record with label 'spam' in train"):
-        labelled.split_messages(rows, ["ham", "spam"], LEAK_FREE, SEED)
+        supervised.split_messages(rows, ["ham", "spam"], LEAK_FREE, SEED)
 
 
 def test_a_rare_label_goes_to_train_first() -> None:
     rows = message_rows([(f"text {i}", "ham") for i in range(100)] + [("only one", "spam")])
     for seed in range(10):
-        assert "only one" in texts_of(labelled.split_messages(rows, ["ham", "spam"], LEAK_FREE, seed), "train")
+        assert "only one" in texts_of(supervised.split_messages(rows, ["ham", "spam"], LEAK_FREE, seed), "train")
 
 
 def test_book_split_of_messages_has_the_books_counts() -> None:
@@ -146,7 +145,7 @@ def test_book_split_of_messages_has_the_books_counts() -> None:
     labels = ["ham"] * 4827 + ["spam"] * 747
     chooser.shuffle(labels)
     rows = message_rows([(f"text {i}", label) for i, label in enumerate(labels)])
-    split = labelled.split_messages(rows, ["ham", "spam"], BOOK, seed=7)
+    split = supervised.split_messages(rows, ["ham", "spam"], BOOK, seed=7)
     assert [len(split.rows[name]) for name in SPLITS] == [1045, 149, 300]
     assert sum(row.answer == "spam" for name in SPLITS for row in split.rows[name]) == 747
     # The book's own lines.
@@ -166,18 +165,18 @@ def pair_rows(n: int) -> list[Row]:
 
 def test_book_split_of_instructions_has_the_books_counts() -> None:
     rows = pair_rows(1100)
-    split = labelled.split_instructions(rows, BOOK, SEED)
+    split = supervised.split_instructions(rows, BOOK, SEED)
     assert [len(split.rows[name]) for name in SPLITS] == [935, 55, 110]
     assert split.rows["train"] + split.rows["test"] + split.rows["val"] == rows
 
 
 def test_leak_free_split_of_instructions() -> None:
-    split = labelled.split_instructions(pair_rows(200), LEAK_FREE, SEED)
+    split = supervised.split_instructions(pair_rows(200), LEAK_FREE, SEED)
     assert [len(split.rows[name]) for name in SPLITS] == [140, 20, 40]
 
 
 def test_pairs_with_equal_questions_have_one_key(tmp_path: Path) -> None:
-    rows = labelled.read_instructions(
+    rows = supervised.read_instructions(
         write_lines(
             tmp_path / "instructions.jsonl",
             [
@@ -207,7 +206,7 @@ def test_pairs_with_equal_questions_have_one_key(tmp_path: Path) -> None:
 def test_bad_messages(tmp_path: Path, record: object, message: str) -> None:
     path = write_lines(tmp_path / "messages.jsonl", [{"text": "a", "label": "ham"}, record])
     with pytest.raises(InputError, match=f"messages.jsonl: line 2: {message}"):
-        labelled.read_messages(path, ["ham", "spam"])
+        supervised.read_messages(path, ["ham", "spam"])
 
 
 @pytest.mark.parametrize(
@@ -221,4 +220,4 @@ def test_bad_messages(tmp_path: Path, record: object, message: str) -> None:
 def test_bad_instructions(tmp_path: Path, record: object, message: str) -> None:
     path = write_lines(tmp_path / "instructions.jsonl", [record])
     with pytest.raises(InputError, match=f"instructions.jsonl: line 1: {message}"):
-        labelled.read_instructions(path)
+        supervised.read_instructions(path)

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 from llm.common.errors import InputError
-from llm.preprocess import text as records
+from llm.preprocess import text as module
 from llm.preprocess.text import CLEAN, CONTROLS, LINE_ENDS, dedup_key, key_hash, normalise, read_records
 from tests.datasets import write_lines
 
 
 def test_examples() -> None:
-    assert doctest.testmod(records).failed == 0
+    assert doctest.testmod(module).failed == 0
 
 
 def test_normalise() -> None:
@@ -41,7 +41,7 @@ def test_normalise_is_idempotent() -> None:
         assert not re.search(r"[^\S \n\t\xa0]", once)
 
 
-def test_leak_key() -> None:
+def test_dedup_key() -> None:
     assert dedup_key("Free  entry:\n'CALL' n-o-w_!") == dedup_key("free ENTRY call now")
     assert dedup_key("STRASSE ﬁn Ⅷ") == dedup_key("straße fin viii")
     assert dedup_key("one two") != dedup_key("one too")

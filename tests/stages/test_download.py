@@ -99,12 +99,12 @@ def test_an_error_leaves_what_was_there_and_nothing_else() -> None:
         run(**MINE)
     own.write_bytes(before["data/own/pairs.jsonl"])
     assert files() == before
-    assert not Path("data/raw.tmp").exists()
+    assert not Path("data/raw.partial").exists()
 
 
 def test_what_a_killed_run_left_is_no_part_of_the_next() -> None:
-    Path("data/raw.tmp/gpt2").mkdir(parents=True)
-    Path("data/raw.tmp/gpt2/vocab.bpe").write_text("half")
+    Path("data/raw.partial/gpt2").mkdir(parents=True)
+    Path("data/raw.partial/gpt2/vocab.bpe").write_text("half")
     run(**MINE)
     assert sorted(path.name for path in Path("data/raw").iterdir()) == [
         "corpus.jsonl",

@@ -13,9 +13,8 @@ import yaml
 
 from llm.checkpoint.folder import Checkpoint, CheckpointConfig, load_checkpoint, save_checkpoint
 from llm.common.errors import InputError
-from llm.config import parse_params
+from llm.config import SPLITS, parse_params
 from llm.model.gpt import GPT
-from llm.preprocess.text import SPLITS
 from llm.tokenizer.bpe import Tokenizer
 from stages.pretrain import pretrain
 from stages.runtime.run import Run
