@@ -9,12 +9,14 @@ from typing import Any
 
 from llm.common.files import replaced_folder, write_atomic
 from llm.config import KINDS, SCRATCH, Params
+from llm.download.hub import source_files
 from llm.preprocess import data_card, supervised
 from llm.preprocess.corpus import Plan, line_batches, plan_corpus, training_texts
 from llm.preprocess.encode import encode_corpus
 from llm.preprocess.text import read_raw_json
 from llm.preprocess.workers import Workers
 from llm.tokenizer.bpe import Tokenizer
+from llm.tokenizer.load import import_tokenizer
 from stages.runtime.run import Run, main
 
 RAW, TOKENS = Path("data/raw"), Path("data/tokens")
@@ -67,9 +69,7 @@ def make_tokenizer(params: Params, corpus: Path, plan: Plan) -> tuple[str, Token
     """Return the tokenizer of the open weights, GPT-2's, or one trained on the train split, and its name."""
     section, init = params.tokenize.tokenizer, params.pretrain.init
     if init != SCRATCH:
-        from llm.convert.hf import import_tokenizer  # late: it brings torch, which no worker process needs
-
-        return init, import_tokenizer(init).tokenizer
+        return init, import_tokenizer(source_files(init, weights=False)).tokenizer
     if section.kind == "gpt2":
         return section.kind, Tokenizer.gpt2(RAW / "gpt2" / "encoder.json", RAW / "gpt2" / "vocab.bpe")
     texts = training_texts(corpus, plan, section.train_chars)

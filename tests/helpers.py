@@ -10,7 +10,7 @@ from torch import nn
 
 from llm.config import GPTConfig, RuntimeParams, TrainParams
 from llm.tokenizer.bpe import Tokenizer
-from llm.tokenizer.hf import SPLITS
+from llm.tokenizer.pre_tokenizers import PRE_TOKENIZERS
 
 GPT2_FORM: dict[str, Any] = {
     "vocab_size": 61,
@@ -109,6 +109,6 @@ def tiny_tokenizer() -> Tokenizer:
 
 def qwen_tokenizer() -> Tokenizer:
     """One that cuts a text as Qwen's does."""
-    [pattern] = [split.pattern for split in SPLITS if "qwen2" in split.pre]
+    [pattern] = [known.pattern for known in PRE_TOKENIZERS if "qwen2" in known.gguf_names]
     trained = tiny_tokenizer()
     return Tokenizer(trained.ranks, pattern, trained.special_tokens, nfc=True)

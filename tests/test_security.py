@@ -264,11 +264,11 @@ CASES: dict[str, Case] = {
         "theirs", "config.json", "model_type 'evil' is not known",
         changed_json(model_type="evil", auto_map={"AutoConfig": "configuration_evil.Evil"}),
     ),
-    "a pickle called tokenizer.json": inside("theirs", "tokenizer.json", "not a JSON file", pickled),
+    "a pickle called tokenizer.json": inside("theirs", "tokenizer.json", "not valid JSON", pickled),
     "our folder with a pickle called safetensors": inside(
         "ours", "model.safetensors", "cannot be read as safetensors", pickled
     ),
-    "our folder with a pickle called bpe.json": inside("ours", "bpe.json", "not a tokenizer", pickled),
+    "our folder with a pickle called bpe.json": inside("ours", "bpe.json", "not valid JSON", pickled),
     "our config that names a class": inside(
         "ours", "config.json", "_target_: unknown key", changed_json(_target_="os.system", _args_=["touch executed"])
     ),

@@ -144,7 +144,7 @@ def tokenizers_encoder(tokenizer: Tokenizer, documents: Sequence[str]) -> Encode
 
 def write_theirs(folder: Path) -> None:
     """A tokenizer folder in Hugging Face's form too."""
-    from llm.tokenizer.hf import write_tokenizer_json  # it brings torch
+    from llm.tokenizer.hf import write_tokenizer_json
 
     write_tokenizer_json(folder, Tokenizer.load(folder), None, None)
 

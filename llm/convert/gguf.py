@@ -14,14 +14,12 @@ Shapes: D head_dim.
 
 from __future__ import annotations
 
+import contextlib
 import math
-import os
-import struct
 from collections import defaultdict
 from collections.abc import Iterator
 from io import BufferedReader
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -32,10 +30,13 @@ from torch import Tensor
 from llm.checkpoint.folder import Checkpoint, lm_checkpoint
 from llm.checkpoint.weights import assign_tensor, check_layers, stored_tensors, tie_head, without_weights
 from llm.common.errors import InputError
+from llm.common.files import atomic_file
+from llm.common.gguf_header import GGUFHeader, gguf_package, read_exactly, read_gguf_header
+from llm.common.stored_tensor import StoredTensor
 from llm.config import MAX_SIZE, GPTConfig, RopeScaling, explain
 from llm.model.gpt import GPT
 from llm.model.rotary import rotary_frequencies
-from llm.tokenizer.hf import ImportedTokenizer, gguf_tokenizer_fields, tokenizer_from_gguf
+from llm.tokenizer.gguf import gguf_tokenizer_fields, parse_gguf_tokenizer
 
 ARCHITECTURES = ("gpt2", "llama", "qwen2", "qwen3")  # llama: also SmolLM2 and Mistral
 ENDS = {  # our name, GGUF's
@@ -66,28 +67,11 @@ UNDERSTOOD = {  # the metadata of an architecture; with any other key a model mi
     *("rope.scaling.low_freq_factor", "rope.scaling.high_freq_factor"),  # ours, beside what llama.cpp reads
     *("rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow"),
 }
-# ggml's number of a type, struct's letter
-SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-STRING, ARRAY = 8, 9
-ALIGNMENT = 32  # of the tensors, where general.alignment says nothing else
-MAX_HEADER = 2**27  # bytes; as Python values it takes up to eight times as much
 CHUNK = 2**18  # numbers that are dequantised at a time
 WINDOW = "attention.sliding_window"
 POSITIONS = "position_embd.weight"  # llama.cpp's converter keeps it in fp32 whatever the other matrices are in
 FileType = Literal["f32", "f16", "q8_0"]
 FILE_TYPES: dict[FileType, int] = {"f32": 0, "f16": 1, "q8_0": 7}  # general.file_type
-
-
-class StoredTensor(NamedTuple):
-    kind: int  # ggml's number of the type
-    shape: tuple[int, ...]  # as in PyTorch: outermost first
-    start: int  # in the file
-    n_bytes: int
-
-
-class Header(NamedTuple):
-    fields: dict[str, Any]  # metadata as plain Python values
-    tensors: dict[str, StoredTensor]
 
 
 def read_gguf(path: Path, dtype: torch.dtype | None) -> Checkpoint:
@@ -97,9 +81,9 @@ def read_gguf(path: Path, dtype: torch.dtype | None) -> Checkpoint:
     raises `InputError` with one line for whatever is missing, left over, of another shape or not supported. Beside the
     model only a few rows of one tensor are in memory at a time.
     """
-    header = read_header(path)
+    header = read_gguf_header(path)
     config = _config(path, header)
-    tokenizer, template, system = _tokenizer(path, header.fields)
+    tokenizer, template, system = parse_gguf_tokenizer(path, header.fields)
     n_tokens = max(len(header.fields.pop("tokenizer.ggml.tokens")), tokenizer.vocab_size)
     header.fields.pop("tokenizer.ggml.merges", None)  # as large as the tokens; neither is needed beside the weights
     if n_tokens != config.vocab_size:
@@ -123,135 +107,6 @@ def read_gguf(path: Path, dtype: torch.dtype | None) -> Checkpoint:
             assign_tensor(model, name, _read_tensor(file, stored, first_row, order, empty.shape, dtype))
     tie_head(model)
     return lm_checkpoint(model, tokenizer, template, system)
-
-
-def gguf_tokenizer(path: Path) -> ImportedTokenizer:
-    """The tokenizer of a GGUF file, without the weights; raises `InputError` as `read_gguf`."""
-    return _tokenizer(path, read_header(path).fields)
-
-
-def _tokenizer(path: Path, fields: dict[str, Any]) -> ImportedTokenizer:
-    if not isinstance(fields.get("tokenizer.ggml.tokens"), list):
-        raise InputError(f"{path}: there is no tokenizer in it (tokenizer.ggml.tokens); take a file of a whole model")
-    try:
-        return tokenizer_from_gguf(fields)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
-
-
-# ---- the header ------------------------------------------------------------------------------------------------------
-
-
-def read_header(path: Path) -> Header:
-    """Everything but the tensors' numbers. Nothing in it is believed that the size of the file contradicts."""
-    try:
-        with path.open("rb") as file:
-            return _Parser(path, file).header()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); name a .gguf file") from None
-
-
-class _Parser:
-    """Reads a header from front to back; raises `InputError` before it would read beyond the end of the file."""
-
-    def __init__(self, path: Path, file: BufferedReader) -> None:
-        self.path = path
-        self.file = file
-        self.size = os.fstat(file.fileno()).st_size
-        self.at = 0
-
-    def wrong(self, problem: str) -> InputError:
-        return InputError(f"{self.path}: {problem}; download or copy the file again")
-
-    def take(self, n_bytes: int) -> bytearray:
-        self.at += n_bytes
-        if self.at > self.size:
-            raise self.wrong(f"truncated: the header goes on behind the end of the file, at byte {self.size}")
-        if self.at > MAX_HEADER:
-            raise self.wrong(f"damaged: the header is longer than {MAX_HEADER} bytes")
-        return _read(self.file, n_bytes)
-
-    def number(self, code: str) -> Any:
-        return struct.unpack(f"<{code}", self.take(struct.calcsize(f"<{code}")))[0]
-
-    def string(self) -> str:
-        try:
-            return self.take(self.number("Q")).decode("utf-8")
-        except UnicodeDecodeError:
-            raise self.wrong(f"damaged: a text before byte {self.at} is not UTF-8") from None
-
-    def value(self) -> Any:
-        kind = self.number("I")
-        if kind == ARRAY:
-            kind, count = self.number("I"), self.number("Q")
-            if kind == STRING:
-                return [self.string() for _ in range(count)]  # each takes bytes: the file's end ends a false count
-            if kind in SCALARS:
-                content = self.take(count * struct.calcsize(f"<{SCALARS[kind]}"))
-                return list(struct.unpack(f"<{count}{SCALARS[kind]}", content))
-        elif kind == STRING:
-            return self.string()
-        elif kind in SCALARS:
-            return self.number(SCALARS[kind])
-        raise self.wrong(f"damaged: there is no metadata of type {kind} (byte {self.at})")
-
-    def header(self) -> Header:
-        if self.take(min(4, self.size)) != b"GGUF":
-            raise InputError(f"{self.path}: not a GGUF file (it does not begin with GGUF); name a .gguf file")
-        if (version := self.number("I")) not in (2, 3):
-            raise InputError(f"{self.path}: GGUF version {version} is not supported, only 2 and 3; convert it anew")
-        n_tensors, n_fields = self.number("Q"), self.number("Q")
-        fields: dict[str, Any] = {}
-        for _ in range(n_fields):
-            key = self.string()
-            if key in fields:
-                raise self.wrong(f"damaged: metadata {key!r} occurs twice")
-            fields[key] = self.value()
-        found: dict[str, tuple[int, tuple[int, ...], int]] = {}
-        for _ in range(n_tensors):
-            name, n_dims = self.string(), self.number("I")
-            if name in found or not 1 <= n_dims <= 4:
-                raise self.wrong(f"damaged: tensor {name!r} occurs twice or has {n_dims} dimensions")
-            shape = tuple(self.number("Q") for _ in range(n_dims))[::-1]
-            found[name] = (self.number("I"), shape, self.number("Q"))
-        alignment = fields.get("general.alignment", ALIGNMENT)
-        if not isinstance(alignment, int) or alignment < 1:
-            raise self.wrong(f"damaged: general.alignment is {alignment}")
-        data = -(-self.at // alignment) * alignment
-        return Header(fields, self.places(found, data))
-
-    def places(self, found: dict[str, tuple[int, tuple[int, ...], int]], data: int) -> dict[str, StoredTensor]:
-        """Where each tensor lies, the tensors' part beginning at byte `data`; they neither overlap nor leave the file.
-
-        So what is read can never be more than a small multiple of the file.
-        """
-        gguf = _gguf()
-        sizes = {int(kind): size for kind, size in gguf.GGML_QUANT_SIZES.items()}  # numbers and bytes of a block
-        tensors = {}
-        end = data
-        for name, (kind, shape, offset) in sorted(found.items(), key=lambda item: item[1][2]):
-            if kind not in sizes:
-                raise InputError(f"{self.path}: tensor {name!r} has type {kind}, which this gguf package does not know")
-            block, block_bytes = sizes[kind]
-            if shape[-1] % block or 0 in shape:
-                raise self.wrong(f"damaged: tensor {name!r} of shape {list(shape)} is not made of blocks of {block}")
-            n_bytes = math.prod(shape) // block * block_bytes
-            if data + offset < end:
-                raise self.wrong(f"damaged: tensor {name!r} begins inside another one")
-            end = data + offset + n_bytes
-            if end > self.size:
-                raise self.wrong(f"truncated: tensor {name!r} would end at byte {end}, the file ends at {self.size}")
-            tensors[name] = StoredTensor(kind, shape, data + offset, n_bytes)
-        return tensors
-
-
-def _gguf() -> ModuleType:
-    """The `gguf` package, an extra."""
-    try:
-        import gguf
-    except ImportError:
-        raise InputError("GGUF files need the gguf package: pip install 'textmill[gguf]'") from None
-    return gguf
 
 
 # ---- metadata to config ----------------------------------------------------------------------------------------------
@@ -291,7 +146,7 @@ def _decimal(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def _config(path: Path, header: Header) -> GPTConfig:
+def _config(path: Path, header: GGUFHeader) -> GPTConfig:
     fields, tensors = header
     arch = fields.get("general.architecture")
     if arch not in ARCHITECTURES:
@@ -364,7 +219,7 @@ def _rope_scaling(metadata: _Metadata, tensors: dict[str, StoredTensor], config:
     stored = tensors.get("rope_freqs.weight")
     if stored is None:
         return scaling
-    if scaling is not None or arch != "llama" or stored.kind != 0 or stored.shape != (config.head_dim // 2,):
+    if scaling is not None or arch != "llama" or stored.dtype != "F32" or stored.shape != (config.head_dim // 2,):
         raise InputError(f"{path}: tensor rope_freqs.weight of this type and shape is not supported in {arch}")
     with path.open("rb") as file:
         order = torch.arange(stored.shape[0])
@@ -429,9 +284,9 @@ def _neighbours(rows: Tensor, heads: int) -> Tensor:
     return rows.view(heads, 2, -1, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
 
 
-def _check_tensors(path: Path, header: Header, model: GPT) -> None:
+def _check_tensors(path: Path, header: GGUFHeader, model: GPT) -> None:
     """Every tensor of the file has its place in the model and the other way round, with the right shape and a type."""
-    gguf = _gguf()
+    gguf = gguf_package()
     arch = header.fields["general.architecture"]
     expected: dict[str, list[int]] = {"rope_freqs.weight": []} if "rope_freqs.weight" in header.tensors else {}
     for name, tensor in stored_tensors(model).items():
@@ -447,7 +302,7 @@ def _check_tensors(path: Path, header: Header, model: GPT) -> None:
     if extra := sorted(set(header.tensors) - set(expected)):
         raise InputError(f"{path}: tensor {extra[0]!r} has no place in a {arch} model ({len(extra)} left over)")
     for name, stored in header.tensors.items():
-        kind = gguf.GGMLQuantizationType(stored.kind)
+        kind = gguf.GGMLQuantizationType[stored.dtype]
         try:
             gguf.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
         except NotImplementedError:
@@ -458,10 +313,9 @@ def _check_tensors(path: Path, header: Header, model: GPT) -> None:
 
 def _stored_dtype(tensors: dict[str, StoredTensor]) -> torch.dtype:
     """One dtype for the whole model, which cannot mix them: that of the matrices."""
-    kinds = _gguf().GGMLQuantizationType
-    found = {stored.kind for name, stored in tensors.items() if len(stored.shape) > 1 and name != POSITIONS}
-    for kind, dtype in ((kinds.F16, torch.float16), (kinds.BF16, torch.bfloat16)):
-        if found == {kind}:
+    found = {stored.dtype for name, stored in tensors.items() if len(stored.shape) > 1 and name != POSITIONS}
+    for name, dtype in (("F16", torch.float16), ("BF16", torch.bfloat16)):
+        if found == {name}:
             return dtype
     return torch.float32
 
@@ -474,8 +328,8 @@ def _read_tensor(
     The file is read, not mapped, since the pages of a map would count as memory, and a matrix is put in order while it
     is read: a large temporary for each would leave holes in the memory that no later one fits into.
     """
-    gguf = _gguf()
-    kind = gguf.GGMLQuantizationType(stored.kind)
+    gguf = gguf_package()
+    kind = gguf.GGMLQuantizationType[stored.dtype]
     tensor = torch.empty(shape, dtype=dtype)
     if len(shape) == 1:  # a row of blocks cannot be cut before it is dequantised
         numbers = gguf.dequantize(_rows(file, stored.start, 1, stored.n_bytes), kind)[0]
@@ -491,14 +345,7 @@ def _read_tensor(
 def _rows(file: BufferedReader, start: int, rows: int, n_bytes: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """`rows` rows of `n_bytes` bytes each."""
     file.seek(start)
-    return np.frombuffer(_read(file, rows * n_bytes), np.uint8).reshape(rows, n_bytes)
-
-
-def _read(file: BufferedReader, n_bytes: int) -> bytearray:
-    content = bytearray(n_bytes)
-    if file.readinto(content) != n_bytes:
-        raise InputError(f"{file.name}: it became shorter while it was read; try again")
-    return content
+    return np.frombuffer(read_exactly(file, rows * n_bytes), np.uint8).reshape(rows, n_bytes)
 
 
 # ---- out -------------------------------------------------------------------------------------------------------------
@@ -510,7 +357,7 @@ def export_gguf(folder: Checkpoint, out: Path, kind: FileType) -> None:
     `kind` is of the matrices: vectors and learned positions stay in fp32, and where a row is no whole number of blocks
     q8_0 becomes f16. Raises `InputError` for a model that none of llama.cpp's architectures computes.
     """
-    gguf = _gguf()
+    gguf = gguf_package()
     if out.is_dir():
         raise InputError(f"{out}: a folder has this name; name a file, such as {out / 'model.gguf'}")
     if not isinstance(folder.model, GPT):
@@ -518,10 +365,7 @@ def export_gguf(folder: Checkpoint, out: Path, kind: FileType) -> None:
     arch, form = _form(folder.config.gpt)
     with without_weights():
         layout = stored_tensors(GPT(form))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(out.name + ".partial")
-    writer = gguf.GGUFWriter(partial, arch)
-    try:
+    with atomic_file(out) as draft, contextlib.closing(gguf.GGUFWriter(draft, arch)) as writer:
         for key, value in (_metadata_out(arch, form, out.stem, kind) | _tokenizer_out(folder)).items():
             writer.add_key_value(key, value, _value_type(value))
         for name, tensor in _tensors_out(arch, form, layout, layout):
@@ -538,13 +382,6 @@ def export_gguf(folder: Checkpoint, out: Path, kind: FileType) -> None:
                     f"{name} would hold {largest:.4g}, no number of half precision; export with --dtype f32"
                 )
             writer.write_tensor_data(gguf.quantize(tensor.cpu().numpy(), type_out))
-        writer.close()
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(out)
-    finally:
-        writer.close()
-        partial.unlink(missing_ok=True)
 
 
 def _tensors_out(
@@ -651,7 +488,7 @@ def _tokenizer_out(folder: Checkpoint) -> dict[str, Any]:
     fields = gguf_tokenizer_fields(folder.tokenizer, folder.config.template, folder.config.system)
     tokens, types = (list(fields[f"tokenizer.ggml.{name}"]) for name in ("tokens", "token_type"))
     spare = range(len(tokens), folder.config.gpt.vocab_size)
-    unused = int(_gguf().TokenType.UNUSED)
+    unused = int(gguf_package().TokenType.UNUSED)
     return fields | {
         "tokenizer.ggml.tokens": [*tokens, *(f"[PAD{i}]" for i in spare)],
         "tokenizer.ggml.token_type": [*types, *(unused for _ in spare)],
@@ -659,13 +496,13 @@ def _tokenizer_out(folder: Checkpoint) -> dict[str, Any]:
 
 
 def _value_type(value: Any) -> Any:
-    kinds = _gguf().GGUFValueType
+    kinds = gguf_package().GGUFValueType
     by_type = {bool: kinds.BOOL, int: kinds.UINT32, float: kinds.FLOAT32, str: kinds.STRING, list: kinds.ARRAY}
     return by_type[type(value)]
 
 
 def _type_out(name: str, tensor: Tensor, kind: FileType) -> Any:
-    kinds = _gguf().GGMLQuantizationType
+    kinds = gguf_package().GGMLQuantizationType
     if kind == "f32" or tensor.ndim == 1 or name == POSITIONS:
         return kinds.F32
     return kinds.Q8_0 if kind == "q8_0" and tensor.shape[1] % 32 == 0 else kinds.F16

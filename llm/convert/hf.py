@@ -13,14 +13,14 @@ import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from llm.checkpoint.folder import Checkpoint, lm_checkpoint, load_checkpoint, read_checkpoint_config
+from llm.checkpoint.folder import Checkpoint, lm_checkpoint, load_checkpoint
 from llm.checkpoint.weights import (
     assign_tensor,
     check_layers,
@@ -31,17 +31,17 @@ from llm.checkpoint.weights import (
     write_tensors,
 )
 from llm.common.errors import InputError
-from llm.common.files import parse_json, replaced_folder
+from llm.common.files import read_json_object, replaced_folder
+from llm.common.stored_tensor import StoredTensor
 from llm.config import GPTConfig, Layers, NonNegative, NonNegativeFloat, Positive, PositiveFloat, RopeScaling, explain
+from llm.download.hub import PICKLED, source_files
 from llm.model.gpt import GPT
 from llm.tokenizer.bpe import FILE_NAME as OUR_TOKENIZER
-from llm.tokenizer.hf import ImportedTokenizer, read_tokenizer_json, write_tokenizer_json
+from llm.tokenizer.hf import read_tokenizer_json, write_tokenizer_json
 from llm.tokenizer.prompts import end_tokens
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-TEXT_FILES = ["*.json", "*.txt", "*.jinja"]  # all that a hub folder needs besides its weights
+COPY = "give a folder with config.json, weights and tokenizer"
 DTYPES = ("F32", "F16", "BF16")  # as safetensors names them
 
 
@@ -76,46 +76,6 @@ def import_model(source: str, dtype: torch.dtype | None = None) -> Checkpoint:
         model = GPT(config)
     read_weights(model, path, found, NAMES[form.model_type], dtype)
     return lm_checkpoint(model, tokenizer, template, system)
-
-
-def import_tokenizer(source: str) -> ImportedTokenizer:
-    """The tokenizer and chat template of a source, without its weights."""
-    path = source_files(source, weights=False)
-    if path.is_file():
-        from llm.convert.gguf import gguf_tokenizer
-
-        return gguf_tokenizer(path)
-    if (path / OUR_TOKENIZER).is_file():
-        config, tokenizer = read_checkpoint_config(path)
-        return ImportedTokenizer(tokenizer, config.template, config.system)
-    return read_tokenizer_json(path)
-
-
-def source_files(source: str, weights: bool = True) -> Path:
-    """The folder or .gguf file that a source is; a hub name is fetched into huggingface_hub's cache, or found there.
-
-    Of a hub's folder only what we read is fetched, never a pickled file; without `weights` only the small files.
-    """
-    path = Path(source)
-    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
-        return path
-    if path.exists() or path.suffix == ".gguf" or not HUB_NAME.fullmatch(source):
-        problem = "no folder and no .gguf file" if path.exists() else "not found"
-        if any(path.match(pattern) for pattern in PICKLED):
-            problem += "; pickled files are not read: unpickling executes code"
-        raise InputError(f"{source}: {problem}; give a model folder, a .gguf file or a hub name such as org/name")
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise InputError(
-            f"{source}: no such folder, and for a hub name huggingface_hub is missing; pip install 'textmill[hf]'"
-        ) from None
-    patterns = [*TEXT_FILES, "*.safetensors"] if weights else TEXT_FILES
-    try:  # subfolders and consolidated files hold the same weights again, in other formats
-        return Path(snapshot_download(source, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"]))
-    except Exception as error:  # offline, not cached, no such name, no permission: of several libraries' classes
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{source}: no such folder, and the hub did not give it ({reason}); check the name") from None
 
 
 # ---- configs of the families -----------------------------------------------------------------------------------------
@@ -354,7 +314,7 @@ class LlamaForm(Form):
 
 def read_form(path: Path) -> GPT2Form | LlamaForm:
     """A `config.json` of transformers; raises `InputError` for one that `GPT` cannot express."""
-    content = read_json(path)
+    content = read_json_object(path, COPY)
     model_type = content.get("model_type")
     if str(model_type) not in NAMES:
         raise InputError(f"{path}: model_type {model_type!r} is not known; known are {', '.join(NAMES)}")
@@ -382,18 +342,6 @@ def form_of(gpt: GPTConfig) -> GPT2Form | LlamaForm:
     if problems:
         raise InputError(f"transformers' form {form.model_type} has no place for {', '.join(problems)}")
     return form
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = parse_json(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: missing; give a folder with config.json, weights and tokenizer") from None
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON ({error}); make or copy the file again") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: expected an object, found {type(content).__name__}; make or copy the file again")
-    return content
 
 
 # ---- names of the families -------------------------------------------------------------------------------------------
@@ -454,12 +402,6 @@ def joined(names: dict[str, str], ours: Iterable[str]) -> dict[str, list[str]]:
 # ---- weights in ------------------------------------------------------------------------------------------------------
 
 
-class StoredTensor(NamedTuple):
-    path: Path
-    shape: list[int]
-    dtype: str
-
-
 def read_weights(
     model: GPT, folder: Path, found: dict[str, StoredTensor], names: dict[str, str], dtype: torch.dtype | None
 ) -> None:
@@ -475,8 +417,10 @@ def read_weights(
             shape.reverse()
         if theirs not in found:
             raise InputError(f"{folder}: tensor {theirs} is missing from the weights; config.json asks for it")
-        if found[theirs].shape != shape:
-            raise InputError(f"{folder}: tensor {theirs} has shape {found[theirs].shape}, config.json asks for {shape}")
+        if list(found[theirs].shape) != shape:
+            raise InputError(
+                f"{folder}: tensor {theirs} has shape {list(found[theirs].shape)}, config.json asks for {shape}"
+            )
         if found[theirs].dtype not in DTYPES:
             raise InputError(
                 f"{folder}: tensor {theirs} is stored as {found[theirs].dtype}; read are {', '.join(DTYPES)}"
@@ -520,7 +464,7 @@ def stored_in(folder: Path) -> dict[str, StoredTensor]:
                     if name in found:
                         raise InputError(f"{path}: tensor {name} is also in {found[name].path.name}")
                     part = file.get_slice(name)
-                    found[name] = StoredTensor(path, part.get_shape(), part.get_dtype())
+                    found[name] = StoredTensor(path, tuple(part.get_shape()), part.get_dtype())
         except (SafetensorError, OSError) as error:
             raise unreadable(path, error) from None
     return found
@@ -537,7 +481,7 @@ def weight_files(folder: Path) -> list[Path]:
             + (f"{pickled[0]} is not read: unpickling executes code; " if pickled else "pickled weights are not read; ")
             + "take or make the weights as safetensors"
         )
-    shards = read_json(index).get("weight_map")
+    shards = read_json_object(index, COPY).get("weight_map")
     if not isinstance(shards, dict) or not all(Path(str(name)).name == name for name in shards.values()):
         raise InputError(f"{index}: weight_map must name a file of this folder for each tensor; fetch it again")
     names = sorted(set(shards.values()))

@@ -24,7 +24,7 @@ import rustbpe
 import tiktoken
 
 from llm.common.errors import InputError
-from llm.common.files import parse_json
+from llm.common.files import read_json, read_json_object, write_atomic
 
 FILE_NAME = "bpe.json"
 END_OF_TEXT = "<|endoftext|>"
@@ -57,20 +57,20 @@ class Tokenizer:
         ranks: Sequence[bytes | None],
         pattern: str,
         special_tokens: dict[str, int],
-        end: str = END_OF_TEXT,
-        begin: str | None = None,
+        eot_token: str = END_OF_TEXT,
+        bos_token: str | None = None,
         nfc: bool = False,
         user_defined: Sequence[str] = (),
     ) -> None:
-        """`ranks`: the bytes of each id, in the order of merging; None where it is a special token or nothing.
+        """Make a tokenizer of `ranks`, the bytes of each id in the order of merging; None for any other id.
 
-        `end` names the special token that stands between texts, `begin` the one that a model expects before each text,
-        `user_defined` those that other tools show in what a model writes, such as Qwen's <think>.
+        `eot_token` is the special token that stands between texts, `bos_token` the one that a model expects before
+        each text, `user_defined` those that other tools show in a model's text, such as Qwen's <think>.
         """
         self.ranks = list(ranks)
         self.pattern = pattern
         self.special_tokens = special_tokens
-        self.end, self.begin = end, begin
+        self.eot_token, self.bos_token = eot_token, bos_token
         self.nfc, self.user_defined = nfc, list(user_defined)
         self.vocab_size = max(len(self.ranks), *(number + 1 for number in special_tokens.values()))
         mergeable = {token: rank for rank, token in enumerate(ranks) if token is not None}
@@ -80,12 +80,13 @@ class Tokenizer:
         self._encoding = tiktoken.Encoding(
             "llm", pat_str=pattern, mergeable_ranks=mergeable, special_tokens=special_tokens
         )
-        self.eot = special_tokens[end]
-        self.bos = None if begin is None else special_tokens[begin]
+        self.eot = special_tokens[eot_token]
+        self.bos = None if bos_token is None else special_tokens[bos_token]
         named = set(special_tokens.values())
         self._unused = {i for i in range(self.vocab_size) if i not in named and (i >= len(ranks) or ranks[i] is None)}
 
     def encode(self, text: str) -> list[int]:
+        """Return the ids of a text, none of them a special token's."""
         ids = []
         for part in self._parts(text):
             new = self._encoding.encode_ordinary(part)
@@ -95,7 +96,7 @@ class Tokenizer:
         return ids
 
     def encode_array(self, text: str) -> np.ndarray[Any, np.dtype[np.uint32]]:
-        """The same ids as `encode`, without a Python list: much smaller for long texts."""
+        """Return the ids of `encode` without a Python list: much smaller for long texts."""
         arrays = []
         for part in self._parts(text):
             new = self._encoding.encode_to_numpy(part, disallowed_special=())
@@ -108,34 +109,35 @@ class Tokenizer:
         return _parts(unicodedata.normalize("NFC", text) if self.nfc else text)
 
     def _encode_without_missing(self, text: str) -> list[int]:
-        """The ids of a text with bytes that have no token: what is left of each piece merges across them."""
+        """Return the ids of a text with bytes that have no token; the rest of each piece merges across them."""
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # as tiktoken does
         pieces = regex.findall(self.pattern, text, flags=regex.VERSION1)
         rest = [piece.encode().translate(None, self.missing_bytes) for piece in pieces]
         return [number for piece in rest if piece for number in self._encoding._encode_single_piece(piece)]
 
     def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
+        """Return the ids of each text."""
         with ThreadPoolExecutor(threads) as pool:  # tiktoken lets go of the interpreter lock while it encodes
             return list(pool.map(self.encode, texts))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Bytes that are no UTF-8, such as half a character, become U+FFFD."""
+        """Return the text of ids; bytes that are no UTF-8, such as half a character, become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        """Ids that stand for nothing, such as the spare rows of an open model's embedding, give nothing."""
+        """Return the bytes of ids; unused ones, such as spare rows of an open model's embedding, give none."""
         return self._encoding.decode_bytes([i for i in ids if i < self.vocab_size and i not in self._unused])
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Tokenizer) and self._content() == other._content()
 
     def _content(self) -> dict[str, Any]:
-        """All that makes it what it is, as `bpe.json` has it."""
+        """Return the content of `bpe.json`, by which tokenizers are equal."""
         return {
             "pattern": self.pattern,
             "special_tokens": self.special_tokens,
-            "end": self.end,
-            "begin": self.begin,
+            "end": self.eot_token,
+            "begin": self.bos_token,
             **({"nfc": True} if self.nfc else {}),
             **({"user_defined": self.user_defined} if self.user_defined else {}),
             **({"missing_bytes": list(self.missing_bytes)} if self.missing_bytes else {}),
@@ -143,35 +145,31 @@ class Tokenizer:
         }
 
     def save(self, folder: Path) -> None:
-        """Writes `bpe.json`; the same tokenizer gives the same bytes."""
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f"{FILE_NAME}.partial"
-        partial.write_text(json.dumps(self._content(), ensure_ascii=False, indent=0) + "\n", encoding="utf-8")
-        partial.replace(folder / FILE_NAME)
+        """Write `bpe.json`; the same tokenizer gives the same bytes."""
+        write_atomic(folder / FILE_NAME, json.dumps(self._content(), ensure_ascii=False, indent=0) + "\n")
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
+        """Read `bpe.json`; raise `InputError` for a missing or damaged one."""
         path = folder / FILE_NAME
+        content = read_json_object(path, "it is written by the tokenize stage")
         try:
-            content = parse_json(path.read_text(encoding="utf-8"))
             ranks = [token and base64.b64decode(token, validate=True) for token in content["ranks"]]
             special_tokens = {str(token): int(number) for token, number in content["special_tokens"].items()}
-            pattern, end = str(content["pattern"]), str(content["end"])
-            begin = None if content["begin"] is None else str(content["begin"])
+            pattern, eot_token = str(content["pattern"]), str(content["end"])
+            bos_token = None if content["begin"] is None else str(content["begin"])
             nfc, missing = content.get("nfc") is True, bytes([*content.get("missing_bytes", [])])
             user_defined = [str(name) for name in content.get("user_defined", [])]
-            _check(path, ranks, special_tokens, end, begin, missing)
-            return cls(ranks, pattern, special_tokens, end, begin, nfc, user_defined)
+            _check(path, ranks, special_tokens, (eot_token, bos_token), missing)
+            return cls(ranks, pattern, special_tokens, eot_token, bos_token, nfc, user_defined)
         except InputError:
             raise
-        except FileNotFoundError:
-            raise InputError(f"{path}: there is no tokenizer here; it is written by the tokenize stage") from None
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
             raise InputError(f"{path}: not a tokenizer ({_one_line(error)}); write it again") from None
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
-        """A vocabulary of exactly `vocab_size`, special tokens included.
+        """Train a vocabulary of exactly `vocab_size`, special tokens included.
 
         The same texts in the same order give the same merges, whatever the number of threads.
         """
@@ -191,14 +189,16 @@ class Tokenizer:
 
     @classmethod
     def gpt2(cls, encoder_json: Path, vocab_bpe: Path) -> Tokenizer:
-        """GPT-2's 50,257 tokens from the two files that OpenAI published."""
+        """Build GPT-2's 50,257 tokens from the two files that OpenAI published."""
         try:
-            encoder = parse_json(encoder_json.read_text(encoding="utf-8"))
+            encoder = read_json(encoder_json, "the download stage fetches it")
             merges = [tuple(line.split(" ")) for line in vocab_bpe.read_text(encoding="utf-8").splitlines()[1:] if line]
-        except FileNotFoundError as error:
-            raise InputError(f"{error.filename}: file not found; the download stage fetches it") from None
+        except InputError:
+            raise
+        except FileNotFoundError:
+            raise InputError(f"{vocab_bpe}: missing; the download stage fetches it") from None
         except (OSError, ValueError) as error:
-            raise InputError(f"{encoder_json}, {vocab_bpe}: not GPT-2's files ({_one_line(error)})") from None
+            raise InputError(f"{vocab_bpe}: not GPT-2's merges ({_one_line(error)}); fetch it again") from None
         # The ids follow the merges: 256 bytes, then one token for each merge. tiktoken relies on it.
         byte_of = bytes_to_unicode()
         tokens = [*byte_of, *("".join(pair) for pair in merges), END_OF_TEXT]
@@ -209,7 +209,7 @@ class Tokenizer:
 
 
 def _parts(text: str) -> list[str]:
-    """The text, cut inside longer runs of white space than the patterns' backtracking survives."""
+    """Split a text inside runs of white space that are too long for the patterns' backtracking."""
     if len(text) <= MAX_SPACES:
         return [text]
     ends = [match.end() for match in LONG_SPACES.finditer(text)]
@@ -217,8 +217,13 @@ def _parts(text: str) -> list[str]:
 
 
 def _check(
-    path: Path, ranks: list[bytes | None], special_tokens: dict[str, int], end: str, begin: str | None, missing: bytes
+    path: Path,
+    ranks: list[bytes | None],
+    special_tokens: dict[str, int],
+    named: tuple[str | None, ...],
+    missing: bytes,
 ) -> None:
+    """Raise `InputError` for tokens that do not make a tokenizer."""
     tokens = [token for token in ranks if token]
     alone = {token[0] for token in tokens if len(token) == 1}
     if len(set(tokens)) != len(tokens) or alone != set(range(256)) - set(missing):
@@ -229,7 +234,7 @@ def _check(
             f"{path}: a special token has the id of another token, or none below {MAX_VOCAB_SIZE:,}; "
             "write the tokenizer again"
         )
-    for name in (end, begin):
+    for name in named:
         if name is not None and name not in special_tokens:
             raise InputError(f"{path}: the special token {name} is missing; write the tokenizer again")
 
@@ -239,7 +244,7 @@ def _one_line(error: Exception) -> str:
 
 
 def bytes_to_unicode() -> dict[str, int]:
-    """The character that stands for each byte in GPT-2's files, in the order of the ids.
+    """Return the character that stands for each byte in GPT-2's files, in the order of the ids.
 
     Bytes that print stand for themselves; the others are shifted to the characters from 256 on, so that no token holds
     white space: the space is U+0120, a line end U+010A.

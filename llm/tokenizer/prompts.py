@@ -1,51 +1,167 @@
-"""Prompt templates."""
+"""Prompt templates: one class for each way in which an instruct model is asked."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import re
+from abc import ABC, abstractmethod
 
 from llm.config import Template
 from llm.tokenizer.bpe import END_OF_TEXT, Tokenizer
 
-# Alpaca's template (Taori et al. 2023): the instruction and the response each follow their heading.
-ALPACA_PREAMBLE = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request."
-)
+MARKER = re.compile(r"(<\|\w+\|>)")
 
 
-ALPACA_INSTRUCTION = "\n\n### Instruction:\n"
+class PromptTemplate(ABC):
+    """A prompt of one question for the model, and the same prompt as a chat template for other tools."""
+
+    marker: str  # text that only chat templates of this kind have
+    turn_end: str | None = None  # the token behind a response; None: the end of the text
+    other_ends: tuple[str, ...] = ()  # further tokens that a model may end a response with
+    has_system = True
+
+    @abstractmethod
+    def encode(self, tokenizer: Tokenizer, instruction: str, input: str = "", system: str | None = None) -> list[int]:
+        """Return the tokens up to where the response starts; no text of the user becomes a special token."""
+
+    @abstractmethod
+    def jinja(self, tokenizer: Tokenizer, system: str | None) -> str:
+        """Return the Jinja template that writes the same prompt, for chats of any length."""
+
+    def stop_token(self, tokenizer: Tokenizer) -> int:
+        """Return the token that ends a response in training."""
+        return tokenizer.special_tokens.get(self.turn_end or tokenizer.eot_token, tokenizer.eot)
+
+    def stop_tokens(self, tokenizer: Tokenizer) -> set[int]:
+        """Return all tokens that a model may end its response with."""
+        known = tokenizer.special_tokens
+        return {tokenizer.eot, *(known[name] for name in (self.turn_end, *self.other_ends) if name in known)}
 
 
-ALPACA_RESPONSE = "\n\n### Response:\n"
+class AlpacaTemplate(PromptTemplate):
+    """Alpaca's template (Taori et al. 2023): the instruction and the response each follow their heading."""
+
+    marker = "### Instruction"
+    has_system = False
+    preamble = (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+    )
+    instruction = "\n\n### Instruction:\n"
+    response = "\n\n### Response:\n"
+
+    def encode(self, tokenizer: Tokenizer, instruction: str, input: str = "", system: str | None = None) -> list[int]:
+        more = f"\n\n### Input:\n{input}" if input else ""
+        text = f"{self.preamble}{self.instruction}{instruction}{more}{self.response}"
+        return _bos_ids(tokenizer) + tokenizer.encode(text)
+
+    def jinja(self, tokenizer: Tokenizer, system: str | None) -> str:
+        preamble, instruction, response = map(_quoted, (self.preamble, self.instruction, self.response))
+        content = "message['content']"
+        return (
+            f"{_jinja_bos(tokenizer)}"
+            f"{{{{ messages[0]['content'] if messages[0]['role'] == 'system' else {preamble} }}}}"
+            f"{{% for message in messages %}}{{% if message['role'] == 'user' %}}{{{{ {instruction} + {content} }}}}"
+            "{% elif message['role'] == 'assistant' %}"
+            f"{{{{ {response} + {content} + {_quoted(tokenizer.eot_token)} }}}}"
+            f"{{% endif %}}{{% endfor %}}{{% if add_generation_prompt %}}{{{{ {response} }}}}{{% endif %}}"
+        )
+
+
+class TurnsTemplate(PromptTemplate):
+    """A chat of turns: `head`, the role, `middle`, the text, `tail`."""
+
+    head: str
+    middle: str
+    tail: str
+    strips = False  # whether white space around a question is removed
+
+    def encode(self, tokenizer: Tokenizer, instruction: str, input: str = "", system: str | None = None) -> list[int]:
+        question = f"{instruction}\n{input}" if input else instruction
+        turns = [("user", question.strip() if self.strips else question)]
+        if system is not None:
+            turns.insert(0, ("system", system))
+        head, middle, tail = (_marked(tokenizer, text) for text in (self.head, self.middle, self.tail))
+        parts = [part for role, text in turns for part in (*head, role, *middle, text, *tail)]
+        return _bos_ids(tokenizer) + _encode_parts(tokenizer, [*parts, *head, "assistant", *middle])
+
+    def jinja(self, tokenizer: Tokenizer, system: str | None) -> str:
+        head, middle, tail = map(_quoted, (self.head, self.middle, self.tail))
+        content = "message['content'] | trim" if self.strips else "message['content']"
+        given = ""
+        if system is not None:
+            turn = _quoted(f"{self.head}system{self.middle}{system}{self.tail}")
+            given = f"{{% if messages[0]['role'] != 'system' %}}{{{{ {turn} }}}}{{% endif %}}"
+        response = _quoted(f"{self.head}assistant{self.middle}")
+        return (
+            f"{_jinja_bos(tokenizer)}{given}{{% for message in messages %}}"
+            f"{{{{ {head} + message['role'] + {middle} + ({content}) + {tail} }}}}{{% endfor %}}"
+            f"{{% if add_generation_prompt %}}{{{{ {response} }}}}{{% endif %}}"
+        )
+
+
+class ChatMLTemplate(TurnsTemplate):
+    """OpenAI's ChatML, as Qwen and SmolLM2 use it."""
+
+    marker = "<|im_start|>"
+    turn_end = "<|im_end|>"
+    other_ends = (END_OF_TEXT,)
+    head, middle, tail = "<|im_start|>", "\n", "<|im_end|>\n"
+
+
+class Llama3Template(TurnsTemplate):
+    """Llama 3's chats."""
+
+    marker = "<|start_header_id|>"
+    turn_end = "<|eot_id|>"
+    other_ends = ("<|eom_id|>", "<|end_of_text|>")
+    head, middle, tail = "<|start_header_id|>", "<|end_header_id|>\n\n", "<|eot_id|>"
+    strips = True
+
+
+TEMPLATES: dict[Template, PromptTemplate] = {
+    "chatml": ChatMLTemplate(),
+    "llama3": Llama3Template(),
+    "alpaca": AlpacaTemplate(),
+}
 
 
 def encode_prompt(
     tokenizer: Tokenizer, template: Template, instruction: str, input: str = "", system: str | None = None
 ) -> list[int]:
-    """Everything up to where the response starts. What the user wrote never becomes a special token."""
-    bos = [] if tokenizer.bos is None else [tokenizer.bos]
-    if template == "alpaca":
-        more = f"\n\n### Input:\n{input}" if input else ""
-        return bos + tokenizer.encode(f"{ALPACA_PREAMBLE}{ALPACA_INSTRUCTION}{instruction}{more}{ALPACA_RESPONSE}")
-    question = f"{instruction}\n{input}" if input else instruction
-    if template == "llama3":
-        question = question.strip()  # as in Llama 3's own template
-    turns = [("user", question)] if system is None else [("system", system), ("user", question)]
-    # A marker of a chat is one token where the tokenizer has it (ours do), its characters where not (GPT-2's).
-    names = ("<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
-    im_start, im_end, header, header_end, eot = (tokenizer.special_tokens.get(name, name) for name in names)
-    parts: list[int | str] = []
-    for role, text in turns:
-        if template == "llama3":
-            parts += [header, role, header_end, f"\n\n{text}", eot]
-        else:
-            parts += [im_start, f"{role}\n{text}", im_end, "\n"]
-    parts += [header, "assistant", header_end, "\n\n"] if template == "llama3" else [im_start, "assistant\n"]
-    return bos + _encode_parts(tokenizer, parts)
+    """Return the tokens of a prompt up to where the response starts; see `PromptTemplate.encode`."""
+    return TEMPLATES[template].encode(tokenizer, instruction, input, system)
 
 
-def _encode_parts(tokenizer: Tokenizer, parts: Sequence[int | str]) -> list[int]:
-    """Tokens as they are, and what text stands between them encoded as a whole."""
+def stop_token(tokenizer: Tokenizer, template: Template) -> int:
+    """Return the token that ends a response in training."""
+    return TEMPLATES[template].stop_token(tokenizer)
+
+
+def end_tokens(tokenizer: Tokenizer, template: Template | None) -> set[int]:
+    """Return all tokens that a model may end its text with."""
+    return {tokenizer.eot} if template is None else TEMPLATES[template].stop_tokens(tokenizer)
+
+
+def _bos_ids(tokenizer: Tokenizer) -> list[int]:
+    return [] if tokenizer.bos is None else [tokenizer.bos]
+
+
+def _jinja_bos(tokenizer: Tokenizer) -> str:
+    return "" if tokenizer.bos_token is None else f"{{{{ {_quoted(tokenizer.bos_token)} }}}}"
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _marked(tokenizer: Tokenizer, text: str) -> list[int | str]:
+    """Split text at its markers: one token each where the tokenizer has it, else (GPT-2) the marker's characters."""
+    parts = MARKER.split(text)
+    return [tokenizer.special_tokens.get(part, part) if MARKER.fullmatch(part) else part for part in parts]
+
+
+def _encode_parts(tokenizer: Tokenizer, parts: list[int | str]) -> list[int]:
+    """Return tokens as they are, and the text between two of them encoded as a whole."""
     ids: list[int] = []
     text = ""
     for part in parts:
@@ -55,16 +171,3 @@ def _encode_parts(tokenizer: Tokenizer, parts: Sequence[int | str]) -> list[int]
         else:
             text += part
     return ids + tokenizer.encode(text)
-
-
-def stop_token(tokenizer: Tokenizer, template: Template) -> int:
-    """The token that ends a response."""
-    name = {"alpaca": tokenizer.end, "chatml": "<|im_end|>", "llama3": "<|eot_id|>"}[template]
-    return tokenizer.special_tokens.get(name, tokenizer.eot)
-
-
-def end_tokens(tokenizer: Tokenizer, template: Template | None) -> set[int]:
-    """All tokens that a model may end its text with: the end of a text, and that of a turn in its template."""
-    turns = {"chatml": ("<|im_end|>", END_OF_TEXT), "llama3": ("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>")}
-    names = turns.get(template or "", ())
-    return {tokenizer.eot, *(tokenizer.special_tokens[name] for name in names if name in tokenizer.special_tokens)}

@@ -339,7 +339,7 @@ def test_import_of_a_base_with_an_adapter(cli: Cli, folders: Folders, tmp_path: 
 
 def test_a_begin_token_stands_before_the_prompt(cli: Cli, folders: Folders, tmp_path: Path) -> None:
     plain = Tokenizer.load(folders.base)
-    tokenizer = Tokenizer(plain.ranks, plain.pattern, plain.special_tokens, begin="<|im_start|>")
+    tokenizer = Tokenizer(plain.ranks, plain.pattern, plain.special_tokens, bos_token="<|im_start|>")
     folder = saved(tmp_path / "begin", tokenizer, "base")
     model = load_checkpoint(folder).model
     assert isinstance(model, GPT) and tokenizer.bos is not None

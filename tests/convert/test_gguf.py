@@ -21,10 +21,11 @@ from llm.checkpoint.folder import Checkpoint, CheckpointConfig
 from llm.checkpoint.weights import stored_tensors
 from llm.common.errors import InputError
 from llm.config import RopeScaling
-from llm.convert.gguf import export_gguf, gguf_tokenizer, read_gguf
+from llm.convert.gguf import export_gguf, read_gguf
 from llm.inference.generate import generate
 from llm.model.classifier import GPTClassifier
 from llm.model.gpt import GPT
+from llm.tokenizer.gguf import read_gguf_tokenizer
 from llm.tokenizer.prompts import encode_prompt
 from tests.helpers import LLAMA_FORM, gpt_config, randomize, tiny_tokenizer
 
@@ -176,7 +177,10 @@ def test_a_round_trip_is_exact(name: str, tmp_path: Path) -> None:
     idx = torch.randint(0, 280, (2, 20), generator=torch.Generator().manual_seed(0))
     assert torch.equal(model(idx), folder.model(idx))
     assert tokenizer.encode(PROMPT) == folder.tokenizer.encode(PROMPT)
-    assert tokenizer.special_tokens == folder.tokenizer.special_tokens and tokenizer.end == folder.tokenizer.end
+    assert (
+        tokenizer.special_tokens == folder.tokenizer.special_tokens
+        and tokenizer.eot_token == folder.tokenizer.eot_token
+    )
 
 
 def test_biases_that_gpt2_must_have_are_written_as_zero(tmp_path: Path) -> None:
@@ -273,7 +277,7 @@ def test_an_instruct_model_keeps_its_template(tmp_path: Path) -> None:
     folder = folder_of(LLAMA, kind="instruct", template="chatml", system="Be brief.")
     export_gguf(folder, tmp_path / "model.gguf", "f16")
     assert read_gguf(tmp_path / "model.gguf", None).config == folder.config
-    assert gguf_tokenizer(tmp_path / "model.gguf").template == "chatml"
+    assert read_gguf_tokenizer(tmp_path / "model.gguf").template == "chatml"
 
 
 def test_the_same_model_gives_the_same_bytes_and_replaces_the_file_whole(tmp_path: Path) -> None:

@@ -21,11 +21,12 @@ import llm.convert.hf
 from llm.checkpoint.folder import Checkpoint, CheckpointConfig, save_checkpoint
 from llm.common.errors import InputError
 from llm.config import GPTConfig, RopeScaling
-from llm.convert.hf import describe, export_hf, import_model, import_tokenizer, source_files
+from llm.convert.hf import describe, export_hf, import_model
 from llm.inference.generate import generate
 from llm.model.classifier import GPTClassifier
 from llm.model.gpt import GPT
 from llm.tokenizer.hf import write_tokenizer_json
+from llm.tokenizer.load import import_tokenizer
 from tests.helpers import FORMS, LLAMA_FORM, SHIPPED_FORM, gpt_config, qwen_tokenizer, randomize, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -467,41 +468,16 @@ def test_a_hub_name_comes_from_the_cache_without_a_network(sound: Path, tmp_path
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("abc")
     code = (
-        "import sys\nfrom llm.convert.hf import import_model, import_tokenizer\n"
+        "from llm.convert.hf import import_model\n"
+        "from llm.download.hub import source_files\nfrom llm.tokenizer.load import import_tokenizer\n"
         "print(sum(p.numel() for p in import_model('some/model').model.parameters()))\n"
-        "print(import_tokenizer('some/model').tokenizer.vocab_size)\n"
+        "print(import_tokenizer(source_files('some/model', weights=False)).tokenizer.vocab_size)\n"
     )
     env = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     env.pop("HF_HUB_CACHE", None)
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
     expected = sum(p.numel() for p in import_model(str(sound)).model.parameters())
     assert done.stdout == f"{expected}\n280\n"
-
-
-def test_no_pickle_is_fetched_from_the_hub(monkeypatch: pytest.MonkeyPatch, sound: Path) -> None:
-    huggingface_hub = pytest.importorskip("huggingface_hub")
-    wanted = ["config.json", "tokenizer.json", "chat_template.jinja", "merges.txt", "model.safetensors.index.json"]
-    weights = ["model.safetensors", "model-00001-of-00002.safetensors"]
-    others = ["pytorch_model.bin", "flax_model.msgpack", "original/consolidated.00.pth", "onnx/model.onnx", "README.md"]
-    others += ["onnx/config.json", "consolidated.safetensors", "modeling_custom.py", "model.gguf"]
-
-    def fetched(name: str, **options: Any) -> str:
-        assert name == "some/model"
-        files = [*wanted, *weights, *others]
-        chosen.append(set(huggingface_hub.utils.filter_repo_objects(files, **options)))
-        return str(sound)
-
-    chosen: list[set[str]] = []
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetched)
-    assert source_files("some/model") == sound
-    import_tokenizer("some/model")
-    assert chosen == [{*wanted, *weights}, set(wanted)]
-
-
-def test_a_hub_name_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(InputError, match=r"some/model: no such folder, .* pip install 'textmill\[hf\]'"):
-        source_files("some/model")
 
 
 def test_a_model_folder_of_ours_is_a_source_too(tmp_path: Path) -> None:
@@ -512,7 +488,7 @@ def test_a_model_folder_of_ours_is_a_source_too(tmp_path: Path) -> None:
     imported = import_model(str(tmp_path / "ours"))
     assert same_weights(imported, saved)
     assert imported.config == config
-    tokenizer, template, system = import_tokenizer(str(tmp_path / "ours"))
+    tokenizer, template, system = import_tokenizer(tmp_path / "ours")
     assert (tokenizer.ranks, template, system) == (tiny_tokenizer().ranks, "chatml", "Be brief.")
 
 
@@ -523,7 +499,7 @@ def test_a_chat_template_makes_an_instruct_model(tmp_path: Path) -> None:
     imported = import_model(str(tmp_path))
     assert (imported.config.kind, imported.config.template) == ("instruct", "chatml")
     assert imported.tokenizer.encode("the cat sat") == tiny_tokenizer().encode("the cat sat")
-    assert import_tokenizer(str(tmp_path)).template == "chatml"
+    assert import_tokenizer(tmp_path).template == "chatml"
 
 
 def test_describe(sound: Path, tmp_path: Path) -> None:

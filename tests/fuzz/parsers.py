@@ -191,7 +191,7 @@ def tokenizer_json() -> Parser:
 
     def target(file: str, seed: bytes) -> Target:
         def parse(folder: Path) -> None:
-            with unittest.mock.patch("llm.tokenizer.hf.render_untrusted", render_once):
+            with unittest.mock.patch("llm.tokenizer.build.render_untrusted", render_once):
                 read_tokenizer_json((folder / file).parent)
 
         return Target(file, [seed], parse)

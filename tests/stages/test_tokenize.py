@@ -95,7 +95,7 @@ def test_a_stage_that_fails_leaves_nothing_behind(raw: Path) -> None:
 
 def test_gpt2_files_that_are_missing(raw: Path) -> None:
     run: Any = FakeRun(tokenizer={"kind": "gpt2", "vocab_size": 300, "train_chars": 1000})
-    with pytest.raises(InputError, match=r"encoder\.json: file not found"):
+    with pytest.raises(InputError, match=r"encoder\.json: missing; the download stage fetches it"):
         tokenize(run)
 
 

@@ -24,13 +24,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from llm.common.errors import InputError
 from llm.config import Template
 from llm.tokenizer.bpe import FILE_NAME, Tokenizer
-from llm.tokenizer.hf import (
-    SPLITS,
-    gguf_tokenizer_fields,
-    read_tokenizer_json,
-    tokenizer_from_gguf,
-    write_tokenizer_json,
-)
+from llm.tokenizer.gguf import gguf_tokenizer_fields, tokenizer_from_gguf
+from llm.tokenizer.hf import read_tokenizer_json, write_tokenizer_json
+from llm.tokenizer.pre_tokenizers import PRE_TOKENIZERS
 from llm.tokenizer.prompts import encode_prompt
 from tests.conftest import ROOT
 from tests.helpers import tiny_tokenizer
@@ -203,7 +199,7 @@ def test_special_tokens_have_their_ids_and_never_come_from_text() -> None:
     for family in FAMILIES:
         tokenizer, added = imported(family), original(family).get_added_tokens_decoder()
         assert tokenizer.special_tokens == {token.content: number for number, token in added.items()}
-        assert tokenizer.end == end_of(family)
+        assert tokenizer.eot_token == end_of(family)
         for name, number in tokenizer.special_tokens.items():
             assert number not in tokenizer.encode(f"a{name} {name}")
             assert tokenizer.decode([number]) == name
@@ -211,14 +207,14 @@ def test_special_tokens_have_their_ids_and_never_come_from_text() -> None:
 
 
 def test_the_token_before_each_text() -> None:
-    assert imported("llama-bpe").begin == "<|begin_of_text|>"
-    assert imported("tekken").begin == "<s>"
-    assert {imported(family).begin for family in FAMILIES if family not in ("llama-bpe", "tekken")} == {None}
+    assert imported("llama-bpe").bos_token == "<|begin_of_text|>"
+    assert imported("tekken").bos_token == "<s>"
+    assert {imported(family).bos_token for family in FAMILIES if family not in ("llama-bpe", "tekken")} == {None}
 
 
-@pytest.mark.parametrize("split", SPLITS, ids=lambda split: "".join(split.pre[:1]))
-def test_a_million_characters_without_a_break(split: Any) -> None:
-    tokenizer = Tokenizer([bytes([byte]) for byte in range(256)], split.pattern, {"<|endoftext|>": 256})
+@pytest.mark.parametrize("known", PRE_TOKENIZERS, ids=lambda known: known.gguf_names[0])
+def test_a_million_characters_without_a_break(known: Any) -> None:
+    tokenizer = Tokenizer([bytes([byte]) for byte in range(256)], known.pattern, {"<|endoftext|>": 256})
     for unit in ("a", " ", "\x00", "\u3040"):
         text = unit * 1_000_000 + "x"
         assert tokenizer.decode(tokenizer.encode_array(text).tolist()) == text
@@ -305,9 +301,9 @@ def test_the_end_token_is_taken_from_where_it_is_named(tmp_path: Path) -> None:
             (tmp_path / old).unlink(missing_ok=True)
         (tmp_path / name).write_text(json.dumps(content))
         expected = "<|im_end|>" if name in ("special_tokens_map.json", "config.json") else "<|im_start|>"
-        assert read_tokenizer_json(tmp_path).tokenizer.end == expected
+        assert read_tokenizer_json(tmp_path).tokenizer.eot_token == expected
     (tmp_path / "config.json").unlink()
-    assert read_tokenizer_json(tmp_path).tokenizer.end == "<|endoftext|>"
+    assert read_tokenizer_json(tmp_path).tokenizer.eot_token == "<|endoftext|>"
 
 
 # ---- chat templates --------------------------------------------------------------------------------------------------
@@ -417,8 +413,12 @@ def test_autotokenizer_gives_the_same_ids(name: str, tmp_path: Path) -> None:
     for text in NASTY:
         assert other.decode(tokenizer.encode(text)) == tokenizer.decode(tokenizer.encode(text))
     assert other("a b")["input_ids"] == [*([] if tokenizer.bos is None else [tokenizer.bos]), *tokenizer.encode("a b")]
-    assert (other.eos_token, other.eos_token_id, other.pad_token_id) == (tokenizer.end, tokenizer.eot, tokenizer.eot)
-    assert other.bos_token == tokenizer.begin or tokenizer.begin is None
+    assert (other.eos_token, other.eos_token_id, other.pad_token_id) == (
+        tokenizer.eot_token,
+        tokenizer.eot,
+        tokenizer.eot,
+    )
+    assert other.bos_token == tokenizer.bos_token or tokenizer.bos_token is None
     whole = AutoTokenizer.from_pretrained(tmp_path)
     for special, number in tokenizer.special_tokens.items():
         assert whole.encode(special, add_special_tokens=False) == [number]
@@ -502,9 +502,9 @@ KNOWN_TO_LLAMA_CPP = [*FAMILIES, "default", "trained here"]
 def tokenizer_for(pre: str) -> Tokenizer:
     if pre != "default":
         return tokenizers_of_all_kinds()[pre]
-    [split] = [split for split in SPLITS if "default" in split.pre]
+    [known] = [known for known in PRE_TOKENIZERS if "default" in known.gguf_names]
     other = imported("gpt-2")
-    return Tokenizer(other.ranks, split.pattern, other.special_tokens, other.end)
+    return Tokenizer(other.ranks, known.pattern, other.special_tokens, other.eot_token)
 
 
 @pytest.mark.parametrize("pre", KNOWN_TO_LLAMA_CPP)
@@ -616,7 +616,7 @@ def smollm2_transformers(smollm2: Path) -> Any:
 
 def test_smollm2_has_the_ids_of_transformers(smollm2_fields: dict[str, Any], smollm2_transformers: Any) -> None:
     tokenizer, template, system = tokenizer_from_gguf(smollm2_fields)
-    assert (tokenizer.vocab_size, tokenizer.end, tokenizer.begin) == (49152, "<|im_end|>", None)
+    assert (tokenizer.vocab_size, tokenizer.eot_token, tokenizer.bos_token) == (49152, "<|im_end|>", None)
     assert len(tokenizer.missing_bytes) == 21
     assert (template, system) == ("chatml", "You are a helpful AI assistant named SmolLM, trained by Hugging Face")
     backend = smollm2_transformers.backend_tokenizer
@@ -726,7 +726,7 @@ def test_files_that_are_damaged_or_absent(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text('{"chat_template": 5}')
     refused(lambda: read_tokenizer_json(tmp_path), "chat_template: expected text, found 5")
     (tmp_path / "tokenizer_config.json").write_text("{")
-    refused(lambda: read_tokenizer_json(tmp_path), r"tokenizer_config\.json: not a JSON file")
+    refused(lambda: read_tokenizer_json(tmp_path), r"tokenizer_config\.json: not valid JSON")
 
 
 def test_other_cuts_and_orders_are_refused(tmp_path: Path) -> None:
@@ -734,7 +734,7 @@ def test_other_cuts_and_orders_are_refused(tmp_path: Path) -> None:
     save_original(tmp_path, "qwen2")
     content = json.loads(path.read_text())
     path.write_text(path.read_text().replace("'s|'t|", "'s|'T|"))
-    refused(lambda: read_tokenizer_json(tmp_path), "cuts a text in a way that is not known here")
+    refused(lambda: read_tokenizer_json(tmp_path), "splits a text in a way that is not known here")
     split = content["pre_tokenizer"]["pretokenizers"][0]
     for key, value in {"behavior": "Removed", "invert": True, "pattern": {"String": " "}}.items():
         pre_tokenizer = {"type": "Sequence", "pretokenizers": [{**split, key: value}]}
