@@ -23,8 +23,7 @@ from llm.evaluation.evaluate import (
     evaluate_classifiers,
     evaluate_instruct,
 )
-from stages.runtime.errors import resource_error
-from stages.runtime.run import Run, main
+from stages.runtime.run import Run, main, resource_error
 
 logger = logging.getLogger("llm")
 MODELS, TOKENS, REPORTS = Path("models"), Path("data/tokens"), Path("reports")

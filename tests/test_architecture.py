@@ -44,7 +44,7 @@ LAYERS = [
 COMMANDS = {"sync", "timeline"}  # scripts of `stages` that are no stage
 # Modules of stages/tracking: those that a running stage imports (no other one makes a stage stale), and MLflow's.
 WRITER = {"clock", "journal", "process", "system_metrics"}
-MLFLOW = {"delivery", "mlflow_client", "registry"}
+MLFLOW = {"delivery", "mlflow_client"}
 
 
 def modules(package: str) -> list[Path]:

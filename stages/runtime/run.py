@@ -12,13 +12,17 @@ A stage is a function of one argument, run as a module from the repository's roo
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import math
+import re
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -28,7 +32,6 @@ from llm.common.files import write_atomic
 from llm.common.lock import locked
 from llm.common.log import setup_logging
 from llm.config import Params, parse_params
-from stages.runtime.errors import resource_error
 from stages.runtime.inputs import (
     Inputs,
     check_unchanged,
@@ -39,11 +42,13 @@ from stages.runtime.inputs import (
     read_inputs,
     read_yaml,
 )
-from stages.runtime.state import state_folder
 from stages.tracking.clock import Clock
 from stages.tracking.journal import Journal
+from stages.tracking.process import repository
 
 EXIT_STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130}
+REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOMEM}
+OUT_OF_MEMORY = re.compile("can't allocate memory|out of memory")  # torch on a CPU, on CUDA
 LOCK_TIMEOUT = 5.0  # seconds in which a stage that is just ending may free its lock
 
 logger = logging.getLogger("llm")
@@ -142,8 +147,13 @@ def run_stage(stage: str, body: Body) -> None:
         if holder is not None:
             raise InputError(f"already runs here as process {holder}; wait for it, or end it with: kill {holder}")
         inputs = read_inputs(stage, values)
+        tracked = {key: value for key, value in inputs.params.items() if key not in ("sources", "gpt2_files")}
+        is_last = list(read_yaml(Path("dvc.yaml"))["stages"])[-1] == stage
+        digests = data_digests(inputs)
         with clock("tracking"):
-            journal = start_journal(stage, inputs, params, clock)
+            journal = Journal.start(stage, flatten(tracked), params.data.corpus, is_last, clock)
+            for name, digest in digests.items():
+                journal.dataset(name, digest, name, stage)
         status = "FAILED"
         try:
             run_in_state_folder(stage, body, inputs, params, journal)
@@ -160,17 +170,6 @@ def run_stage(stage: str, body: Body) -> None:
                     raise  # else all is done: a signal only ends the wait for the delivery
 
 
-def start_journal(stage: str, inputs: Inputs, params: Params, clock: Clock) -> Journal:
-    """Start the journal with the stage's params and data."""
-    tracked = {key: value for key, value in inputs.params.items() if key not in ("sources", "gpt2_files")}
-    is_last = list(read_yaml(Path("dvc.yaml"))["stages"])[-1] == stage
-    digests = data_digests(inputs)
-    journal = Journal.start(stage, flatten(tracked), params.data.corpus, is_last, clock)
-    for name, digest in digests.items():
-        journal.dataset(name, digest, name, stage)
-    return journal
-
-
 def run_in_state_folder(stage: str, body: Body, inputs: Inputs, params: Params, journal: Journal) -> None:
     """Run `body` with its state folders, and check that its inputs have not changed."""
     pre_decay = pre_decay_inputs(inputs)
@@ -183,6 +182,29 @@ def run_in_state_folder(stage: str, body: Body, inputs: Inputs, params: Params, 
             journal.resume(state_dir, stable_dir, params.pretrain.stable_steps)
         body(Run(stage, params, state_dir, journal, stable_dir=stable_dir))
         check_unchanged(inputs, read_inputs(stage, read_yaml(Path("params.yaml")), inputs.files))
+
+
+@contextmanager
+def state_folder(stage: str, fingerprint: str, keep: bool = False) -> Iterator[Path]:
+    """Hold the folder of a fingerprint, in the repository even for DVC's temporary experiment copies.
+
+    Experiments of a queue may have the same inputs at the same time: each takes the first folder that is free. A
+    failure leaves what the stage saved there. Success removes the folder, unless it is to `keep`.
+    """
+    name = fingerprint[:16]
+    for number in count():
+        folder = repository() / ".work" / stage / (name if number == 0 else f"{name}-{number}")
+        with locked(folder / "lock") as holder:
+            if holder is not None:
+                continue
+            try:
+                yield folder
+                if not keep:
+                    shutil.rmtree(folder)
+            finally:
+                if folder.exists() and {path.name for path in folder.iterdir()} <= {"lock", "journals"}:
+                    shutil.rmtree(folder)  # nothing was saved
+            return
 
 
 def main(stage: str, body: Body, execute: Callable[[str, Body], None] = run_stage) -> None:
@@ -202,6 +224,15 @@ def main(stage: str, body: Body, execute: Callable[[str, Body], None] = run_stag
         if message is None:
             raise
         sys.exit(f"{stage}: {message}")
+
+
+def resource_error(error: Exception) -> str | None:
+    """Return one line for a lack of disk space, permission or memory, None for any other error."""
+    if isinstance(error, OSError) and error.errno in REFUSALS:
+        return f"{error.filename or 'writing'}: {error.strerror}"
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error))):
+        return "out of memory; a training with a smaller batch_size and a larger grad_accum_steps needs less"
+    return None
 
 
 def exit_on_signal(number: int, frame: FrameType | None) -> NoReturn:

@@ -33,9 +33,16 @@ from stages.tracking.journal_reader import (
     pipeline_status,
     start_event,
 )
-from stages.tracking.mlflow_client import connect, log_params, redact_urls, to_dataset_input, to_metrics, tracking_uri
+from stages.tracking.mlflow_client import (
+    connect,
+    log_params,
+    redact_urls,
+    register_model,
+    to_dataset_input,
+    to_metrics,
+    tracking_uri,
+)
 from stages.tracking.process import Process, runs_folder
-from stages.tracking.registry import register_model
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -57,14 +64,11 @@ def deliver_all() -> int:
                 print(f"{pipeline.name}: process {holder} is delivering it")
                 continue
             waiting = [journal for journal in list_journals(pipeline) if not is_delivered(journal)]
-            draw_timeline(pipeline)
-            try:
-                delivery.deliver(pipeline)
-            except Exception as error:
-                problem, failed = record_problem(pipeline, error), True
+            if problem := try_to_deliver(delivery, pipeline):
                 logger.error("tracking: %s; the record is kept", problem)
                 if problem.endswith("did not answer") or not delivery.is_connected():
                     return 1  # the others would only wait for the same
+                failed = True
             delivered += sum(is_delivered(journal) for journal in waiting)
     print(f"{delivered} runs delivered to {redact_urls(tracking_uri())}")
     return int(failed)
@@ -79,21 +83,27 @@ def follow(pipeline: Path, invocation: Process) -> int:
         delivery, pause = Delivery(), POLL_INTERVAL
         while True:
             over = invocation.is_gone() and not any(is_running(journal) for journal in list_journals(pipeline))
-            draw_timeline(pipeline)
-            try:
-                delivery.deliver(pipeline)
-                pause = POLL_INTERVAL
-            except Exception as error:
-                record_problem(pipeline, error)
-                if over:
-                    return 1
-                pause = min(2 * pause, LONGEST_PAUSE)
+            problem = try_to_deliver(delivery, pipeline)
             if over:
                 break
+            pause = min(2 * pause, LONGEST_PAUSE) if problem else POLL_INTERVAL
             deadline = time.monotonic() + pause
             while time.monotonic() < deadline and not (pause > POLL_INTERVAL and invocation.is_gone()):
                 time.sleep(POLL_INTERVAL)
-    return deliver_all()  # what earlier pipelines could not deliver
+    return 1 if problem else deliver_all()  # what earlier pipelines could not deliver
+
+
+def try_to_deliver(delivery: Delivery, pipeline: Path) -> str | None:
+    """Draw a pipeline's time line and deliver it all; return what `record_problem` does, None for success."""
+    try:
+        timeline.update(pipeline)
+    except Exception as error:
+        logger.warning("tracking: no time line: %s: %s", type(error).__name__, error)
+    try:
+        delivery.deliver(pipeline)
+    except Exception as error:
+        return record_problem(pipeline, error)
+    return None
 
 
 def record_problem(pipeline: Path, error: Exception) -> str:
@@ -105,14 +115,6 @@ def record_problem(pipeline: Path, error: Exception) -> str:
     write_atomic(pipeline / "problem", problem)
     print(redact_urls("".join(traceback.format_exception(error))), file=sys.stderr)
     return problem
-
-
-def draw_timeline(pipeline: Path) -> None:
-    """Update the time line; a failure does not keep the journals back."""
-    try:
-        timeline.update(pipeline)
-    except Exception as error:
-        logger.warning("tracking: no time line: %s: %s", type(error).__name__, error)
 
 
 # ---- progress --------------------------------------------------------------------------------------------------------
@@ -129,7 +131,6 @@ def undelivered_pipelines() -> list[Path]:
 
 
 def timeline_md5(pipeline: Path) -> str | None:
-    """Return the md5 of the present time line, None if there is none yet."""
     path = pipeline / timeline.TABLE
     return hashlib.md5(path.read_bytes()).hexdigest() if path.exists() else None
 
@@ -141,17 +142,14 @@ def read_offset(journal: Path) -> int:
 
 
 def write_offset(journal: Path, offset: int) -> None:
-    """Write how many bytes of the journal the present server has."""
     write_atomic(journal / "progress.json", json.dumps({"server": redact_urls(tracking_uri()), "offset": offset}))
 
 
 def is_complete(journal: Path) -> bool:
-    """Return True if the journal has ended and the server has all of it."""
     return end_event(journal) is not None and read_offset(journal) == (journal / "events.jsonl").stat().st_size
 
 
 def read_if_exists(path: Path) -> dict[str, Any]:
-    """Return the content of a JSON file, empty if the file is missing."""
     return read_json_object(path) if path.exists() else {}
 
 
@@ -166,12 +164,10 @@ class Delivery:
         self._statuses: dict[Path, tuple[str, int]] = {}  # as last set, of each pipeline's parent run
 
     def is_connected(self) -> bool:
-        """Return True if MLflow has answered yet."""
         return "connection" in vars(self)
 
     @cached_property
     def connection(self) -> tuple[MlflowClient, str]:
-        """Return the client and the experiment's id."""
         return connect()
 
     def deliver(self, pipeline: Path) -> None:

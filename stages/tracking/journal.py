@@ -154,15 +154,16 @@ class Journal:
         self.write(event="metrics", step=0, values={f"time/{k}": round(v, 3) for k, v in self.clock.seconds().items()})
         self.write_times()
         self.write(event="end", status=status)
-        problem = delivery_problem(self.folder.parent)
-        deadline = time.monotonic() + (self.delivery_timeout if status == "FINISHED" else 0.0)
+        timeout = self.delivery_timeout if status == "FINISHED" else 0.0
+        deadline = time.monotonic() + timeout
         try:
-            while problem is None and time.monotonic() < deadline and not is_delivered(self.folder):
+            while not (problem := delivery_problem(self.folder.parent)) and time.monotonic() < deadline:
+                if is_delivered(self.folder):
+                    break
                 time.sleep(0.1)
-                problem = delivery_problem(self.folder.parent)
         finally:
             self.write_times()  # the waiting counts too
-        if problem or (status == "FINISHED" and self.delivery_timeout and not is_delivered(self.folder)):
+        if problem or (timeout and not is_delivered(self.folder)):
             self._warn(f"{problem or 'not all delivered yet'}; the record is kept: python -m stages.sync delivers it")
 
     def write_times(self) -> None:

@@ -1,13 +1,15 @@
-"""MLflow's tracking server, the project's experiment there, and journal events as MLflow's entities."""
+"""MLflow's tracking server and model registry, and journal events as MLflow's entities."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llm.common.files import read_json_object
 from llm.common.lock import locked
 from stages.tracking.journal import Event
 from stages.tracking.process import repository, runs_folder
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Metric
 
+REQUIREMENTS = ("torch", "tiktoken", "rustbpe", "safetensors", "pydantic", "numpy")  # of a registered model
 CONNECT_TIMEOUT = 60.0  # seconds in which another process makes the database
 
 
@@ -94,6 +97,37 @@ def log_params(client: MlflowClient, run_id: str, params: dict[str, str]) -> Non
         client.log_batch(run_id, params=missing[first : first + 100])
 
 
+def register_model(client: MlflowClient, run_id: str, name: str, folder: Path, code: Path) -> None:
+    """Log a model folder with the code that loads it, without pickle, and register it as the candidate."""
+    import mlflow
+    from mlflow.models import Model
+
+    query = f"name = '{name}' and run_id = '{run_id}'"
+    versions = client.search_model_versions(query)
+    if not versions:  # else an interrupted delivery has logged it
+        Model.log(
+            None,
+            name=name,
+            flavor=mlflow.pyfunc,
+            run_id=run_id,
+            registered_model_name=name,
+            python_model=str(code / "serving/mlflow_model.py"),
+            artifacts={"model": str(folder)},
+            code_paths=[str(code)],
+            pip_requirements=[f"{package}=={importlib.metadata.version(package)}" for package in REQUIREMENTS],
+            input_example=input_example(folder),
+        )
+        versions = client.search_model_versions(query)
+    client.set_registered_model_alias(name, "candidate", versions[0].version)
+
+
+def input_example(folder: Path) -> Any:
+    """Return an input, from which and the type hints MLflow derives the model's signature."""
+    if read_json_object(folder / "config.json")["kind"] == "classifier":
+        return ["Call now to claim your prize"]
+    return ["One morning"], {"max_new_tokens": 64, "temperature": 0.0, "top_p": 1.0, "seed": 0}
+
+
 def to_metrics(event: Event, prefix: str = "") -> list[Metric]:
     """Return the metrics of an event, none for other kinds of event."""
     from mlflow.entities import Metric
@@ -105,7 +139,6 @@ def to_metrics(event: Event, prefix: str = "") -> list[Metric]:
 
 
 def to_dataset_input(event: Event) -> Any:
-    """Return the dataset of an event."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
     dataset = Dataset(event["name"], event["digest"][:36], "local", json.dumps({"uri": event["source"]}))
