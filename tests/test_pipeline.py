@@ -76,7 +76,7 @@ def test_every_model_folder_can_be_loaded(pipeline: Path, name: str) -> None:
     assert (folder.config.gpt.n_layers, folder.config.gpt.vocab_size) == (2, 400)
 
 
-def test_the_figures_stand_beside_their_baselines(pipeline: Path) -> None:
+def test_metrics_include_the_baselines(pipeline: Path) -> None:
     metrics = json.loads((pipeline / "reports/metrics/evaluate.json").read_text(encoding="utf-8"))
     compared = {
         "bpb": ["base", "base_ngram", "base_xz"],
@@ -98,7 +98,7 @@ def test_the_report_shows_pictures_that_exist(pipeline: Path) -> None:
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in shown)
 
 
-def test_the_time_line_knows_what_every_stage_spent_its_time_on(pipeline: Path) -> None:
+def test_time_line_has_the_phases_of_every_stage(pipeline: Path) -> None:
     [invocation] = [folder for folder in (pipeline / ".work/runs").iterdir() if len(list(folder.glob("*/"))) > 1]
     rows = {row.stage: row for row in timeline.read_timeline(invocation).rows}
     assert list(rows) == list(dvc_stages(pipeline))
@@ -117,7 +117,7 @@ def test_the_time_line_knows_what_every_stage_spent_its_time_on(pipeline: Path) 
     assert (pipeline / ".work/timeline.png").is_file()
 
 
-def test_no_output_names_the_place_or_the_machine(pipeline: Path) -> None:
+def test_outputs_name_neither_the_folder_nor_the_machine(pipeline: Path) -> None:
     made = contents(outputs(pipeline))
     assert not [path for path, content in made.items() if pipeline.name.encode() in content]
     host = socket.gethostname().encode()
@@ -170,7 +170,7 @@ def saved_step(folder: Path, stage: str, training: str) -> int:
 
 @pytest.mark.parametrize("attempt", range(KILLS))
 @pytest.mark.parametrize("stage", TRAININGS)
-def test_killed_at_any_step_and_run_again_it_ends_with_the_same_bits(pipeline: Path, stage: str, attempt: int) -> None:
+def test_training_killed_at_any_step_resumes_to_the_same_bits(pipeline: Path, stage: str, attempt: int) -> None:
     undisturbed = contents(outputs(pipeline, stage))
     chance = random.Random(f"{stage} {attempt}")
     training, step = chance.choice(TRAININGS[stage]), chance.randrange(1, STEPS * 2 // 3)
@@ -186,7 +186,7 @@ def test_killed_at_any_step_and_run_again_it_ends_with_the_same_bits(pipeline: P
 
 
 @pytest.mark.parametrize("stage", ["pretrain"])
-def test_asked_to_stop_it_saves_its_state_first(pipeline: Path, stage: str) -> None:
+def test_sigterm_saves_a_checkpoint_first(pipeline: Path, stage: str) -> None:
     undisturbed = contents(outputs(pipeline, stage))
     log = pipeline / ".work" / "stage.log"
     change_params(pipeline, {"runtime": {"checkpoint_interval": 1000}})  # no state but the one it saves when it stops
@@ -205,7 +205,7 @@ def test_asked_to_stop_it_saves_its_state_first(pipeline: Path, stage: str) -> N
     assert contents(outputs(pipeline, stage)) == undisturbed
 
 
-def test_a_pretraining_is_prolonged_from_where_its_decay_began(pipeline: Path) -> None:
+def test_longer_wsd_pretraining_resumes_from_the_pre_decay_checkpoint(pipeline: Path) -> None:
     shipped, before = (pipeline / "params.yaml").read_text(), contents(outputs(pipeline))
     lr = read_params(pipeline)["pretrain"]["lr"]
     wsd = {"schedule": "wsd", "warmup_steps": 5, "decay_steps": 10, "dropout": 0.1}
@@ -263,7 +263,7 @@ def journals(folder: Path) -> set[Path]:
 
 @pytest.mark.usefixtures("two")
 @pytest.mark.parametrize("stage", TRAININGS)
-def test_two_processes_train_what_one_does(pipeline: Path, stage: str) -> None:
+def test_two_ranks_train_the_same_model_as_one(pipeline: Path, stage: str) -> None:
     alone, before = curve(pipeline, stage), journals(pipeline)
     models = [path for path in outputs(pipeline, stage) if path.parent.name == "models"]
     weights = {path: load_checkpoint(path).model.state_dict() for path in models}
@@ -285,7 +285,7 @@ def test_two_processes_train_what_one_does(pipeline: Path, stage: str) -> None:
 
 @pytest.mark.usefixtures("two")
 @pytest.mark.parametrize("stage", ["finetune-classify", "finetune-instruct"])
-def test_what_frozen_blocks_make_is_kept_in_each_process(
+def test_frozen_activations_are_cached_on_each_rank(
     pipeline: Path, stage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shipped = (pipeline / "params.yaml").read_text(encoding="utf-8")
@@ -307,7 +307,7 @@ def test_what_frozen_blocks_make_is_kept_in_each_process(
 
 
 @pytest.mark.usefixtures("two")
-def test_torchrun_may_start_the_processes(pipeline: Path) -> None:
+def test_torchrun_starts_the_ranks(pipeline: Path) -> None:
     execute(pipeline, "python", "-m", "stages.pretrain")
     started_by_us, before = contents(outputs(pipeline, "pretrain")), journals(pipeline)
     launcher = ("python", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -318,7 +318,7 @@ def test_torchrun_may_start_the_processes(pipeline: Path) -> None:
 
 
 @pytest.mark.usefixtures("two")
-def test_two_processes_stop_together_and_go_on(pipeline: Path) -> None:
+def test_two_ranks_stop_together_and_resume(pipeline: Path) -> None:
     stage = "pretrain"
     command = ["python", "-m", "stages.pretrain"]
     execute(pipeline, *command)
@@ -363,8 +363,8 @@ def execute_changed(folder: Path, stage: str, code: str) -> subprocess.Completed
 
 
 @pytest.mark.usefixtures("two")
-def test_asked_to_stop_in_an_evaluation_all_leave_it(pipeline: Path) -> None:
-    """Rank 0 is, in the first one: no process goes on with the control."""
+def test_sigterm_during_an_evaluation_stops_all_ranks(pipeline: Path) -> None:
+    """Rank 0 is, in the first one: no rank goes on with the baseline."""
     done = execute_changed(
         pipeline,
         "finetune-classify",
@@ -380,7 +380,7 @@ def test_asked_to_stop_in_an_evaluation_all_leave_it(pipeline: Path) -> None:
 
 
 @pytest.mark.usefixtures("two")
-def test_an_error_of_all_processes_is_told_once(pipeline: Path) -> None:
+def test_error_of_all_ranks_is_reported_once(pipeline: Path) -> None:
     change_params(pipeline, {"pretrain": {"trainable": "last_blocks", "last_blocks": 9}})
     try:
         done = execute_changed(pipeline, "pretrain", "")
@@ -391,7 +391,7 @@ def test_an_error_of_all_processes_is_told_once(pipeline: Path) -> None:
 
 
 @pytest.mark.usefixtures("two")
-def test_a_process_that_fails_ends_all_with_its_message(pipeline: Path) -> None:
+def test_failing_rank_ends_all_with_its_message(pipeline: Path) -> None:
     """Its copy of the base model is damaged, as on a second machine it might be."""
     done = execute_changed(
         pipeline,
@@ -407,7 +407,7 @@ def test_a_process_that_fails_ends_all_with_its_message(pipeline: Path) -> None:
 
 
 @pytest.mark.parametrize("number", ["0", "two", "-1", ""])
-def test_a_wrong_number_of_processes_is_one_line(pipeline: Path, number: str) -> None:
+def test_invalid_number_of_processes_is_one_line(pipeline: Path, number: str) -> None:
     environment_now = environment() | {"LLM_NPROC": number}
     done = subprocess.run(
         ["python", "-m", "stages.pretrain"], cwd=pipeline, env=environment_now, capture_output=True, text=True

@@ -28,7 +28,6 @@ END_TIMEOUT = 10.0  # seconds in which the baseline may save a checkpoint when t
 
 
 def is_baseline() -> bool:
-    """Return True in the baseline's process."""
     return BASELINE in os.environ
 
 

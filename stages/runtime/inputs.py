@@ -25,8 +25,6 @@ class FileState(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """The inputs of a stage."""
-
     params: dict[str, Any]
     deps: list[str]  # files and folders
     files: dict[str, FileState]  # each file of them

@@ -52,7 +52,7 @@ def distribute(body: Body) -> Body:
             with watched([]):
                 distributed.init_distributed()
                 body(run)
-        elif (n := n_processes()) > 1:
+        elif (n := wanted_processes()) > 1:
             with started_ranks(n - 1) as ranks, watched(ranks):
                 distributed.init_distributed()
                 body(run)
@@ -82,8 +82,7 @@ def run_baseline(stage: str, body: Body) -> None:
         body(Run(f"{stage} (from scratch)", params, state_dir, Journal(folder)))
 
 
-def n_processes() -> int:
-    """Return LLM_NPROC."""
+def wanted_processes() -> int:
     text = os.environ.get("LLM_NPROC", "1")
     if not text.isdecimal() or int(text) < 1:
         raise InputError(f"LLM_NPROC in the environment: expected a whole number, at least 1, found {text!r}")

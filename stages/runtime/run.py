@@ -236,7 +236,6 @@ def resource_error(error: Exception) -> str | None:
 
 
 def exit_on_signal(number: int, frame: FrameType | None) -> NoReturn:
-    """End the process with the status of the signal."""
     raise SystemExit(EXIT_STATUS[signal.Signals(number)])
 
 

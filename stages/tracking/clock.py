@@ -26,7 +26,6 @@ class Clock:
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """Count the time in the block for `phase`."""
         outer = self._state[1]
         self.enter(phase)
         try:
@@ -40,7 +39,6 @@ class Clock:
         self._state = self._sums(now), phase, now
 
     def seconds(self) -> dict[str, float]:
-        """Return the seconds of each phase until now."""
         return self._sums(time.perf_counter())
 
     def _sums(self, now: float) -> dict[str, float]:

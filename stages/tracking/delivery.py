@@ -22,26 +22,10 @@ from typing import TYPE_CHECKING, Any
 
 from llm.common.files import read_json_object, write_atomic
 from llm.common.lock import locked
-from stages.tracking import timeline
+from stages.tracking import journal_reader, mlflow_client, timeline
 from stages.tracking.journal import Event, is_delivered
-from stages.tracking.journal_reader import (
-    close_if_killed,
-    end_event,
-    is_running,
-    iter_events,
-    list_journals,
-    pipeline_status,
-    start_event,
-)
-from stages.tracking.mlflow_client import (
-    connect,
-    log_params,
-    redact_urls,
-    register_model,
-    to_dataset_input,
-    to_metrics,
-    tracking_uri,
-)
+from stages.tracking.journal_reader import end_event, is_running, list_journals, start_event
+from stages.tracking.mlflow_client import redact_urls, tracking_uri
 from stages.tracking.process import Process, runs_folder
 
 if TYPE_CHECKING:
@@ -168,13 +152,13 @@ class Delivery:
 
     @cached_property
     def connection(self) -> tuple[MlflowClient, str]:
-        return connect()
+        return mlflow_client.connect()
 
     def deliver(self, pipeline: Path) -> None:
         """Deliver the new events of all journals of a pipeline, its status and its time line."""
         waiting = [journal for journal in list_journals(pipeline) if not is_delivered(journal)]
         for journal in waiting:
-            close_if_killed(journal)
+            journal_reader.close_if_killed(journal)
             self._deliver_journal(journal)
         ended = [journal for journal in waiting if is_complete(journal)]
         if waiting:
@@ -214,8 +198,8 @@ class Delivery:
         name = f"{journal.parent.name}/{journal.name}"
         run_id, is_new = self._find_or_create_run(name, start, start["stage"], tags)
         batch: list[Metric] = []
-        for event, next_offset in iter_events(journal, 0 if is_new else offset):
-            points = to_metrics(event)
+        for event, next_offset in journal_reader.iter_events(journal, 0 if is_new else offset):
+            points = mlflow_client.to_metrics(event)
             if not points or len(batch) + len(points) > BATCH:
                 self._log_metrics(run_id, batch)
                 batch = []
@@ -235,18 +219,18 @@ class Delivery:
         client, files = self.connection[0], journal / "files"
         match event["event"]:
             case "start":
-                log_params(client, run_id, event["params"])
-                log_params(client, parent, event["params"])
+                mlflow_client.log_params(client, run_id, event["params"])
+                mlflow_client.log_params(client, parent, event["params"])
             case "summary":
-                self._log_metrics(parent, to_metrics(event, prefix=f"{start_event(journal)['stage']}/"))
+                self._log_metrics(parent, mlflow_client.to_metrics(event, prefix=f"{start_event(journal)['stage']}/"))
             case "dataset":
-                client.log_inputs(run_id, [to_dataset_input(event)])
+                client.log_inputs(run_id, [mlflow_client.to_dataset_input(event)])
             case "artifact" if (files / event["name"]).is_dir():
                 client.log_artifacts(run_id, str(files / event["name"]), event["name"])
             case "artifact":
                 client.log_artifact(run_id, str(files / event["name"]))
             case "model":
-                register_model(client, run_id, event["name"], files / "models" / event["name"], files / "code/llm")
+                mlflow_client.register_model(client, run_id, event["name"], files)
             case "end":
                 client.set_terminated(run_id, event["status"], event["time"])
 
@@ -262,7 +246,7 @@ class Delivery:
 
     def _set_status(self, pipeline: Path) -> None:
         """Set the parent run's status: running while a stage is, then that of the worst stage."""
-        status, ended = pipeline_status(pipeline)
+        status, ended = journal_reader.pipeline_status(pipeline)
         if self._statuses.get(pipeline) == (status, ended):
             return
         parent = self._parent_run(pipeline, start_event(list_journals(pipeline)[0]))

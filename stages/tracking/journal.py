@@ -111,7 +111,6 @@ class Journal:
             self._warn(f"the record of the interrupted run is not taken over: {error}")
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
-        """Record points of curves at a step."""
         for key in self._earlier_curves.keys() & values.keys():
             self._copy_earlier(key, step)
         self.write(event="metrics", step=step, values=values)
@@ -211,7 +210,6 @@ class Journal:
 
 
 def link_or_copy(source: str | Path, target: str | Path) -> None:
-    """Make a hard link, or a copy where the file system has none."""
     try:
         os.link(source, target)
     except OSError:
@@ -270,7 +268,6 @@ def start_delivery(pipeline: str, process: Process, log: Path) -> None:
 
 
 def is_delivered(journal: Path) -> bool:
-    """Return True if MLflow has the whole journal."""
     return (journal / "delivered").exists()
 
 
@@ -303,6 +300,5 @@ def git_tags() -> dict[str, str]:
 
 
 def dvc_tags() -> dict[str, str]:
-    """Return the stage and the experiment that DVC runs."""
     names = {"dvc.stage": "DVC_STAGE", "dvc.exp_name": "DVC_EXP_NAME", "dvc.baseline_rev": "DVC_EXP_BASELINE_REV"}
     return {tag: os.environ[name] for tag, name in names.items() if os.environ.get(name)}

@@ -19,7 +19,6 @@ def list_journals(pipeline: Path) -> list[Path]:
 
 
 def has_start(events: Path) -> bool:
-    """Return True if the first line is whole."""
     with events.open("rb") as file:
         line = file.readline()
     try:
@@ -29,7 +28,6 @@ def has_start(events: Path) -> bool:
 
 
 def start_event(journal: Path) -> Event:
-    """Return the first event."""
     with (journal / "events.jsonl").open("rb") as file:
         return cast(Event, json.loads(file.readline()))
 

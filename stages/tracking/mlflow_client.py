@@ -97,11 +97,12 @@ def log_params(client: MlflowClient, run_id: str, params: dict[str, str]) -> Non
         client.log_batch(run_id, params=missing[first : first + 100])
 
 
-def register_model(client: MlflowClient, run_id: str, name: str, folder: Path, code: Path) -> None:
+def register_model(client: MlflowClient, run_id: str, name: str, files: Path) -> None:
     """Log a model folder with the code that loads it, without pickle, and register it as the candidate."""
     import mlflow
     from mlflow.models import Model
 
+    folder, code = files / "models" / name, files / "code/llm"
     query = f"name = '{name}' and run_id = '{run_id}'"
     versions = client.search_model_versions(query)
     if not versions:  # else an interrupted delivery has logged it

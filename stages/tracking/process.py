@@ -18,7 +18,6 @@ def repository() -> Path:
 
 
 def runs_folder() -> Path:
-    """Return the folder of all journals."""
     return repository() / ".work" / "runs"
 
 
@@ -31,7 +30,6 @@ class Process(NamedTuple):
 
     @classmethod
     def from_psutil(cls, process: psutil.Process) -> Process:
-        """Return the identity of a running process."""
         return cls(process.pid, int(process.create_time()), socket.gethostname())
 
     def is_gone(self) -> bool:

@@ -25,12 +25,10 @@ class SystemMetricsMonitor(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        """Sample until `stop` is called."""
         while not self._ended.wait(SAMPLE_INTERVAL):
             self._sample()
 
     def stop(self) -> None:
-        """End the thread and take a last sample."""
         self._ended.set()
         self.join()
         self._sample()

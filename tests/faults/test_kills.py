@@ -25,7 +25,7 @@ import pytest
 
 from stages.tracking.journal import read_events
 from tests.conftest import ROOT
-from tests.faults.worker import STAGES
+from tests.faults.worker import PLACES, STAGES
 from tests.pipelines import change_params, contents, environment, outputs, read_params, tiny_copy, write_params
 
 KILLS = int(os.environ.get("LLM_TEST_KILLS", "0"))
@@ -83,6 +83,7 @@ class Pipeline:
             self.calls[stage] = json.loads(record.read_text())
             self.undisturbed[stage] = self.made(stage)
             assert self.undisturbed[stage]
+        assert {place for calls in self.calls.values() for place in calls} == PLACES.keys(), "each is entered"
 
     def made(self, stage: str) -> dict[Path, bytes]:
         return contents(outputs(self.folder, stage))
@@ -176,7 +177,7 @@ def strike(pipeline: Pipeline, chance: random.Random, stage: str, kind: str) -> 
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_stage_that_was_struck_ends_with_the_same_bits(pipeline: Pipeline, stage: str) -> None:
+def test_stage_resumes_to_the_same_bits_after_a_fault(pipeline: Pipeline, stage: str) -> None:
     chance, struck = random.Random(f"{stage} {KILLS}"), Counter[str]()
     for number in range(-(-KILLS // (len(STAGES) * len(FORMS))) or 1):
         kind = list(KINDS)[(number + STAGES.index(stage)) % len(KINDS)]
@@ -187,7 +188,7 @@ def test_a_stage_that_was_struck_ends_with_the_same_bits(pipeline: Pipeline, sta
 
 
 @pytest.mark.parametrize(("lacking", "mended"), [("size=64k", "size=64m"), ("ro", "rw")], ids=["full", "read-only"])
-def test_a_disk_that_refuses_the_model_costs_no_training(pipeline: Pipeline, lacking: str, mended: str) -> None:
+def test_disk_that_refuses_the_model_costs_no_training(pipeline: Pipeline, lacking: str, mended: str) -> None:
     models = pipeline.folder / "models"
     mount = subprocess.run(["mount", "-t", "tmpfs", "-o", lacking, "none", models], capture_output=True, text=True)
     if mount.returncode:

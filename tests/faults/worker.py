@@ -31,8 +31,8 @@ PLACES = {  # functions that stages call, where it would hurt most
     "tokenizer": "llm.tokenizer.bpe.Tokenizer.save",
     "state": "llm.training.fit.save_state",
     "evaluation": "llm.training.fit._evaluate",
-    "model": "llm.model.lora.save_checkpoint",
-    "file": "llm.common.files.write_atomic",
+    "model": "llm.checkpoint.adapter.save_checkpoint",
+    "file": "stages.runtime.run.write_atomic",
     "classifiers": "stages.evaluate.evaluate_classifiers",
     "pictures": "llm.evaluation.report.draw_classifiers",
 }

@@ -1,4 +1,4 @@
-"""Journals and their delivery: MLflow may be late, twice, down or hanging, and a training does not notice."""
+"""Delivery to MLflow, which may be late, twice, down or hanging without a stage noticing."""
 
 from __future__ import annotations
 
@@ -36,15 +36,7 @@ from stages.tracking.mlflow_client import redact_urls
 from stages.tracking.process import Process
 from tests.conftest import ROOT
 from tests.helpers import gpt_config
-
-START = {"seed": 123, "model.n_layers": 6}
-
-
-@pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("LLM_TRACKING", "off")
-    return tmp_path
+from tests.stages.test_journal import record
 
 
 @pytest.fixture(scope="module")
@@ -106,115 +98,16 @@ def snapshot(uri: str, experiment: str) -> dict[str, Any]:
     return content
 
 
-def record(stage: str = "pretrain", steps: int = 30, **params: Any) -> Journal:
-    """A stage's journal, open."""
-    journal = Journal.start(stage, START | params, "sample")
-    for step in range(0, steps, 10):
-        journal.metrics({"train/loss": 5 - step / 10, "lr": 0.1}, step)
-    journal.dataset("data/tokens", "0" * 32, "data/tokens", "pretrain")
-    return journal
-
-
-# ---- the journal -----------------------------------------------------------------------------------------------------
-
-
-def test_a_journal_tells_the_whole_run(place: Path) -> None:
-    journal = record()
-    (place / "report.md").write_text("before")
-    journal.artifact(place / "report.md")
-    (place / "report.md").write_text("after")
-    journal.summary({"val/loss": 1.5})
-    journal.metrics({"val/loss": torch.tensor(0.5), "x": float("nan")}, 20)  # type: ignore[dict-item]
-    journal.end("FINISHED")
-    events = read_events(journal.folder)
-    own = [e for e in events if not any("system/" in key or "time/" in key for key in e.get("values", {}))]
-    assert [e["event"] for e in own] == [
-        *["start", "metrics", "metrics", "metrics", "dataset", "artifact", "summary", "metrics", "end"]
-    ]
-    assert events[0]["params"] == {"seed": "123", "model.n_layers": "6"}
-    assert Process(**events[0]["process"]).pid == os.getpid()
-    system = {key for event in events for key in event.get("values", {}) if key.startswith("system/")}
-    assert {"system/cpu_utilization_percentage", "system/system_memory_usage_megabytes"} <= system
-    assert (journal.folder / "files/report.md").read_text() == "before"
-    assert own[-2]["values"]["val/loss"] == 0.5
-
-
-def test_a_record_that_cannot_be_written_is_one_line_and_no_error(
-    place: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    journal = record()
-    (journal.folder / "events.jsonl").unlink()
-    (journal.folder / "events.jsonl").mkdir()
-    for step in range(5):
-        journal.metrics({"train/loss": 1.0}, step)
-    journal.artifact(place / "missing.md")
-    journal.end("FINISHED")
-    assert capsys.readouterr().err.count("\n") == 1
-
-
-def test_a_resumed_run_has_the_whole_curve_once(place: Path) -> None:
-    (place / "state").mkdir()
-    for first, last in ((0, 50), (30, 60), (50, 80)):  # killed after 50 and 60, resumed from states at 30 and 50
-        journal = Journal.start("pretrain", START, "sample")
-        journal.resume(place / "state")
-        for step in range(first, last, 10):
-            journal.metrics({"train/loss": 100.0 * first + step}, step)
-            if first == 0 and step == 20:
-                journal.metrics({"scratch/loss": 7.0}, 400)
-    journal.end("FINISHED")
-    events = [event for event in read_events(journal.folder) if event["event"] == "metrics"]
-    curve = {event["step"]: event["values"]["train/loss"] for event in events if "train/loss" in event["values"]}
-    assert len([event for event in events if "train/loss" in event["values"]]) == 8
-    assert curve == {0: 0, 10: 10, 20: 20, 30: 3030, 40: 3040, 50: 5050, 60: 5060, 70: 5070}
-    assert [event["step"] for event in events if "scratch/loss" in event["values"]] == [400]
-
-
-def test_a_prolonged_run_has_the_curve_of_the_shorter_one_before_its_decay(place: Path) -> None:
-    """Steps of 40 and 60 that decay after 30 and 50; the longer one is killed in between. Another run logs less."""
-    kept = place / "kept"
-    kept.mkdir()
-    runs = (("short", 0, 40, 30, 5), ("long", 30, 50, 50, 10), ("long", 40, 60, 50, 10), ("longest", 50, 80, 70, 10))
-    for name, first, last, stable, interval in runs:
-        (place / name).mkdir(exist_ok=True)
-        journal = Journal.start("pretrain", START, "sample")
-        journal.resume(place / name, kept, stable)
-        for step in range(first + interval, last + 1, interval):
-            journal.metrics({"train/loss": step + first / 100}, step)
-        journal.end("FINISHED")
-    events = [event for event in read_events(journal.folder) if event["event"] == "metrics"]
-    curve = [event["values"]["train/loss"] for event in events if "train/loss" in event["values"]]
-    assert curve == [5, 10, 15, 20, 25, 30, 40.3, 50.4, 60.5, 70.5, 80.5]
-
-
-def test_user_and_password_are_never_shown() -> None:
+def test_urls_lose_user_password_and_query() -> None:
     assert redact_urls("https://me:secret@host:5000/path?a@b") == "https://host:5000/path"
     assert redact_urls("is 'https://host/a?token=secret' up? see b") == "is 'https://host/a' up? see b"
     assert redact_urls("sqlite:////home/me@work/mlflow.db") == "sqlite:////home/me@work/mlflow.db"
 
 
-def test_a_pipeline_is_recognised_by_the_dvc_process_above_it(place: Path) -> None:
-    """Both stages of an invocation name the same process, those of another invocation another one."""
-    (place / "dvc").write_text(
-        "import subprocess, sys\n"
-        "code = 'from stages.tracking.process import invocation, pipeline_name; print(pipeline_name(invocation()))'\n"
-        "for _ in range(2):\n"
-        "    subprocess.run(['sh', '-c', f'{sys.executable} -c \"{code}\"; true'])\n"
-    )
-    started = [
-        subprocess.Popen(
-            [sys.executable, "dvc"], env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True
-        )
-        for _ in range(2)
-    ]
-    first, second = (process.communicate(timeout=60)[0].split() for process in started)
-    assert len(first) == len(second) == 2
-    assert first[0] == first[1] != second[0] == second[1]
-
-
 # ---- delivery --------------------------------------------------------------------------------------------------------
 
 
-def test_one_parent_for_a_pipeline_and_a_child_for_each_stage(delivery: Delivery, place: Path, store: str) -> None:
+def test_pipeline_is_a_parent_run_and_each_stage_a_child(delivery: Delivery, place: Path, store: str) -> None:
     first = record("pretrain", lr="x" * 7000)
     delivery.deliver(first.folder.parent)
     runs = {run.info.run_name: run for run in all_runs(store, place.name)}
@@ -238,7 +131,7 @@ def test_one_parent_for_a_pipeline_and_a_child_for_each_stage(delivery: Delivery
     assert runs["pretrain"].data.metrics["train/loss"] == 3.0
 
 
-def test_delivering_again_in_any_order_changes_nothing(delivery: Delivery, place: Path, store: str) -> None:
+def test_delivery_is_idempotent_in_any_order(delivery: Delivery, place: Path, store: str) -> None:
     pipelines = []
     for number in range(2):
         journal = record(steps=3000)  # more than one batch
@@ -268,7 +161,7 @@ def test_delivering_again_in_any_order_changes_nothing(delivery: Delivery, place
     assert undelivered_pipelines() == []
 
 
-def test_a_killed_stage_is_closed_as_killed(delivery: Delivery, place: Path, store: str) -> None:
+def test_journal_of_a_killed_stage_ends_as_killed(delivery: Delivery, place: Path, store: str) -> None:
     code = (
         "import os, signal; from stages.tracking.journal import Journal; j = Journal.start('pretrain', {}, 'sample')\n"
         "j.metrics({'train/loss': 2.0}, 5); f = (j.folder / 'events.jsonl').open('a'); f.write('{\"time\": 1, \"ev')\n"
@@ -284,7 +177,7 @@ def test_a_killed_stage_is_closed_as_killed(delivery: Delivery, place: Path, sto
     assert [run.data.metrics["train/loss"] for run in runs if run.info.run_name == "pretrain"] == [2.0]
 
 
-def test_a_store_that_was_deleted_gets_everything_again(
+def test_new_store_gets_everything_again(
     delivery: Delivery, place: Path, store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     journal = record()
@@ -375,7 +268,7 @@ def small_files() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))
 
 
-def test_no_fault_of_a_store_reaches_a_stage_and_nothing_is_lost(
+def test_faulty_store_neither_disturbs_a_stage_nor_loses_events(
     place: Path, store: str, bad_stores: dict[str, str]
 ) -> None:
     variables = {"DVC_ROOT": str(place), "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "1"}
@@ -445,7 +338,7 @@ def wait_for_lock(pipeline: Path) -> None:
         assert holder is None
 
 
-def test_an_experiment_that_another_clone_makes_first_is_taken(
+def test_experiment_that_another_clone_creates_first_is_used(
     delivery: Delivery, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = MlflowClient(os.environ["MLFLOW_TRACKING_URI"]).create_experiment(place.name)
@@ -466,7 +359,7 @@ def dead_journal(place: Path, name: str) -> Journal:
     return journal
 
 
-def test_a_stage_is_delivered_when_it_ends_and_the_next_one_closes_what_died(place: Path, store: str) -> None:
+def test_stage_delivers_itself_and_what_killed_ones_left(place: Path, store: str) -> None:
     dead = dead_journal(place, "died")
     variables = {"LLM_TRACKING": "on", "MLFLOW_TRACKING_URI": store, "MLFLOW_EXPERIMENT_NAME": place.name}
     (place / "stage.py").write_text(
@@ -484,7 +377,7 @@ def test_a_stage_is_delivered_when_it_ends_and_the_next_one_closes_what_died(pla
     assert runs == [("died", "KILLED"), ("pretrain", "FINISHED"), ("pretrain", "KILLED"), ("run sample", "FINISHED")]
 
 
-def test_one_bad_journal_does_not_keep_the_others_back(
+def test_bad_journal_does_not_stop_the_delivery_of_others(
     delivery: Delivery, place: Path, store: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     empty = place / ".work/runs/1/pretrain-1/events.jsonl"
@@ -500,40 +393,8 @@ def test_one_bad_journal_does_not_keep_the_others_back(
     assert [path.parent for path in place.glob(".work/runs/*/*/delivered")] == [good.folder]
 
 
-def test_an_error_without_words_is_called_by_its_name(place: Path) -> None:
+def test_error_without_message_is_reported_by_its_name(place: Path) -> None:
     assert record_problem(place, TimeoutError()).endswith("failed: TimeoutError")
-
-
-def test_a_line_that_a_full_disk_cut_costs_no_other(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    journal = record(steps=0)
-    with (journal.folder / "events.jsonl").open("rb") as file:
-        size = len(file.read())
-    code = (
-        "import resource, sys; from pathlib import Path; from stages.tracking.journal import Journal\n"
-        "journal = Journal(Path(sys.argv[1]))\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))\n"
-        "journal.metrics({'a': 1.0}, 1)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))\n"
-        "journal.metrics({'a': 1.0}, 2)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(journal.folder), str(size + 20)],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert (done.returncode, done.stderr) == (
-        0,
-        "tracking: metrics is not recorded: [Errno 28] No space left on device\n",
-    )
-    assert [e["step"] for e in read_events(journal.folder) if e["event"] == "metrics"] == [2]
-
-
-def test_switched_off_it_only_keeps_the_journal(place: Path) -> None:
-    journal = record()
-    journal.end("FINISHED")
-    assert [path.name for path in journal.folder.parent.iterdir()] == [journal.folder.name]
 
 
 # ---- models ----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Processes that a stage starts beside itself: they end with it, and what they do late does no harm."""
+"""Ranks that a stage starts end with it."""
 
 from __future__ import annotations
 

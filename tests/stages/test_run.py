@@ -1,4 +1,4 @@
-"""What every stage relies on: its inputs, one process at a time, signals, and errors that a user can read."""
+"""A stage's run: inputs, lock, state folder, signals, errors and metrics files."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def current_fingerprint(**changes: Any) -> str:
 # ---- inputs ----------------------------------------------------------------------------------------------------------
 
 
-def test_fingerprint_follows_params_code_and_data_and_nothing_else(place: Path) -> None:
+def test_fingerprint_depends_on_params_code_and_data_only(place: Path) -> None:
     before = current_fingerprint()
     assert current_fingerprint(seed=7) != before
     assert current_fingerprint(pretrain__lr=0.5) != before
@@ -105,13 +105,13 @@ def test_fingerprint_follows_params_code_and_data_and_nothing_else(place: Path) 
     assert current_fingerprint() not in (before, changed_code)
 
 
-def test_fingerprint_follows_the_device_of_a_stage_that_uses_torch(place: Path) -> None:
+def test_fingerprint_depends_on_the_device_once_torch_is_loaded(place: Path) -> None:
     import torch  # noqa: F401
 
     assert current_fingerprint(runtime__device="cpu") != current_fingerprint(runtime__device="mps")
 
 
-def test_digests_of_data_are_those_of_dvc(place: Path) -> None:
+def test_data_digests_equal_those_of_dvc(place: Path) -> None:
     from dvc_data.hashfile.hash_info import HashInfo
     from dvc_data.hashfile.tree import Tree
 
@@ -133,17 +133,17 @@ def test_inputs_that_change_while_the_stage_runs_are_an_error(place: Path, chang
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_only_listed_params_may_not_change_while_the_stage_runs(place: Path) -> None:
+def test_unlisted_params_may_change_while_the_stage_runs(place: Path) -> None:
     edit = "p = Path('params.yaml'); p.write_text(p.read_text().replace('{}', '{}'))"
     assert execute(edit.format("log_interval: 10", "log_interval: 11")).returncode == 0
     done = execute(edit.format("seed: 123", "seed: 124"))
     assert (done.returncode, done.stderr.split(" changed")[0]) == (1, "demo: seed")
 
 
-# ---- one process at a time, and state --------------------------------------------------------------------------------
+# ---- lock and state folder -------------------------------------------------------------------------------------------
 
 
-def test_a_second_process_is_refused_and_told_of_the_first(place: Path) -> None:
+def test_lock_refuses_a_second_process_and_names_the_first(place: Path) -> None:
     first = begin("print('ready', flush=True)\ntime.sleep(60)")
     try:
         done = execute("print('never')")
@@ -156,7 +156,7 @@ def test_a_second_process_is_refused_and_told_of_the_first(place: Path) -> None:
     assert execute("print('now')").stdout == "now\n"
 
 
-def test_a_worker_that_survives_its_stage_does_not_hold_the_lock(place: Path) -> None:
+def test_surviving_worker_does_not_hold_the_lock(place: Path) -> None:
     first = begin("if os.fork() == 0:\n    time.sleep(60)\nprint('ready', flush=True)\ntime.sleep(60)")
     workers = psutil.Process(first.pid).children()
     first.kill()
@@ -167,7 +167,7 @@ def test_a_worker_that_survives_its_stage_does_not_hold_the_lock(place: Path) ->
     assert done.stdout == "now\n"
 
 
-def test_state_is_found_again_after_a_kill_and_removed_after_success(place: Path) -> None:
+def test_state_survives_a_kill_and_is_removed_after_success(place: Path) -> None:
     killed = begin("(run.state_dir / 'step').write_text('5')\nprint('saved', flush=True)\ntime.sleep(60)")
     killed.kill()
     killed.communicate()
@@ -212,7 +212,7 @@ print('never')
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_lets_a_training_save_its_state(place: Path, number: signal.Signals, status: int) -> None:
+def test_signal_lets_a_training_save_a_checkpoint(place: Path, number: signal.Signals, status: int) -> None:
     process = begin(TRAINING.format(then="pass"))
     process.send_signal(number)
     out, err = process.communicate(timeout=30)
@@ -240,7 +240,7 @@ def test_outside_of_a_training_a_signal_ends_at_once_and_cleans_up(place: Path) 
     assert (place / "cleaned").exists()
 
 
-def test_asked_to_stop_while_it_waits_for_the_delivery_it_has_done_its_work(place: Path) -> None:
+def test_signal_during_the_wait_for_the_delivery_is_success(place: Path) -> None:
     body = (
         "from stages.tracking.journal import Journal\n"
         "Journal.end = lambda *_: (print('waiting', flush=True), time.sleep(60))"
@@ -251,7 +251,7 @@ def test_asked_to_stop_while_it_waits_for_the_delivery_it_has_done_its_work(plac
     assert process.returncode == 0
 
 
-# ---- errors and figures ----------------------------------------------------------------------------------------------
+# ---- errors and metrics ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -265,7 +265,7 @@ def test_asked_to_stop_while_it_waits_for_the_delivery_it_has_done_its_work(plac
         ("raise RuntimeError('CUDA out of memory. Tried to allocate 2 GiB')", "demo: out of memory"),
     ],
 )
-def test_what_the_user_can_act_on_is_one_line(place: Path, body: str, message: str) -> None:
+def test_user_error_is_one_line(place: Path, body: str, message: str) -> None:
     done = execute(body)
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1
@@ -280,7 +280,7 @@ def test_other_errors_keep_their_traceback(place: Path) -> None:
 
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=st.text("ab01 :-[]{}!?&*#|>%@'\"\n\t,.~<", max_size=60).map(str.encode) | st.binary(max_size=60))
-def test_any_file_is_keys_with_values_or_one_line(tmp_path: Path, content: bytes) -> None:
+def test_read_yaml_returns_a_mapping_or_raises_one_line(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "params.yaml").write_bytes(content)
     try:
         assert isinstance(read_yaml(tmp_path / "params.yaml"), dict)
@@ -297,7 +297,7 @@ def test_a_missing_file_is_named(place: Path) -> None:
         read_yaml(Path("params.yaml"))
 
 
-def test_metrics_are_rounded_json_in_the_order_given(place: Path) -> None:
+def test_metrics_are_rounded_json_in_the_given_order(place: Path) -> None:
     done = execute("run.write_metrics({'val/loss': 1.23456789, 'test': {'n': 1234567, 'bad': float('nan')}})")
     assert done.returncode == 0, done.stderr
     text = (place / "reports/metrics/demo.json").read_text()

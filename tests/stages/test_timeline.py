@@ -1,4 +1,4 @@
-"""The time line: what a stage notes of its time, and what a pipeline's record is drawn from."""
+"""Time line: a stage's phases, and the table and picture of a pipeline."""
 
 from __future__ import annotations
 
@@ -32,13 +32,6 @@ GONE = Process(2**22, 1, socket.gethostname())
 HERE = Process.from_psutil(psutil.Process())
 
 
-@pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("LLM_TRACKING", "off")
-    return tmp_path
-
-
 def stage(
     name: str, begin: float, seconds: dict[str, float], status: str = "", process: Process = GONE, pipeline: str = "p"
 ) -> Path:
@@ -63,10 +56,10 @@ def note(journal: Path, began: float, seconds: dict[str, float]) -> None:
     (journal / "times.json").write_text(json.dumps(times))
 
 
-# ---- what a stage notes ----------------------------------------------------------------------------------------------
+# ---- phases of a stage -----------------------------------------------------------------------------------------------
 
 
-def test_an_inner_phase_interrupts_the_outer_and_nothing_is_counted_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inner_phase_interrupts_the_outer_one(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr(time, "perf_counter", lambda: now)
     monkeypatch.setattr(tracking_clock, "process_age", lambda process: 3.0)
@@ -83,7 +76,7 @@ def test_an_inner_phase_interrupts_the_outer_and_nothing_is_counted_twice(monkey
     assert clock.seconds() == {"start-up": 3, "data": 5, "evaluation": 30, "tracking": 100}
 
 
-def test_a_process_is_as_old_as_it_is() -> None:
+def test_process_age_equals_wall_time() -> None:
     """To two ticks of the system's clock, on whatever machine."""
     since_import = time.monotonic() - IMPORTED
     assert process_age(psutil.Process()) >= since_import - 0.02
@@ -96,7 +89,7 @@ def test_a_process_is_as_old_as_it_is() -> None:
 
 
 @pytest.mark.parametrize(("failure", "status"), [("", "FINISHED"), ("raise InputError('x')", "FAILED")])
-def test_a_stage_notes_its_times_however_it_ends(place: Path, failure: str, status: str) -> None:
+def test_stage_writes_its_times_however_it_ends(place: Path, failure: str, status: str) -> None:
     (place / "params.yaml").write_text((ROOT / "params.yaml").read_text(encoding="utf-8"), encoding="utf-8")
     (place / "dvc.yaml").write_text("stages: {demo: {cmd: x}, other: {cmd: y}}")
     (place / "demo.py").write_text(
@@ -121,10 +114,10 @@ def test_a_stage_notes_its_times_however_it_ends(place: Path, failure: str, stat
     ]
 
 
-# ---- what is drawn from it -------------------------------------------------------------------------------------------
+# ---- table and picture -----------------------------------------------------------------------------------------------
 
 
-def test_each_stage_has_its_part_of_the_line_however_it_ended(place: Path) -> None:
+def test_time_line_has_a_row_for_each_stage_however_it_ended(place: Path) -> None:
     stage("download", 2, {"start-up": 1, "data": 0.5}, "FINISHED")
     stage("pretrain", 5, {"start-up": 2, "training": 30.25, "saving": 0.001}, "FAILED")
     killed = stage("evaluate", 40, {"start-up": 2, "evaluation": 8})
@@ -150,7 +143,7 @@ def test_each_stage_has_its_part_of_the_line_however_it_ended(place: Path) -> No
     )
 
 
-def test_the_picture_has_a_bar_for_each_time_where_it_belongs(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_picture_has_a_bar_for_each_phase(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stage("download", 2, {"start-up": 1, "data": 0.5}, "FINISHED")
     stage("pretrain", 5, {"start-up": 2, "training": 30, "brooding": 1.0}, "FINISHED")
     rows = timeline.read_timeline(runs_folder() / "p").rows
@@ -171,7 +164,7 @@ def test_the_picture_has_a_bar_for_each_time_where_it_belongs(place: Path, monke
     assert (place / "one.png").read_bytes() == (place / "two.png").read_bytes()
 
 
-def test_a_line_without_times_is_still_drawn(place: Path) -> None:
+def test_journal_without_times_is_drawn(place: Path) -> None:
     """A full disk refused them."""
     journal = stage("download", 2, {"data": 3.0}, "FINISHED")
     (journal / "times.json").write_text("")
@@ -183,14 +176,14 @@ def test_a_line_without_times_is_still_drawn(place: Path) -> None:
 
 
 @pytest.mark.filterwarnings("error")
-def test_a_stage_that_ended_as_it_began_is_drawn_too(place: Path) -> None:
+def test_stage_of_no_duration_is_drawn(place: Path) -> None:
     [row] = timeline.read_timeline(stage("download", 0, {}, "KILLED").parent).rows
     assert (row.end, row.seconds) == (0, {})
     timeline.draw([row], place / "x.png")
     assert (place / "x.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_by_hand_it_shows_the_last_pipeline_also_while_it_runs(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_shows_the_last_pipeline_also_while_it_runs(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(InputError, match="no stage has run here yet; `dvc repro` runs all"):
         main([])
     with pytest.raises(SystemExit):
@@ -206,7 +199,7 @@ def test_by_hand_it_shows_the_last_pipeline_also_while_it_runs(place: Path, caps
     assert not (place / ".work/runs/2/timeline.md").exists(), "it is delivered when it is whole"
 
 
-# ---- how it comes to MLflow ------------------------------------------------------------------------------------------
+# ---- delivery to MLflow ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -226,7 +219,7 @@ def delivered(client: MlflowClient, place: Path) -> dict[str, dict[str, bytes]]:
     return found
 
 
-def test_it_is_delivered_to_the_parent_run_once_and_again_when_it_has_changed(
+def test_time_line_is_delivered_once_and_again_when_it_changes(
     store: MlflowClient, place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = stage("download", 2, {"data": 1.0}, "FINISHED", pipeline="1")
@@ -261,7 +254,7 @@ def test_it_is_delivered_to_the_parent_run_once_and_again_when_it_has_changed(
     assert capsys.readouterr().err == ""
 
 
-def test_a_time_line_that_cannot_be_drawn_does_not_keep_the_record_back(
+def test_failure_to_draw_does_not_stop_the_delivery(
     store: MlflowClient, place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: Any) -> None:
@@ -274,14 +267,14 @@ def test_a_time_line_that_cannot_be_drawn_does_not_keep_the_record_back(
     assert delivered(store, place) == {"p": {}, "p/download-1": {}}
 
 
-def test_a_record_of_before_there_were_time_lines_stays_as_it_was_delivered(store: MlflowClient, place: Path) -> None:
+def test_delivered_journal_without_a_time_line_is_not_delivered_again(store: MlflowClient, place: Path) -> None:
     journal = stage("download", 2, {"data": 1.0}, "FINISHED")
     (journal / "delivered").touch()
     timeline.update(journal.parent)
     assert undelivered_pipelines() == []
 
 
-def test_the_wait_for_the_delivery_counts(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wait_for_the_delivery_counts_as_tracking(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr(time, "perf_counter", lambda: now)
     journal = Journal.start("demo", {}, "sample")
