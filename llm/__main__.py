@@ -137,7 +137,7 @@ def score(args: argparse.Namespace) -> None:
 def import_(args: argparse.Namespace) -> None:
     """Writes a model folder from another tool's model, or from a base and an adapter that was trained on it."""
     from llm.checkpoint.folder import save_checkpoint
-    from llm.convert.hf import describe, import_model
+    from llm.convert.load import describe, import_model
 
     check_place(args.model_dir, args.source)
     folder = import_model(args.source)

@@ -13,7 +13,7 @@ from llm.common import distributed
 from llm.common.device import pick_device
 from llm.common.errors import InputError
 from llm.config import SCRATCH, GPTConfig, PretrainParams
-from llm.convert.hf import import_model
+from llm.convert.load import import_model
 from llm.data.batches import held_out_windows, window_batches
 from llm.data.shards import TokenShards
 from llm.inference.generate import generate

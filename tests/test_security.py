@@ -37,7 +37,8 @@ from llm.common.files import write_atomic
 from llm.common.sanitize import CONTROLS, escape, one_line, visible
 from llm.config import CorpusSource, SourceFile
 from llm.convert.gguf import export_gguf
-from llm.convert.hf import export_hf, import_model
+from llm.convert.hf import export_hf
+from llm.convert.load import import_model
 from llm.data.shards import TokenShards
 from llm.download.fetch import fetch
 from llm.download.readers import write_records

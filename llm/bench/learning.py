@@ -24,7 +24,7 @@ from llm.common.device import pick_device
 from llm.common.errors import InputError
 from llm.common.sanitize import table
 from llm.config import GPTConfig, Params, PretrainParams, RuntimeParams, explain
-from llm.convert.hf import GPT2Form
+from llm.convert.families.gpt2 import GPT2HFConfig
 from llm.data.batches import held_out_windows, window_batches
 from llm.data.shards import TokenShards
 from llm.model.gpt import GPT
@@ -106,7 +106,7 @@ def lesson_of(params: Params) -> Lesson:
 
 
 def nanogpt_recipe(lesson: Lesson, params: Params, lr: float) -> Recipe:
-    form = GPT2Form(
+    form = GPT2HFConfig(
         vocab_size=lesson.vocab,
         n_positions=lesson.context,
         n_embd=lesson.width,

@@ -9,7 +9,8 @@ from pydantic import ValidationError
 from llm.bench.contest import Cost
 from llm.common.errors import InputError
 from llm.config import GPTConfig, explain
-from llm.convert.hf import GPT2Form, LlamaForm
+from llm.convert.families.gpt2 import GPT2HFConfig
+from llm.convert.families.llama import LlamaHFConfig
 
 
 class Shape(NamedTuple):
@@ -31,10 +32,10 @@ class Shape(NamedTuple):
     form: str = "gpt2"
 
 
-def open_form(shape: Shape) -> GPT2Form | LlamaForm:
+def open_form(shape: Shape) -> GPT2HFConfig | LlamaHFConfig:
     """The form in transformers' words."""
     if shape.form == "llama":
-        return LlamaForm(
+        return LlamaHFConfig(
             model_type="llama",
             vocab_size=shape.vocab,
             max_position_embeddings=shape.context,
@@ -47,7 +48,7 @@ def open_form(shape: Shape) -> GPT2Form | LlamaForm:
             rope_theta=100000.0,
             tie_word_embeddings=True,
         )
-    return GPT2Form(
+    return GPT2HFConfig(
         model_type="gpt2",
         vocab_size=shape.vocab,
         n_positions=shape.context,

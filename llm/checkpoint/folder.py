@@ -12,8 +12,8 @@ from pydantic import ValidationError, model_validator
 from llm.checkpoint.weights import (
     check_layers,
     load_weights,
-    stored_shapes,
     stored_tensors,
+    tensors_in,
     without_weights,
     write_tensors,
 )
@@ -85,7 +85,7 @@ def load_checkpoint(
     """
     config, tokenizer = read_checkpoint_config(folder)
     path = folder / "model.safetensors"
-    found = stored_shapes(path)
+    found = tensors_in(path)
     check_layers(path, len(found), config.gpt)
     with without_weights():
         gpt = GPT(config.gpt)

@@ -17,16 +17,20 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from llm.common.errors import InputError
+from llm.common.stored_tensor import StoredTensor
 from llm.config import GPTConfig
 from llm.model.classifier import GPTClassifier, gpt_of
 from llm.model.gpt import GPT
 
 
-def stored_shapes(path: Path) -> dict[str, list[int]]:
-    """The shapes of all tensors of a safetensors file."""
+def tensors_in(path: Path) -> dict[str, StoredTensor]:
+    """Return all tensors of a safetensors file by name."""
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (not a dict)
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            return {
+                name: StoredTensor(path, tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()
+            }
     except (SafetensorError, OSError) as error:
         raise unreadable(path, error) from None
 
@@ -42,7 +46,7 @@ def check_layers(path: Path, n_tensors: int, config: GPTConfig) -> None:
 def load_weights(
     model: GPT | GPTClassifier,
     path: Path,
-    found: dict[str, list[int]],
+    found: dict[str, StoredTensor],
     device: torch.device,
     dtype: torch.dtype | None,
 ) -> None:
@@ -55,8 +59,8 @@ def load_weights(
     for name, shape in expected.items():
         if name not in found:
             raise InputError(f"{path}: tensor {name} is missing; the file does not belong to this config.json")
-        if found[name] != shape:
-            raise InputError(f"{path}: tensor {name} has shape {found[name]}, config.json asks for {shape}")
+        if list(found[name].shape) != shape:
+            raise InputError(f"{path}: tensor {name} has shape {list(found[name].shape)}, config.json asks for {shape}")
     if extra := sorted(set(found) - set(expected)):
         raise InputError(f"{path}: tensor {extra[0]} has no place in the model ({len(extra)} left over)")
     try:

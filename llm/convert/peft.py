@@ -16,7 +16,7 @@ from torch import Tensor
 from llm.checkpoint.adapter import read_adapter
 from llm.common.errors import InputError
 from llm.common.files import replaced_folder
-from llm.convert.hf import NAMES, form_of
+from llm.convert.hf import hf_config_of
 
 
 def export_peft(adapter: Path, out: Path, base: str | None = None) -> None:
@@ -29,11 +29,11 @@ def export_peft(adapter: Path, out: Path, base: str | None = None) -> None:
     if config.model.kind == "classifier":
         raise InputError(f"{adapter}: a classifier's head has no place in PEFT's form; use the merged model folder")
     try:
-        model_type = form_of(gpt).model_type
+        family, _ = hf_config_of(gpt)
     except InputError as error:
         raise InputError(f"{adapter}: {error}") from None
     layers: dict[str, list[str]] = {}  # by their name, the linear layers of ours that stand side by side in it
-    for ours, theirs in NAMES[model_type].items():
+    for ours, theirs in family.hf_names.items():
         if ours.endswith("_proj"):
             for i in range(gpt.n_layers):
                 layers.setdefault(theirs.format(i), []).append(ours.format(i))
@@ -64,7 +64,7 @@ def export_peft(adapter: Path, out: Path, base: str | None = None) -> None:
         "target_modules": sorted({short(name) for name in scaled}),
         "rank_pattern": {short(name): n * lora.rank for name, n in scaled.items() if n > 1},
         "alpha_pattern": {short(name): n * lora.alpha for name, n in scaled.items() if n > 1},
-        "fan_in_fan_out": model_type == "gpt2",  # whose layers store [in, out]
+        "fan_in_fan_out": bool(family.conv1d_weights),  # GPT-2's layers store [in, out]
         "bias": "none",
         "inference_mode": True,
     }

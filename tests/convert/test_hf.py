@@ -21,7 +21,8 @@ import llm.convert.hf
 from llm.checkpoint.folder import Checkpoint, CheckpointConfig, save_checkpoint
 from llm.common.errors import InputError
 from llm.config import GPTConfig, RopeScaling
-from llm.convert.hf import describe, export_hf, import_model
+from llm.convert.hf import export_hf, hf_config_of, read_hf_config
+from llm.convert.load import describe, import_model
 from llm.inference.generate import generate
 from llm.model.classifier import GPTClassifier
 from llm.model.gpt import GPT
@@ -220,7 +221,7 @@ def test_weights_are_never_in_memory_twice(tmp_path: Path) -> None:
         "from pathlib import Path\n"
         "import psutil, torch\n"
         "from llm.checkpoint.folder import save_checkpoint\n"
-        "from llm.convert.hf import import_model\n"
+        "from llm.convert.load import import_model\n"
         "before = psutil.Process().memory_info().rss\n"
         "folder = import_model(sys.argv[1], getattr(torch, sys.argv[2]))\n"
         "save_checkpoint(Path(sys.argv[3]), folder)\n"
@@ -389,7 +390,8 @@ YARN_SCALING = {"factor": 4.0, "original_context_length": 32768, "beta_fast": 32
 def test_configs_as_they_are_found(tmp_path: Path, content: dict[str, Any], expected: dict[str, Any]) -> None:
     path = tmp_path / "config.json"
     path.write_text(json.dumps(content))
-    gpt = llm.convert.hf.read_form(path).gpt_config()
+    _, hf_config = read_hf_config(path)
+    gpt = hf_config.gpt_config()
     assert {name: getattr(gpt, name) for name in expected} == expected
 
 
@@ -468,7 +470,7 @@ def test_a_hub_name_comes_from_the_cache_without_a_network(sound: Path, tmp_path
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("abc")
     code = (
-        "from llm.convert.hf import import_model\n"
+        "from llm.convert.load import import_model\n"
         "from llm.download.hub import source_files\nfrom llm.tokenizer.load import import_tokenizer\n"
         "print(sum(p.numel() for p in import_model('some/model').model.parameters()))\n"
         "print(import_tokenizer(source_files('some/model', weights=False)).tokenizer.vocab_size)\n"
@@ -704,7 +706,7 @@ def test_every_option_of_gpt_is_said_or_refused() -> None:
     for name, value in changes.items():
         config = gpt_config(**(LLAMA_FORM | {name: value}))
         try:
-            assert llm.convert.hf.form_of(config).gpt_config() == config, name
+            assert hf_config_of(config)[1].gpt_config() == config, name
         except InputError:
             refused.add(name)
     assert refused == {"positions", "norm", "activation", "bias"}

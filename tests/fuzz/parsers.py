@@ -28,7 +28,8 @@ from llm.checkpoint.folder import Checkpoint, CheckpointConfig, load_checkpoint,
 from llm.common.errors import InputError
 from llm.config import CorpusSource, InstructionsSource, MessagesSource, SourceFile
 from llm.convert.gguf import export_gguf, read_gguf
-from llm.convert.hf import export_hf, import_model
+from llm.convert.hf import export_hf
+from llm.convert.load import import_model
 from llm.download.fetch import fetch
 from llm.download.readers import write_records
 from llm.model.gpt import GPT

@@ -20,7 +20,8 @@ from llm.checkpoint.adapter import base_digest, load_adapter, save_adapter, save
 from llm.checkpoint.folder import Checkpoint, CheckpointConfig, load_checkpoint, save_checkpoint
 from llm.common.errors import InputError
 from llm.config import LoRAParams, Params, parse_params
-from llm.convert.hf import export_hf, import_model
+from llm.convert.hf import export_hf
+from llm.convert.load import import_model
 from llm.model.classifier import GPTClassifier, gpt_of
 from llm.model.gpt import GPT
 from llm.model.lora import LoRALinear, add_lora, merge_lora

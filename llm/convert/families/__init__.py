@@ -1,0 +1,1 @@
+"""Families of open weights, one module each."""

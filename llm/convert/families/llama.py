@@ -1,0 +1,259 @@
+"""Llama, and the options that the families derived from it share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor
+
+from llm.common.errors import InputError
+from llm.common.gguf_header import read_exactly
+from llm.common.stored_tensor import StoredTensor
+from llm.config import GPTConfig, Layers, NonNegative, NonNegativeFloat, Positive, PositiveFloat, RopeScaling
+from llm.convert.families.base import ROPE_FREQS, Family, HFConfig
+from llm.convert.families.metadata import Metadata, decimal
+from llm.model.rotary import rotary_frequencies
+
+RopeType = Literal["default", "linear", "llama3", "yarn"]
+FIXED: dict[str, Any] = {"positions": "rotary", "norm": "rmsnorm", "activation": "swiglu", "qk_norm": False}
+
+HF_NAMES = {
+    "tok_emb": "model.embed_tokens",
+    "blocks.{}.norm1": "model.layers.{}.input_layernorm",
+    "blocks.{}.attn.q_proj": "model.layers.{}.self_attn.q_proj",
+    "blocks.{}.attn.k_proj": "model.layers.{}.self_attn.k_proj",
+    "blocks.{}.attn.v_proj": "model.layers.{}.self_attn.v_proj",
+    "blocks.{}.attn.out_proj": "model.layers.{}.self_attn.o_proj",
+    "blocks.{}.attn.q_norm": "model.layers.{}.self_attn.q_norm",
+    "blocks.{}.attn.k_norm": "model.layers.{}.self_attn.k_norm",
+    "blocks.{}.norm2": "model.layers.{}.post_attention_layernorm",
+    "blocks.{}.ffn.gate_proj": "model.layers.{}.mlp.gate_proj",
+    "blocks.{}.ffn.up_proj": "model.layers.{}.mlp.up_proj",
+    "blocks.{}.ffn.down_proj": "model.layers.{}.mlp.down_proj",
+    "final_norm": "model.norm",
+    "lm_head": "lm_head",
+}
+
+
+class HFRopeScaling(BaseModel):
+    """`rope_scaling`, or since transformers 5 `rope_parameters`."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", strict=True)
+
+    rope_type: RopeType | None = None
+    type: RopeType | None = None  # its name before transformers 4.43
+    rope_theta: PositiveFloat | None = None
+    factor: PositiveFloat | None = None
+    original_max_position_embeddings: Positive | None = None
+    low_freq_factor: PositiveFloat | None = None
+    high_freq_factor: PositiveFloat | None = None
+    beta_fast: PositiveFloat | None = None
+    beta_slow: PositiveFloat | None = None
+    attention_factor: PositiveFloat | None = None
+    mscale: NonNegativeFloat | None = None
+    mscale_all_dim: NonNegativeFloat | None = None
+    truncate: Literal[True] | None = None
+    partial_rotary_factor: Annotated[float, Field(ge=1, le=1)] | None = None
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        if self.model_extra:
+            raise ValueError(f"{next(iter(self.model_extra))} is an option that GPT does not have")
+        return self
+
+    def rope_scaling(self, original_context_length: int) -> RopeScaling | None:
+        """Return the scaling in `GPT`'s words."""
+        kind = self.rope_type or self.type or "default"
+        if kind == "default":
+            return None
+        values: dict[str, Any] = {"kind": kind, "factor": self.factor}
+        if kind != "linear":
+            values["original_context_length"] = original_context_length
+        if kind == "llama3":
+            values |= {"low_freq_factor": self.low_freq_factor, "high_freq_factor": self.high_freq_factor}
+        if kind == "yarn":
+            values |= {"beta_fast": self.beta_fast or 32.0, "beta_slow": self.beta_slow or 1.0}
+            values["attention_factor"] = self.attention_factor or self._yarn_attention_factor()
+        return RopeScaling(**values)
+
+    def _yarn_attention_factor(self) -> float:
+        """Return the paper's recommendation for a factor, or a ratio of two where a model says so (DeepSeek)."""
+
+        def recommended(weight: float) -> float:
+            return 1.0 + 0.1 * weight * math.log(max(self.factor or 1.0, 1.0))
+
+        if self.mscale and self.mscale_all_dim:
+            return recommended(self.mscale) / recommended(self.mscale_all_dim)
+        return recommended(1.0)
+
+
+class RotaryHFConfig(HFConfig):
+    """The `config.json` of Llama and of families that differ from it by an option or two."""
+
+    max_position_embeddings: Positive
+    hidden_size: Positive
+    num_hidden_layers: Layers
+    num_attention_heads: Positive
+    num_key_value_heads: Positive | None = None
+    head_dim: Positive | None = None
+    intermediate_size: Positive
+    hidden_act: Literal["silu", "swish"] = "silu"  # one function, two names
+    rms_norm_eps: PositiveFloat = 1e-6
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    rope_theta: PositiveFloat = 10000.0
+    rope_scaling: HFRopeScaling | None = None
+    rope_parameters: HFRopeScaling | None = None
+    original_max_position_embeddings: Positive | None = None
+    partial_rotary_factor: Annotated[float, Field(ge=1, le=1)] = 1.0
+    rope_interleaved: Literal[False] = False
+    sliding_window: Positive | None = 4096  # of mistral; of qwen where it is switched on
+    use_sliding_window: bool = False
+    max_window_layers: NonNegative = 28
+    layer_types: list[Literal["full_attention", "sliding_attention"]] | None = None
+
+    qk_norm: ClassVar[bool] = False
+    qkv_bias: ClassVar[bool | None] = None  # None: attention_bias and mlp_bias say it
+
+    @model_validator(mode="after")
+    def _expressible(self) -> Self:
+        if self.qkv_bias is None and self.attention_bias != self.mlp_bias:
+            raise ValueError(
+                f"attention_bias {self.attention_bias} with mlp_bias {self.mlp_bias}: GPT has biases behind the "
+                "attention and in the feed-forward layers, or in neither"
+            )
+        if len(self._kinds_of_attention()) > 1:
+            raise ValueError("layer_types: full and sliding attention are mixed, GPT has one kind for all layers")
+        return self
+
+    def _kinds_of_attention(self) -> set[str]:
+        return set(self.default_layer_types() if self.layer_types is None else self.layer_types)
+
+    def default_layer_types(self) -> list[str]:
+        """Return the kind of attention of each layer where the file does not list them."""
+        return ["full_attention"] * self.num_hidden_layers
+
+    def gpt_config(self) -> GPTConfig:
+        rope = self.rope_scaling or self.rope_parameters or HFRopeScaling()
+        original = self.original_max_position_embeddings or rope.original_max_position_embeddings
+        return GPTConfig(
+            vocab_size=self.vocab_size,
+            context_length=self.max_position_embeddings,
+            emb_dim=self.hidden_size,
+            n_layers=self.num_hidden_layers,
+            n_heads=self.num_attention_heads,
+            n_kv_heads=self.num_key_value_heads or self.num_attention_heads,
+            head_dim=self.head_dim or self.hidden_size // self.num_attention_heads,
+            ffn_dim=self.intermediate_size,
+            rope_theta=rope.rope_theta or self.rope_theta,
+            rope_scaling=rope.rope_scaling(original or self.max_position_embeddings),
+            norm_eps=self.rms_norm_eps,
+            qkv_bias=self.attention_bias if self.qkv_bias is None else self.qkv_bias,
+            bias=self.mlp_bias and self.qkv_bias is None,
+            tie_embeddings=self.tie_word_embeddings,
+            sliding_window=self.sliding_window if "sliding_attention" in self._kinds_of_attention() else None,
+            **FIXED | {"qk_norm": self.qk_norm},
+        )
+
+    @classmethod
+    def from_gpt(cls, gpt: GPTConfig) -> Self:
+        values: dict[str, Any] = {
+            "model_type": cls.model_fields["model_type"].default,
+            "vocab_size": gpt.vocab_size,
+            "max_position_embeddings": gpt.context_length,
+            "hidden_size": gpt.emb_dim,
+            "num_hidden_layers": gpt.n_layers,
+            "num_attention_heads": gpt.n_heads,
+            "num_key_value_heads": gpt.n_kv_heads,
+            "head_dim": gpt.head_dim,
+            "intermediate_size": gpt.ffn_dim,
+            "hidden_act": "silu",
+            "rms_norm_eps": gpt.norm_eps,
+            "tie_word_embeddings": gpt.tie_embeddings,
+            "rope_theta": gpt.rope_theta,
+        }
+        if gpt.rope_scaling is not None:  # as transformers 4 and 5 both read it
+            scaling = gpt.rope_scaling.model_dump(exclude_none=True)
+            renamed = {"kind": "rope_type", "original_context_length": "original_max_position_embeddings"}
+            values["rope_scaling"] = {renamed.get(name, name): value for name, value in scaling.items()}
+        return cls.model_validate(values | cls.own_values(gpt))
+
+    @classmethod
+    def own_values(cls, gpt: GPTConfig) -> dict[str, Any]:
+        """Return the values that only this family has."""
+        return {}
+
+
+class LlamaHFConfig(RotaryHFConfig):
+    """Llama's `config.json`."""
+
+    model_type: Literal["llama"] = "llama"
+
+    @classmethod
+    def own_values(cls, gpt: GPTConfig) -> dict[str, Any]:
+        return {"attention_bias": gpt.bias, "mlp_bias": gpt.bias}
+
+
+class Llama(Family):
+    """Llama 2 and 3 (Touvron et al. 2023), SmolLM2; the model of every rotary config that no other family takes."""
+
+    model_type = "llama"
+    hf_class = "LlamaForCausalLM"
+    hf_config: ClassVar[type[HFConfig]] = LlamaHFConfig
+    hf_names = HF_NAMES
+    hf_constants = r"\.rotary_emb\.inv_freq$"
+    gguf_arch: ClassVar[str | None] = "llama"
+    fixed: ClassVar[dict[str, Any]] = FIXED
+
+    def matches(self, gpt: GPTConfig) -> bool:
+        return gpt.positions == "rotary"
+
+    def rotary_heads(self, gpt: GPTConfig, name: str) -> int:
+        return gpt.n_heads if ".q_proj." in name else gpt.n_kv_heads if ".k_proj." in name else 0
+
+    def gguf_constants(self, gpt: GPTConfig) -> dict[str, Tensor]:
+        """Return the divisors of the frequencies, by which llama.cpp knows the scaling of Llama 3."""
+        if gpt.rope_scaling is None or gpt.rope_scaling.kind != "llama3":
+            return {}
+        return {ROPE_FREQS: _frequency_divisors(gpt)}
+
+    def read_rope_scaling(
+        self, metadata: Metadata, tensors: Mapping[str, StoredTensor], gpt: GPTConfig
+    ) -> RopeScaling | None:
+        scaling, stored = metadata.rope_scaling(gpt.context_length), tensors.get(ROPE_FREQS)
+        if stored is None:
+            return scaling
+        if scaling is not None or stored.dtype != "F32" or stored.shape != (gpt.head_dim // 2,):
+            raise metadata.unsupported(f"tensor {ROPE_FREQS} of this type and shape")
+        with stored.path.open("rb") as file:
+            file.seek(stored.start)
+            divisors = torch.from_numpy(np.frombuffer(read_exactly(file, stored.n_bytes), np.float32))  # [D/2]
+        scaling = RopeScaling(
+            kind="llama3",
+            factor=decimal(divisors.max().item()),
+            original_context_length=metadata.size("rope.scaling.original_context_length", 8192),  # Llama 3.1 to 3.3
+            low_freq_factor=metadata.number("rope.scaling.low_freq_factor", 1.0),
+            high_freq_factor=metadata.number("rope.scaling.high_freq_factor", 4.0),
+        )
+        if not torch.allclose(
+            _frequency_divisors(gpt.model_copy(update={"rope_scaling": scaling})), divisors, rtol=1e-4
+        ):
+            raise InputError(
+                f"{metadata.path}: tensor {ROPE_FREQS} is not Llama 3's rope scaling; no other is supported"
+            )
+        return scaling
+
+
+def _frequency_divisors(gpt: GPTConfig) -> Tensor:
+    """Return the divisor of each rotary pair's frequency, [D/2]."""
+    plain, scaled = (
+        rotary_frequencies(config, torch.device("cpu"))
+        for config in (gpt.model_copy(update={"rope_scaling": None}), gpt)
+    )
+    return plain / scaled

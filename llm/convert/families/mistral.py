@@ -1,0 +1,35 @@
+"""Mistral."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+from llm.config import GPTConfig
+from llm.convert.families.llama import Llama, RotaryHFConfig
+
+
+class MistralHFConfig(RotaryHFConfig):
+    """Mistral's `config.json`."""
+
+    model_type: Literal["mistral"] = "mistral"
+    qkv_bias: ClassVar[bool | None] = False
+
+    def default_layer_types(self) -> list[str]:
+        return ["sliding_attention"] * self.num_hidden_layers
+
+    @classmethod
+    def own_values(cls, gpt: GPTConfig) -> dict[str, Any]:
+        return {"sliding_window": gpt.sliding_window}
+
+
+class Mistral(Llama):
+    """Mistral (Jiang et al. 2023): Llama with a sliding window."""
+
+    model_type = "mistral"
+    hf_class = "MistralForCausalLM"
+    hf_config = MistralHFConfig
+    gguf_arch = None  # llama.cpp's is llama
+
+    def matches(self, gpt: GPTConfig) -> bool:
+        # transformers' Llama refuses such widths
+        return gpt.positions == "rotary" and (gpt.sliding_window is not None or gpt.emb_dim % gpt.n_heads != 0)

@@ -1,0 +1,38 @@
+"""Qwen3."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from llm.config import GPTConfig
+from llm.convert.families.base import Family, not_in_gguf
+from llm.convert.families.llama import Llama
+from llm.convert.families.qwen2 import QwenHFConfig
+
+
+class Qwen3HFConfig(QwenHFConfig):
+    """Qwen3's `config.json`."""
+
+    model_type: Literal["qwen3"] = "qwen3"
+    qk_norm: ClassVar[bool] = True
+
+
+class Qwen3(Family):
+    """Qwen3 (Yang et al. 2025): Llama with norms of queries and keys."""
+
+    model_type = "qwen3"
+    hf_class = "Qwen3ForCausalLM"
+    hf_config = Qwen3HFConfig
+    hf_names = Llama.hf_names
+    hf_constants = Llama.hf_constants
+    gguf_arch = "qwen3"
+    fixed = Llama.fixed | {"qk_norm": True}
+    gguf_fixed = dict.fromkeys(("qkv_bias", "bias"), False)
+
+    def matches(self, gpt: GPTConfig) -> bool:
+        return gpt.positions == "rotary" and gpt.qk_norm
+
+    def gguf_config(self, gpt: GPTConfig) -> GPTConfig:
+        if gpt.rope_scaling is not None and gpt.rope_scaling.kind == "llama3":
+            raise not_in_gguf(gpt, "rope_scaling", "linear or yarn")
+        return super().gguf_config(gpt)
