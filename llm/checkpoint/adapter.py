@@ -13,7 +13,7 @@ from torch import Tensor
 from llm.checkpoint.folder import Checkpoint, CheckpointConfig, save_checkpoint
 from llm.checkpoint.weights import stored_tensors, unreadable
 from llm.common.errors import InputError
-from llm.common.files import parse_json, replaced_folder
+from llm.common.files import read_json, replaced_folder
 from llm.config import LoRAParams, Sha256, Strict, TrainParams, explain
 from llm.model.classifier import GPTClassifier, gpt_of
 from llm.model.gpt import GPT
@@ -21,7 +21,7 @@ from llm.model.lora import add_lora, merge_lora
 
 
 class AdapterConfig(Strict):
-    """What `adapter.json` holds."""
+    """The content of `adapter.json`."""
 
     lora: LoRAParams
     base: Sha256  # of the model that it was trained on
@@ -29,7 +29,7 @@ class AdapterConfig(Strict):
 
 
 def base_digest(gpt: GPT) -> str:
-    """Tells models apart by their form and weights; neither adapters nor a wider dtype for the same values count."""
+    """Return a digest of config and weights; neither adapters nor a wider dtype for the same values change it."""
     digest = hashlib.sha256(gpt.config.model_dump_json(exclude_none=True).encode())
     for name, tensor in stored_tensors(gpt).items():
         if not name.endswith((".A", ".B")):
@@ -39,14 +39,14 @@ def base_digest(gpt: GPT) -> str:
 
 
 def adapter_tensors(model: GPT | GPTClassifier) -> dict[str, Tensor]:
-    """What an adapter consists of: A and B of each layer, and all of a classifier's head, which no base has."""
+    """Return the weights of an adapter: A and B of each layer, and a classifier's head, which no base has."""
     return {
         name: p.detach() for name, p in model.named_parameters() if name.endswith((".A", ".B")) or name[:5] == "head."
     }
 
 
 def adapter_files(content: Checkpoint, lora: LoRAParams) -> dict[str, bytes]:
-    """The files of an adapter folder, by name."""
+    """Return the files of an adapter folder, by name."""
     model = content.model
     config = AdapterConfig(lora=lora, base=base_digest(gpt_of(model)), model=content.config)
     tensors = {name: tensor.cpu().contiguous() for name, tensor in adapter_tensors(model).items()}
@@ -57,14 +57,14 @@ def adapter_files(content: Checkpoint, lora: LoRAParams) -> dict[str, bytes]:
 
 
 def save_adapter(folder: Path, content: Checkpoint, lora: LoRAParams) -> None:
-    """Writes the adapter of a model that `add_lora` extended, without its base: adapter.json, adapter.safetensors."""
+    """Write the adapter of a model that `add_lora` extended, without its base: adapter.json, adapter.safetensors."""
     with replaced_folder(folder) as new:
         for name, data in adapter_files(content, lora).items():
             (new / name).write_bytes(data)
 
 
 def save_trained(folder: Path, content: Checkpoint, params: TrainParams) -> None:
-    """Writes the model folder of a training. One with adapters gets them merged, and alone in its folder `adapter`."""
+    """Write the model folder of a training; adapters are merged into it, and kept alone in its folder `adapter`."""
     files: dict[str, bytes] = {}
     if params.trainable == "lora":
         files = {f"adapter/{name}": data for name, data in adapter_files(content, params.lora).items()}
@@ -73,7 +73,7 @@ def save_trained(folder: Path, content: Checkpoint, params: TrainParams) -> None
 
 
 def load_adapter(folder: Path, base: Checkpoint) -> Checkpoint:
-    """The model of a base and an adapter that was trained on it, not merged, in evaluation mode.
+    """Return a base with an adapter that was trained on it, not merged, in evaluation mode.
 
     The base's own model is extended in place. Raises `InputError` for an adapter of another base, and for files that
     are damaged or do not belong together.
@@ -95,16 +95,15 @@ def load_adapter(folder: Path, base: Checkpoint) -> Checkpoint:
 
 
 def read_adapter(folder: Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
-    """The files of an adapter folder as they are, on the CPU."""
+    """Read the files of an adapter folder, on the CPU."""
     path = folder / "adapter.json"
     if not path.is_file():
         raise InputError(f"{folder}: not an adapter: adapter.json is missing; name one such as models/base/adapter")
+    content = read_json(path, "make the adapter again")
     try:
-        config = AdapterConfig.model_validate(parse_json(path.read_text(encoding="utf-8")))
+        config = AdapterConfig.model_validate(content)
     except ValidationError as error:
         raise InputError(explain(error, str(path))) from None
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON ({error}); make the adapter again") from None
     path = folder / "adapter.safetensors"
     try:
         return config, load(path.read_bytes())

@@ -1,4 +1,4 @@
-"""Model folders (config.json, model.safetensors, the tokenizer; nothing pickled) and the state of a training."""
+"""Checkpoints: folders of config.json, model.safetensors and the tokenizer, nothing pickled."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from llm.checkpoint.weights import (
     write_tensors,
 )
 from llm.common.errors import InputError
-from llm.common.files import parse_json, replaced_folder
+from llm.common.files import read_json, replaced_folder
 from llm.config import GPTConfig, Positive, Strict, Template, explain
 from llm.model.classifier import GPTClassifier
 from llm.model.gpt import GPT
@@ -26,7 +26,7 @@ from llm.tokenizer.bpe import Tokenizer
 
 
 class CheckpointConfig(Strict):
-    """What `config.json` of a model folder holds."""
+    """The content of a checkpoint's `config.json`."""
 
     kind: Literal["base", "classifier", "instruct"]
     gpt: GPTConfig
@@ -47,20 +47,22 @@ class CheckpointConfig(Strict):
 
 
 class Checkpoint(NamedTuple):
+    """A model with its tokenizer and its config."""
+
     model: GPT | GPTClassifier
     tokenizer: Tokenizer
     config: CheckpointConfig
 
 
 def lm_checkpoint(model: GPT, tokenizer: Tokenizer, template: Template | None, system: str | None) -> Checkpoint:
-    """A GPT as a model folder's content, in evaluation mode: of kind instruct where there is a template, else base."""
+    """Return the checkpoint of a GPT, in evaluation mode; its kind is instruct where there is a template, else base."""
     kind: Literal["base", "instruct"] = "base" if template is None else "instruct"
     config = CheckpointConfig(kind=kind, gpt=model.config, template=template, system=system)
     return Checkpoint(model.eval(), tokenizer, config)
 
 
 def save_checkpoint(folder: Path, content: Checkpoint, more: Mapping[str, bytes] | None = None) -> None:
-    """Writes a model folder; it appears whole or not at all, in place of any earlier one.
+    """Write a model folder, whole or not at all, in place of any earlier one.
 
     `more` are further files, by their path inside the folder.
     """
@@ -79,9 +81,9 @@ def load_checkpoint(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = torch.float32,
 ) -> Checkpoint:
-    """Reads a model folder, in evaluation mode; raises `InputError` if anything of it is missing or does not fit.
+    """Read a model folder, in evaluation mode; raise `InputError` if anything of it is missing or does not fit.
 
-    `dtype` None leaves the weights in the one that they are stored in.
+    `dtype` None keeps the stored one.
     """
     config, tokenizer = read_checkpoint_config(folder)
     path = folder / "model.safetensors"
@@ -95,16 +97,15 @@ def load_checkpoint(
 
 
 def read_checkpoint_config(folder: Path) -> tuple[CheckpointConfig, Tokenizer]:
-    """What a model folder says about its model, without the weights."""
+    """Read the config and tokenizer of a model folder, without the weights."""
     path = folder / "config.json"
     if not path.is_file():
         raise InputError(f"{folder}: not a model folder: config.json is missing; name a folder such as models/base")
+    content = read_json(path, "make the model folder again")
     try:
-        config = CheckpointConfig.model_validate(parse_json(path.read_text(encoding="utf-8")))
+        config = CheckpointConfig.model_validate(content)
     except ValidationError as error:
         raise InputError(explain(error, str(path))) from None
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON ({error}); make the model folder again") from None
     tokenizer = Tokenizer.load(folder)
     if tokenizer.vocab_size > config.gpt.vocab_size:
         raise InputError(
@@ -112,9 +113,3 @@ def read_checkpoint_config(folder: Path) -> tuple[CheckpointConfig, Tokenizer]:
             "they do not belong together"
         )
     return config, tokenizer
-
-
-# ---- training state --------------------------------------------------------------------------------------------------
-
-
-# ---- files that appear whole or not at all ---------------------------------------------------------------------------

@@ -36,7 +36,7 @@ def tensors_in(path: Path) -> dict[str, StoredTensor]:
 
 
 def check_layers(path: Path, n_tensors: int, config: GPTConfig) -> None:
-    """Before a model is built, which takes long for the thousand layers that a small file may ask for."""
+    """Raise `InputError` for more layers than tensors, before a large model is built for a small file."""
     if n_tensors < config.n_layers:
         raise InputError(
             f"{path}: {n_tensors} tensors are too few for a model of {config.n_layers} layers; make or copy it again"
@@ -50,7 +50,7 @@ def load_weights(
     device: torch.device,
     dtype: torch.dtype | None,
 ) -> None:
-    """Fills a model on the meta device strictly: each tensor used once, shapes equal; else what is wrong is named.
+    """Fill a model on the meta device strictly: each tensor used once, shapes equal, else `InputError`.
 
     Tensor by tensor, with the file closed in between: the memory it is mapped to never adds up to a second model. The
     largest come first, while the memory is still empty.
@@ -76,11 +76,12 @@ def load_weights(
 
 
 def unreadable(path: Path, error: Exception) -> InputError:
+    """Return the error for a damaged safetensors file."""
     return InputError(f"{path}: cannot be read as safetensors ({error}); make or copy the file again")
 
 
 def stored_tensors(model: GPT | GPTClassifier) -> dict[str, Tensor]:
-    """The weights that a file holds: a tied head is the token embedding, stored once."""
+    """Return the weights that a file holds; a tied head is the token embedding, stored once."""
     tied = gpt_of(model).config.tie_embeddings
     weights = model.state_dict()
     return {name: tensor for name, tensor in weights.items() if not (tied and name.endswith("lm_head.weight"))}
@@ -96,26 +97,26 @@ class _NoInit(TorchFunctionMode):
 
 @contextlib.contextmanager
 def without_weights() -> Iterator[None]:
-    """Models made in this block take no memory and no random numbers: all their weights come from a file."""
+    """Make models without memory and random numbers in this block; all their weights come from a file."""
     with torch.device("meta"), _NoInit():
         yield
 
 
 def assign_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
-    """Puts a tensor in the place of the parameter `name`, whatever device that was on."""
+    """Replace the parameter `name` by a tensor, whatever device it was on."""
     path, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(path), leaf, nn.Parameter(tensor))
 
 
 def tie_head(model: GPT | GPTClassifier) -> None:
-    """After `assign_tensor` the head of a tied model has to be made the token embedding again."""
+    """Make the head of a tied model the token embedding again, after `assign_tensor`."""
     gpt = gpt_of(model)
     if gpt.config.tie_embeddings:
         gpt.lm_head.weight = gpt.tok_emb.weight
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Writes a safetensors file from where the tensors are, without a second copy of them in memory."""
+    """Write a safetensors file without a second copy of the tensors in memory."""
     path.touch()
     mode = path.stat().st_mode
     try:

@@ -1,4 +1,4 @@
-"""An adapter in the form that PEFT loads onto transformers' model of the same base.
+"""LoRA adapters in PEFT's format, for transformers' model of the same base.
 
 GPT-2's queries, keys and values are one layer there. Adapters on some of the three become one adapter on that layer,
 exactly: the factors A stacked, the factors B as blocks on a diagonal, and rank and alpha larger by the same number.
@@ -20,9 +20,9 @@ from llm.convert.hf import hf_config_of
 
 
 def export_peft(adapter: Path, out: Path, base: str | None = None) -> None:
-    """Writes what `peft.PeftModel.from_pretrained(model, out)` loads; `base` is the name or folder of that model.
+    """Write what `peft.PeftModel.from_pretrained(model, out)` loads; `base` is the name or folder of that model.
 
-    Raises `InputError` for a classifier's adapter and for a base that transformers has no form for.
+    Raises `InputError` for a classifier's adapter and for a base that transformers cannot express.
     """
     config, tensors = read_adapter(adapter)
     lora, gpt = config.lora, config.model.gpt
@@ -49,7 +49,7 @@ def export_peft(adapter: Path, out: Path, base: str | None = None) -> None:
             scaled[theirs] = len(adapted)
 
     def short(name: str) -> str:
-        """The last part of a layer's name, two where an unadapted layer ends alike (c_proj of GPT-2)."""
+        """Return the last part of a layer's name, two where an unadapted layer ends alike (c_proj of GPT-2)."""
         last = name.rpartition(".")[2]
         clash = any(other.endswith(f".{last}") for other in layers.keys() - scaled.keys())
         return ".".join(name.split(".")[-2:]) if clash else last

@@ -1,4 +1,4 @@
-"""Renders chat templates. One that came with a model is somebody's program: it runs in a process of its own.
+"""Rendering of chat templates; one that came with a model is a foreign program and runs in its own process.
 
 Jinja's sandbox keeps it from Python's objects, but ends neither `{{ 10**(10**10) }}` nor loops in loops. The process
 does: it may use some seconds and some memory, and ends with nothing when they are spent. This file is run by its path,
@@ -23,7 +23,7 @@ LONGEST = 1_000_000  # characters of a prompt
 
 
 def render(source: str, question: str, names: Mapping[str, str]) -> str:
-    """The prompt of one question, as transformers asks a chat template for it."""
+    """Return the prompt of one question, as transformers asks a chat template for it."""
     messages = [{"role": "user", "content": question}]
     return _compiled(source)(messages=messages, add_generation_prompt=True, **names)
 
@@ -41,7 +41,7 @@ def _compiled(source: str) -> Callable[..., str]:
 
 
 def render_untrusted(source: str, question: str, names: Mapping[str, str]) -> str | None:
-    """`render` in a process of its own; None where the template fails or takes too much."""
+    """Return `render` of a process of its own; None where the template fails or takes too much."""
     try:
         done = subprocess.run(
             [sys.executable, "-P", __file__],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,14 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llm.checkpoint.folder import Checkpoint, CheckpointConfig, load_checkpoint, save_checkpoint
 from llm.common.files import replaced_folder
 from llm.model.classifier import GPTClassifier
 from llm.model.gpt import GPT
-from llm.tokenizer.bpe import Tokenizer
+from llm.tokenizer.bpe import GPT2_PATTERN, Tokenizer
 from llm.training.state import load_state, save_state
 from tests.conftest import ROOT
 from tests.helpers import FORMS, gpt_config, randomize, tiny_tokenizer
@@ -109,6 +111,30 @@ def test_a_model_folder_is_read_in_the_dtype_asked_for(tmp_path: Path) -> None:
         for name, tensor in loaded.state_dict().items():
             assert tensor.dtype == (dtype or torch.bfloat16)
             assert torch.equal(tensor, saved.model.state_dict()[name].to(tensor.dtype)), name
+
+
+def test_a_model_folder_of_an_earlier_version_loads(tmp_path: Path) -> None:
+    """The files are written by hand: their keys and the names of the tensors are a promise."""
+    gpt = {"context_length": 8, "emb_dim": 4, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "head_dim": 2, "ffn_dim": 6}
+    gpt |= {"positions": "rotary", "rope_theta": 10000.0, "norm": "rmsnorm", "norm_eps": 1e-5, "activation": "swiglu"}
+    gpt |= {"qk_norm": True, "qkv_bias": False, "bias": False, "tie_embeddings": True, "vocab_size": 260}
+    config = {"kind": "instruct", "gpt": gpt, "template": "chatml", "system": "Be brief."}
+    ranks = [base64.b64encode(token).decode() for token in [*(bytes([byte]) for byte in range(256)), b"ab"]]
+    tokens = {"<|endoftext|>": 257, "<|im_start|>": 258, "<|im_end|>": 259}
+    bpe = {"pattern": GPT2_PATTERN, "special_tokens": tokens, "end": "<|endoftext|>", "begin": None, "ranks": ranks}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "bpe.json").write_text(json.dumps(bpe))
+    shapes = {"attn.q_proj": (4, 4), "attn.k_proj": (2, 4), "attn.v_proj": (2, 4), "attn.out_proj": (4, 4)}
+    shapes |= {"attn.q_norm": (2,), "attn.k_norm": (2,), "norm1": (4,), "norm2": (4,)}
+    shapes |= {"ffn.gate_proj": (6, 4), "ffn.up_proj": (6, 4), "ffn.down_proj": (4, 6)}
+    named = {f"blocks.0.{name}.weight": shape for name, shape in shapes.items()}
+    named |= {"tok_emb.weight": (260, 4), "final_norm.weight": (4,)}
+    save_file({name: torch.ones(shape) for name, shape in named.items()}, tmp_path / "model.safetensors")
+
+    model, tokenizer, found = load_checkpoint(tmp_path)
+    assert found.model_dump(exclude_none=True) == config
+    assert tokenizer.encode("abc") == [256, 99] and tokenizer.eot == 257 and tokenizer.bos is None
+    assert model(torch.tensor([[1, 256]])).shape == (1, 2, 260)
 
 
 # ---- whole or not at all ---------------------------------------------------------------------------------------------
