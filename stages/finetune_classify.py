@@ -1,4 +1,4 @@
-"""Finetunes the base model into a classifier of messages: `models/base/` to `models/classifier/`.
+"""Finetune the base model into a classifier of messages: `models/base/` to `models/classifier/`.
 
 With `scratch_control` the same training from random weights gives `models/classifier_scratch/`.
 """
@@ -14,7 +14,7 @@ from llm.data.examples import class_weights, message_examples, read_labels, read
 from llm.model.classifier import GPTClassifier
 from llm.model.gpt import GPT
 from llm.training.losses import label_loss, label_metrics
-from stages.runtime.finetune import Task, finetune
+from stages.runtime.finetune import FinetuneTask, finetune
 from stages.runtime.processes import main_training
 from stages.runtime.run import Run
 
@@ -23,8 +23,8 @@ def finetune_classify(run: Run) -> None:
     finetune(run, "classifier", run.params.finetune_classify, make_task)
 
 
-def make_task(run: Run, base: Checkpoint) -> Task:
-    """A classifier on top of the base, and the messages that it learns to label."""
+def make_task(run: Run, base: Checkpoint) -> FinetuneTask:
+    """Return a classifier on top of the base, and its messages."""
     section = run.params.finetune_classify
     folder = Path("data/tokens/messages")
     labels = read_labels(folder)
@@ -37,14 +37,14 @@ def make_task(run: Run, base: Checkpoint) -> Task:
     device = base.model.tok_emb.weight.device
     model = GPTClassifier(base.model, len(labels)).to(device)
     weights = class_weights(train_set, len(labels)).to(device) if section.class_weights == "balanced" else None
-    return Task(
-        model,
-        CheckpointConfig(kind="classifier", gpt=base.config.gpt, labels=labels, max_length=length),
-        train_set,
-        val_set,
-        collate_labels,
-        partial(label_loss, class_weights=weights),
-        partial(label_metrics, model, class_weights=weights),
+    return FinetuneTask(
+        model=model,
+        config=CheckpointConfig(kind="classifier", gpt=base.config.gpt, labels=labels, max_length=length),
+        train_set=train_set,
+        val_set=val_set,
+        collate=collate_labels,
+        loss_function=partial(label_loss, class_weights=weights),
+        evaluate=partial(label_metrics, model, class_weights=weights),
     )
 
 

@@ -1,8 +1,10 @@
-"""Pretrains a GPT on the corpus by next-token prediction: `data/tokens/` to `models/base/`."""
+"""Pretrain a GPT on the corpus by next-token prediction: `data/tokens/` to `models/base/`."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -16,13 +18,13 @@ from llm.config import SCRATCH, GPTConfig, PretrainParams
 from llm.convert.load import import_model
 from llm.data.batches import held_out_windows, window_batches
 from llm.data.shards import TokenShards
-from llm.inference.generate import generate
+from llm.inference.generate import stream, stream_text
 from llm.inference.sampling import Sampling
 from llm.model.gpt import GPT
 from llm.tokenizer.bpe import Tokenizer
-from llm.training.fit import fit
+from llm.training.fit import TrainingTask, fit
 from llm.training.freeze import freeze, trained_parameters
-from llm.training.losses import mean_loss, next_token_loss
+from llm.training.losses import lm_metrics, next_token_loss
 from llm.training.precision import base_dtype
 from stages.runtime.processes import main_training
 from stages.runtime.run import Run
@@ -48,32 +50,21 @@ def pretrain(run: Run) -> None:
     trained = trained_parameters(model)
     prompt = tokenizer.encode(section.prompt)
 
-    def evaluate() -> dict[str, float]:
-        windows = held_out_windows(val, window, section.batch_size, section.eval_tokens)
-        loss = mean_loss(model, next_token_loss, windows)
-        return {"val/loss": loss, "val/bpb": loss / math.log(2) * val.n_tokens / val.n_bytes}
-
-    def sample() -> str:
+    def sample() -> Iterator[str]:
         sampling = Sampling(temperature=0.8)
-        [ids] = generate(model, [prompt], max_new_tokens=section.sample_tokens, sampling=sampling, seed=params.seed)
-        return tokenizer.decode(prompt + ids)
+        new = stream(model, prompt, max_new_tokens=section.sample_tokens, sampling=sampling, seed=params.seed)
+        return stream_text(tokenizer, chain(prompt, new))
 
+    task = TrainingTask(
+        loss_function=next_token_loss,
+        batches=window_batches(train, window, section.batch_size, section.grad_accum_steps, params.seed),
+        val_batches=partial(held_out_windows, val, window, section.batch_size, section.eval_tokens),
+        evaluate=partial(lm_metrics, model, val),
+        sample=sample if prompt and section.sample_tokens else None,
+        title="pretrain",
+    )
     with run.graceful():
-        result = fit(
-            model,
-            next_token_loss,
-            window_batches(train, window, section.batch_size, section.grad_accum_steps, params.seed),
-            section,
-            params.runtime,
-            evaluate=evaluate,
-            sample=sample if prompt and section.sample_tokens else None,
-            log=run.log,
-            state_dir=run.state_dir,
-            stable_dir=run.stable_dir,
-            should_stop=lambda: run.stop_requested,
-            phase=run.phase,
-            title="pretrain",
-        )
+        result = fit(model, task, section, params.runtime, run)
 
     if distributed.rank() > 0:
         return
@@ -96,7 +87,7 @@ def pretrain(run: Run) -> None:
 def open_weights(
     section: PretrainParams, tokenizer: Tokenizer, device: torch.device, dtype: torch.dtype | None
 ) -> Checkpoint:
-    """What `pretrain.init` names; `tokenizer` is what the corpus was encoded with."""
+    """Load the model that `pretrain.init` names. Its tokenizer must be that of the corpus."""
     imported = import_model(section.init, dtype)
     if not isinstance(imported.model, GPT):
         raise InputError(f"pretrain.init: {section.init} is a classifier; name a language model")

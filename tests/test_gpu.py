@@ -14,10 +14,8 @@ from llm.bench.training import TRAIN
 from llm.inference.compiled import compile_step
 from llm.inference.generate import generate
 from llm.model.gpt import GPT
-from llm.training.fit import fit
-from llm.training.losses import mean_loss, next_token_loss
 from tests.helpers import FORMS, gpt_config, randomize, runtime_params, train_params
-from tests.training.test_fit import new_gpt, random_batch
+from tests.training.tiny import new_gpt, random_batch, train
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 CUDA = torch.device("cuda")
@@ -31,13 +29,12 @@ def test_the_loss_curve_is_that_of_a_cpu(optimizer: str, asked: str, tolerance: 
     def losses(device: str, precision: str) -> list[float]:
         model = new_gpt().to(device)
         try:
-            result = fit(
+            result = train(
                 model,
-                next_token_loss,
-                lambda step: [batches[step % 3]],
                 train_params(max_steps=30, eval_interval=5, optimizer=optimizer),
-                runtime_params(device=device, precision=precision),
-                evaluate=lambda: {"val/loss": mean_loss(model, next_token_loss, batches)},
+                batches=lambda step: [batches[step % 3]],
+                val_batches=lambda: batches,
+                runtime=runtime_params(device=device, precision=precision),
             )
         finally:
             torch.set_float32_matmul_precision("highest")

@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,19 +22,20 @@ from pydantic import ValidationError
 from llm.bench.contest import OURS, machine, matrix_limit, title, versions
 from llm.bench.tokenizing import SAMPLE, read_documents, write_records
 from llm.common.device import pick_device
-from llm.common.errors import InputError
+from llm.common.errors import DivergenceError, InputError
 from llm.common.sanitize import table
 from llm.config import GPTConfig, Params, PretrainParams, RuntimeParams, explain
 from llm.convert.families.gpt2 import GPT2HFConfig
-from llm.data.batches import held_out_windows, window_batches
+from llm.data.batches import Batch, held_out_windows, window_batches
 from llm.data.shards import TokenShards
 from llm.model.gpt import GPT
 from llm.preprocess.corpus import plan_corpus, training_texts
 from llm.preprocess.encode import encode_corpus
 from llm.preprocess.workers import Workers
 from llm.tokenizer.bpe import Tokenizer
-from llm.training.fit import fit
-from llm.training.losses import mean_loss, next_token_loss
+from llm.training.fit import TrainingTask, fit
+from llm.training.hooks import NoHooks
+from llm.training.losses import lm_metrics, next_token_loss
 from llm.training.precision import has_bf16_units, uses_bf16_autocast
 
 NANOGPT = "nanoGPT's recipe"
@@ -184,6 +186,29 @@ def encode(text: str, vocab: int, params: Params, folder: Path) -> Path:
     return shards
 
 
+class Curve(NoHooks):
+    """The evaluations of a training, which stops at the target, and the seconds of its steps alone."""
+
+    def __init__(self, tokens_per_step: int, target: float | None) -> None:
+        self.rows: list[Row] = []
+        self.seconds, self.since = 0.0, time.perf_counter()
+        self.tokens_per_step, self.target = tokens_per_step, target
+
+    def pause(self) -> None:
+        self.seconds += time.perf_counter() - self.since if self.rows else 0.0
+
+    def resume(self) -> None:
+        self.since = time.perf_counter()
+
+    def log(self, metrics: Mapping[str, float], step: int, /) -> None:
+        if "val/bpb" in metrics:
+            row = {"step": step, "tokens": step * self.tokens_per_step, "seconds": self.seconds}
+            self.rows.append({**row, "val_loss": metrics["val/loss"], "bpb": metrics["val/bpb"]})
+
+    def should_stop(self) -> bool:
+        return self.target is not None and bool(self.rows) and self.rows[-1]["bpb"] <= self.target
+
+
 def train(
     recipe: Recipe, shards: Path, runtime: RuntimeParams, seed: int, name: str, target: float | None = None
 ) -> Learned:
@@ -197,35 +222,26 @@ def train(
     torch.manual_seed(seed)
     device = pick_device(runtime.device)
     model = GPT(config).to(device)
-    curve: list[Row] = []
-    trained, begun = 0.0, time.perf_counter()
+    curve = Curve(section.batch_size * config.context_length, target)
 
-    def evaluate() -> dict[str, float]:
-        nonlocal trained, begun
-        trained += time.perf_counter() - begun if curve else 0.0
-        windows = held_out_windows(val_tokens, config.context_length, section.batch_size, section.eval_tokens)
+    def evaluate(windows: Iterable[Batch]) -> dict[str, float]:
+        curve.pause()
         with torch.autocast(device.type, enabled=False):
-            loss = mean_loss(model, next_token_loss, windows)
-        begun = time.perf_counter()
-        return {"val/loss": loss, "val/bpb": loss / math.log(2) * val_tokens.n_tokens / val_tokens.n_bytes}
+            metrics = lm_metrics(model, val_tokens, windows)
+        curve.resume()
+        return metrics
 
-    def log(metrics: Mapping[str, float], step: int) -> None:
-        if "val/bpb" in metrics:
-            row = {"step": step, "tokens": step * section.batch_size * config.context_length, "seconds": trained}
-            curve.append({**row, "val_loss": metrics["val/loss"], "bpb": metrics["val/bpb"]})
-
-    fit(
-        model,
-        next_token_loss,
-        window_batches(train_tokens, config.context_length, section.batch_size, 1, seed),
-        section,
-        runtime,
+    task = TrainingTask(
+        loss_function=next_token_loss,
+        batches=window_batches(train_tokens, config.context_length, section.batch_size, 1, seed),
+        val_batches=partial(
+            held_out_windows, val_tokens, config.context_length, section.batch_size, section.eval_tokens
+        ),
         evaluate=evaluate,
-        log=log,
-        should_stop=lambda: target is not None and bool(curve) and curve[-1]["bpb"] <= target,
         title=name,
     )
-    return Learned(recipe, curve, speed)
+    fit(model, task, section, runtime, curve)
+    return Learned(recipe, curve.rows, speed)
 
 
 def best_of_sweep(learned: Callable[[float], Learned]) -> list[Learned]:
@@ -238,9 +254,7 @@ def best_of_sweep(learned: Callable[[float], Learned]) -> list[Learned]:
     def loss(lr: float) -> float:
         try:
             found[lr] = learned(lr)
-        except InputError as error:
-            if "lower lr" not in str(error):
-                raise
+        except DivergenceError:
             return math.inf
         return found[lr].loss
 

@@ -16,7 +16,7 @@ from llm.data.examples import Example
 from llm.model.classifier import GPTClassifier
 from llm.model.gpt import GPT
 from llm.training.losses import label_loss, next_token_loss
-from llm.training.precision import keep_freed_memory
+from llm.training.precision import tune_malloc
 
 
 def training_turn(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], shape: Shape) -> Turn:
@@ -46,7 +46,7 @@ def training_turn(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], sh
 
 
 def train_ours(shape: Shape) -> Turn:
-    keep_freed_memory()
+    tune_malloc()
     model = GPT(gpt_config(shape))
 
     def loss(idx: Tensor, targets: Tensor) -> Tensor:
@@ -132,7 +132,7 @@ def last_block_trains(blocks: nn.ModuleList, *others: nn.Module) -> None:
 
 
 def finetune_ours(shape: Shape) -> Turn:
-    keep_freed_memory()
+    tune_malloc()
     examples = messages(shape)
     model = GPTClassifier(GPT(gpt_config(shape)), LABELS)
     model.requires_grad_(False)

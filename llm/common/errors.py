@@ -19,3 +19,7 @@ class InputError(ValueError):
         if len(line) > LONGEST_MESSAGE:
             line = f"{line[: LONGEST_MESSAGE // 2]} ... {line[-LONGEST_MESSAGE // 2 :]}"
         super().__init__(line)
+
+
+class DivergenceError(InputError):
+    """A loss that is not finite or explodes: the learning rate is too high, or the data is bad."""

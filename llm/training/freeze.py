@@ -1,4 +1,4 @@
-"""Choice of the trained parameters, and cached activations of frozen blocks."""
+"""Choice of the trained parameters, and the activation cache of frozen blocks."""
 
 from __future__ import annotations
 
@@ -16,19 +16,17 @@ from llm.data.examples import Example
 from llm.model.classifier import GPTClassifier, gpt_of
 from llm.model.gpt import GPT
 from llm.model.lora import add_lora
-from llm.training.fit import _say
-from llm.training.precision import precision
+from llm.training.precision import autocast
+from llm.training.progress import print_rank0
 
-KEPT_BYTES = (
-    2**29
-)  # the most that `cache_frozen_activations` may take for one set of examples, in all processes together
+MAX_CACHE_BYTES = 2**29  # of `cache_frozen_activations` for one set of examples, on all ranks together
 
 
 def freeze(model: GPT | GPTClassifier, params: TrainParams) -> None:
-    """Leaves only what `params.trainable` says to be trained: in fp32, and the rest in the dtype that it has.
+    """Freeze all parameters but those of `params.trainable`, which become fp32; frozen ones keep their dtype.
 
-    `head`: a classifier's. `last_blocks`: so many, with the final norm and a classifier's head. `lora`: adapters, which
-    are added here, and a classifier's head. `all`: everything that the loss depends on.
+    `head` is a classifier's. `last_blocks` go with the final norm and a classifier's head. `lora` adds adapters, and
+    trains a classifier's head too. `all` is everything that the loss depends on.
     """
     gpt, n = gpt_of(model), params.last_blocks
     model.requires_grad_(params.trainable == "all")
@@ -51,11 +49,12 @@ def freeze(model: GPT | GPTClassifier, params: TrainParams) -> None:
 
 
 def trained_parameters(model: nn.Module) -> int:
+    """Return the number of trained parameters."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def frozen_blocks(model: GPT | GPTClassifier) -> int:
-    """How many of the lowest blocks, with the embeddings below them, a training leaves as they are."""
+    """Return the number of lowest blocks that are frozen along with the embeddings below them."""
     gpt = gpt_of(model)
     layers = [nn.ModuleList(child for child in gpt.children() if isinstance(child, nn.Embedding)), *gpt.blocks]
     trained = [any(p.requires_grad for p in layer.parameters()) for layer in layers]
@@ -70,37 +69,36 @@ def cache_frozen_activations(
     runtime: RuntimeParams,
     reads: int,
 ) -> Collate:
-    """A `collate` for these examples whose batches also hold what the frozen lower blocks make of them.
+    """Return a `collate` for these examples whose batches also hold the output of the frozen lower blocks.
 
-    That never changes while nothing below is trained or dropped: it is computed here, once for each example, and kept
-    in memory. What stands behind an example's last token does not change it, as attention is causal and positions
-    count from the first token. The batches in which it is computed depend on nothing but the examples, so that a
-    training that is continued has the same bits.
+    It is computed here, once per example, and kept in memory: it never changes while nothing below is trained or
+    dropped. Padding behind an example does not change it, as attention is causal. The batches that compute it depend
+    on the examples alone, so that a resumed training has the same bits.
 
-    Returns `collate` itself where every block is trained, with dropout, for fewer `reads` of examples than there are,
-    and where it would take more than `KEPT_BYTES`: then the cached_hidden blocks run every time.
+    Returns `collate` itself, and the frozen blocks run every time, where no block is frozen, with dropout, for fewer
+    `reads` of examples than there are, and where the cache would exceed `MAX_CACHE_BYTES`.
     """
     gpt, n = gpt_of(model), frozen_blocks(model)
     if n == 0 or params.dropout > 0 or reads < len(examples):
         return collate
     size = sum(len(example.ids) for example in examples) * gpt.config.emb_dim * 4
-    what = f"what the cached_hidden {n} of {len(gpt.blocks)} blocks make of {len(examples):,} examples"
-    if size * distributed.world_size() > KEPT_BYTES:
-        _say(f"{what} would take {size / 1e6:,.0f} MB in each process: it is computed again at every step")
+    subject = f"activations of the lower {n} of {len(gpt.blocks)} blocks for {len(examples):,} examples"
+    if size * distributed.world_size() > MAX_CACHE_BYTES:
+        print_rank0(f"{subject}: not cached, as they would take {size / 1e6:,.0f} MB in each process")
         return collate
-    _say(f"{what} is computed once and kept: {size / 1e6:,.1f} MB in each process")
+    print_rank0(f"{subject}: cached, {size / 1e6:,.1f} MB in each process")
     device = gpt.tok_emb.weight.device
-    kept: dict[int, Tensor] = {}
-    with torch.no_grad(), precision(device, runtime):
+    cache: dict[int, Tensor] = {}
+    with torch.no_grad(), autocast(device, runtime):
         for batch in batches_by_length(examples, collate, params.batch_size):
             assert batch.lengths is not None
             cached_hidden = gpt.run_blocks(batch.idx.to(device), n).cpu()  # [B, T, C]
             for row, states, length in zip(batch.rows, cached_hidden, batch.lengths.tolist(), strict=True):
-                kept[row] = states[:length].clone()  # [length, C]
+                cache[row] = states[:length].clone()  # [length, C]
 
     def collate_with_cached_hidden(all_examples: Sequence[Example], rows: Sequence[int]) -> Batch:
         assert all_examples is examples
-        cached_hidden = pad_sequence([kept[row] for row in rows], batch_first=True)  # [B, T, C]
+        cached_hidden = pad_sequence([cache[row] for row in rows], batch_first=True)  # [B, T, C]
         return collate(examples, rows)._replace(cached_hidden=cached_hidden, start_layer=n)
 
     return collate_with_cached_hidden

@@ -1,9 +1,9 @@
-"""Losses of the three trainings and their exact means."""
+"""Losses of the three trainings, and their exact means."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextvars import ContextVar
+import math
+from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from llm.common import distributed
 from llm.common.errors import InputError
 from llm.data.batches import IGNORE_INDEX, Batch
+from llm.data.shards import TokenShards
 from llm.model.classifier import GPTClassifier
 from llm.model.gpt import GPT
 from llm.model.loss import linear_cross_entropy
@@ -23,19 +24,18 @@ LossFunction = Callable[[Any, Batch], tuple[Tensor, Tensor]]
 
 
 def next_token_loss(model: GPT, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Cross entropy over the counted targets; positions whose target is ignored never reach the output layer."""
+    """Return the cross entropy over the counted targets. Ignored positions never reach the output layer."""
     targets = batch.targets.flatten()  # [B*T]
     counted = (targets != IGNORE_INDEX).nonzero().squeeze(1)  # [N]
-    hidden = model.hidden_states(batch.idx, cached_hidden=batch.cached_hidden, start_layer=batch.start_layer).flatten(
-        0, 1
-    )  # [B*T, C]
+    hidden = model.hidden_states(batch.idx, cached_hidden=batch.cached_hidden, start_layer=batch.start_layer)
+    hidden = hidden.flatten(0, 1)  # [B*T, C]
     if len(counted) < len(targets):
         hidden, targets = hidden.index_select(0, counted), targets.index_select(0, counted)  # [N, C], [N]
     return linear_cross_entropy(hidden, model.lm_head.weight, targets), torch.tensor(float(len(counted)))
 
 
 def label_loss(model: GPTClassifier, batch: Batch, class_weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Cross entropy of the labels, each weighted by its class."""
+    """Return the cross entropy of the labels, each weighted by its class."""
     logits = model(batch.idx, batch.lengths, batch.cached_hidden, batch.start_layer)  # [B, labels]
     return weighted_cross_entropy(logits, batch.targets, class_weights)
 
@@ -47,38 +47,39 @@ def weighted_cross_entropy(logits: Tensor, labels: Tensor, class_weights: Tensor
 
 
 def mean_loss(model: nn.Module, loss_function: LossFunction, batches: Iterable[Batch]) -> float:
-    """The exact mean in nats over all counted targets of all batches."""
+    """Return the exact mean in nats over all counted targets of all batches. Each rank computes some of them."""
     device = next(model.parameters()).device
-    loss, weight = _totals(2, (loss_function(model, batch.to(device)) for batch in _own(batches)))
+    loss, weight = all_reduce_sums(2, (loss_function(model, batch.to(device)) for batch in batches_of_rank(batches)))
     return loss / weight
+
+
+def lm_metrics(model: GPT, tokens: TokenShards, batches: Iterable[Batch]) -> dict[str, float]:
+    """Return the mean loss over windows of `tokens`, also in bits per byte of their text."""
+    loss = mean_loss(model, next_token_loss, batches)
+    return {"val/loss": loss, "val/bpb": loss / math.log(2) * tokens.n_tokens / tokens.n_bytes}
 
 
 def label_metrics(
     model: GPTClassifier, batches: Iterable[Batch], class_weights: Tensor | None = None
 ) -> dict[str, float]:
-    """The exact mean loss, and the fraction of messages whose likeliest label is theirs."""
+    """Return the exact mean loss and the accuracy."""
     device = next(model.parameters()).device
 
     def sums(batch: Batch) -> tuple[Tensor, ...]:
         logits = model(batch.idx, batch.lengths, batch.cached_hidden, batch.start_layer)  # [B, labels]
-        right = (logits.argmax(dim=-1) == batch.targets).sum()
-        return *weighted_cross_entropy(logits, batch.targets, class_weights), right, torch.tensor(len(logits))
+        correct = (logits.argmax(dim=-1) == batch.targets).sum()
+        return *weighted_cross_entropy(logits, batch.targets, class_weights), correct, torch.tensor(len(logits))
 
-    loss, weight, right, rows = _totals(4, (sums(batch.to(device)) for batch in _own(batches)))
-    return {"val/loss": loss / weight, "val/accuracy": right / rows}
-
-
-def _own(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """Those of the batches that this process evaluates. Before each round the processes agree whether to go on."""
-    rounds = iter(batches)
-    while batches_of_round := list(islice(rounds, distributed.world_size())):
-        if distributed.any_rank(_should_stop.get()()):
-            raise _StoppedError
-        yield from batches_of_round[distributed.rank() :][:1]
+    loss, weight, correct, rows = all_reduce_sums(4, (sums(batch.to(device)) for batch in batches_of_rank(batches)))
+    return {"val/loss": loss / weight, "val/accuracy": correct / rows}
 
 
-def _totals(n: int, sums: Iterable[tuple[Tensor, ...]]) -> list[float]:
-    """The `n` sums over all batches of all processes; the second one is the weight, which cannot be zero."""
+def batches_of_rank(batches: Iterable[Batch]) -> Iterable[Batch]:
+    return islice(batches, distributed.rank(), None, distributed.world_size())
+
+
+def all_reduce_sums(n: int, sums: Iterable[tuple[Tensor, ...]]) -> list[float]:
+    """Return `n` sums over all batches of all ranks. The second one is a weight and must not be zero."""
     totals = torch.zeros(n, dtype=torch.float64)
     for values in sums:
         totals += torch.tensor([value.item() for value in values], dtype=torch.float64)
@@ -87,10 +88,3 @@ def _totals(n: int, sums: Iterable[tuple[Tensor, ...]]) -> list[float]:
         raise InputError("there is nothing to evaluate on: the validation split is empty; give more data to tokenize")
     found: list[float] = totals.tolist()
     return found
-
-
-class _StoppedError(Exception):
-    """An evaluation was left before its end; it has changed nothing."""
-
-
-_should_stop: ContextVar[Callable[[], bool]] = ContextVar("should_stop", default=lambda: False)

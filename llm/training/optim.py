@@ -1,4 +1,4 @@
-"""AdamW and Muon over the right parameters, and the learning rate at each step."""
+"""AdamW, and Muon for matrices."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from llm.config import TrainParams
 
 
 def make_optimizers(model: nn.Module, params: TrainParams) -> list[torch.optim.Optimizer]:
-    """One AdamW, and with `optimizer: muon` a Muon that takes the matrices inside the blocks from it.
+    """Return an AdamW, and with `optimizer: muon` also a Muon for the matrices inside the blocks.
 
-    The factors A and B of an adapter stay with AdamW: Muon gives the matrix that it updates a change of fixed size in
-    every direction, but what acts here is the product B A, whose size depends on the other factor too.
+    An adapter's factors A and B stay with AdamW. Muon changes a matrix by a fixed size in every direction, but the
+    effect of an adapter is that of the product B A, whose size depends on both factors.
 
-    Weight decay goes to matrices alone: biases and norm weights have nothing to decay to (nanoGPT does the same).
-    Each group keeps its peak learning rate as `peak_lr`; `set_lr` scales it.
+    Only matrices have weight decay, not biases and norm weights (as in nanoGPT). Each group keeps its peak learning
+    rate as `peak_lr`; `set_lr` scales it.
     """
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     hidden: list[nn.Parameter] = []
@@ -42,6 +42,7 @@ def make_optimizers(model: nn.Module, params: TrainParams) -> list[torch.optim.O
 
 
 def set_lr(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
+    """Set the learning rate of each group to `factor` of its peak."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
@@ -50,9 +51,9 @@ def set_lr(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is made orthogonal, for matrices (Jordan et al. 2024, github.com/KellerJordan/Muon).
 
-    `torch.optim.Muon` iterates in bf16, which CPUs without bf16 units run two orders of magnitude slower than fp32;
-    here the iteration has the dtype of autocast where it is on, else the gradient's own. Matrices of one shape go
-    through it together, several processes share them.
+    `torch.optim.Muon` iterates in bf16, two orders of magnitude slower than fp32 on CPUs without bf16 units. Here the
+    iteration has the dtype of autocast, or else of the gradient. Matrices of one shape are stacked, and sharded over
+    the ranks.
     """
 
     def __init__(self, params: list[dict[str, Any]], lr: float, weight_decay: float, momentum: float = 0.95) -> None:
@@ -75,7 +76,7 @@ class Muon(torch.optim.Optimizer):
                     p.add_(update.to(p.dtype), alpha=-group["lr"] * scale)
 
     def _momentum(self, p: Tensor, momentum: float) -> Tensor:
-        """Nesterov momentum: the running mean of the gradients, a step ahead."""
+        """Return the Nesterov momentum: the running mean of the gradients, one step ahead."""
         assert p.grad is not None
         state = self.state[p]
         if not state:
@@ -85,9 +86,9 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
-    """Brings all singular values of [n, rows, columns] near 1 by a quintic Newton-Schulz iteration.
+    """Bring all singular values of [n, rows, columns] near 1 by a quintic Newton-Schulz iteration.
 
-    Its coefficients maximise the slope at zero: singular values end between about 0.7 and 1.2, not exactly at 1.
+    Its coefficients maximise the slope at zero, so that singular values end between about 0.7 and 1.2.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     device = matrices.device.type

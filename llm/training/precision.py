@@ -1,4 +1,4 @@
-"""The dtype of matrix products."""
+"""Precision of matrix products, and memory reuse."""
 
 from __future__ import annotations
 
@@ -12,21 +12,20 @@ from llm.common.errors import InputError
 from llm.config import RuntimeParams
 
 
-def precision(device: torch.device, runtime: RuntimeParams) -> contextlib.AbstractContextManager[Any]:
-    """Matrix products in bf16 where `uses_bf16_autocast` says so, with weights and all else in fp32.
+def autocast(device: torch.device, runtime: RuntimeParams) -> contextlib.AbstractContextManager[Any]:
+    """Return bf16 autocast where `uses_bf16_autocast` says so; weights and all else stay fp32.
 
-    Whether a GPU may make those in fp32 as TF32, with 10 bits of mantissa in place of 23, is a setting of the process.
+    Also sets, for the whole process, whether a GPU computes fp32 products as TF32 (10 bits of mantissa, not 23).
     """
+    bf16 = uses_bf16_autocast(device, runtime)
     torch.set_float32_matmul_precision("high" if runtime.precision == "tf32" else "highest")
-    return (
-        torch.autocast(device.type, torch.bfloat16) if uses_bf16_autocast(device, runtime) else contextlib.nullcontext()
-    )
+    return torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
 
 
 def uses_bf16_autocast(device: torch.device, runtime: RuntimeParams) -> bool:
-    """Whether products are made in bf16: on CUDA if nothing else is said, on a CPU where it is asked for.
+    """Return whether products are computed in bf16: by default on CUDA, on request on a CPU.
 
-    A CPU without units for them would take a hundred times as long: there it is refused.
+    A CPU without bf16 units would take a hundred times as long: there it is an error.
     """
     if runtime.precision == "auto":
         return device.type == "cuda"
@@ -40,7 +39,7 @@ def uses_bf16_autocast(device: torch.device, runtime: RuntimeParams) -> bool:
 
 
 def has_bf16_units() -> bool:
-    """Of this CPU: x86's AVX512 or AMX, or ARM's."""
+    """Return whether this CPU computes bf16 products: AVX512 or AMX on x86, or ARM's."""
     found = torch.cpu.get_capabilities()
     return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
@@ -50,9 +49,9 @@ def base_dtype(device: torch.device, runtime: RuntimeParams) -> torch.dtype | No
     return None if uses_bf16_autocast(device, runtime) else torch.float32
 
 
-def keep_freed_memory() -> None:
-    """Has glibc keep what a step frees for the next one, which would have to be given it again page by page."""
+def tune_malloc() -> None:
+    """Let glibc keep freed memory for the next step, instead of returning it to the system page by page."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block is a mapping of its own, which would go back to the system
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block becomes a mapping of its own, which would be returned
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: as much free heap stays

@@ -1,4 +1,4 @@
-"""The resumable state of a training."""
+"""Resumable state of a training."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from llm.common.files import parse_json, replaced_folder
 
 
 def save_state(folder: Path, step: int, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-    """Saves the state of a training at `step`, with a checksum; this state and the one before it are kept."""
+    """Save the state of a training at `step` with a checksum. Keep it and the state before it."""
     folder.mkdir(parents=True, exist_ok=True)
     payload = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
     state = {"sha256": checksum(payload, values), "values": values}
@@ -36,9 +36,9 @@ def save_state(folder: Path, step: int, tensors: dict[str, Tensor], values: dict
 def load_state(
     folder: Path, say: Callable[[str], None], up_to: float = math.inf
 ) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """The tensors and values of the newest sound state, or None; damaged ones are passed over with a message.
+    """Return the tensors and values of the newest sound state up to step `up_to`, or None.
 
-    States of steps beyond `up_to` are passed over too.
+    Damaged states are passed over with a message.
     """
     for path in reversed(saved_states(folder)):
         if int(path.name.removeprefix("step-")) > up_to:
@@ -61,12 +61,12 @@ def checksum(payload: bytes, values: dict[str, Any]) -> str:
 
 
 def saved_states(folder: Path) -> list[Path]:
-    """The complete states of a training, oldest first."""
+    """Return the folders of all complete states, oldest first."""
     return sorted(path for path in folder.glob("step-*") if path.suffix == "")
 
 
 class TrainingState:
-    """Everything that a training needs to go on where it stopped."""
+    """Step, weights, optimizer states and random generators: all that a resumed training needs."""
 
     def __init__(self, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
         self.model, self.optimizers = model, optimizers

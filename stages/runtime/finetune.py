@@ -1,11 +1,13 @@
-"""What both finetunings share: a training from the base model, and the same from random weights to hold it against."""
+"""Finetuning from the base model, and of the from-scratch baseline that it is compared with."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -18,7 +20,7 @@ from llm.data.batches import Batch, Collate, batches_by_length, example_batches
 from llm.data.examples import Example
 from llm.model.classifier import GPTClassifier
 from llm.model.gpt import GPT
-from llm.training.fit import FitResult, fit
+from llm.training.fit import FitResult, TrainingTask, fit
 from llm.training.freeze import cache_frozen_activations, freeze, trained_parameters
 from llm.training.losses import LossFunction
 from llm.training.precision import base_dtype
@@ -26,8 +28,9 @@ from stages.runtime.baseline import baseline_beside, has_room_beside, is_baselin
 from stages.runtime.run import Run
 
 
-class Task(NamedTuple):
-    """What is trained and how, and what the model folder will say about it."""
+@dataclass(frozen=True, kw_only=True)
+class FinetuneTask:
+    """The model, the data and the loss of a finetuning, and the config of its model folder."""
 
     model: GPT | GPTClassifier
     config: CheckpointConfig
@@ -36,13 +39,14 @@ class Task(NamedTuple):
     collate: Collate
     loss_function: LossFunction
     evaluate: Callable[[Iterable[Batch]], Mapping[str, float]]
-    sample: Callable[[], str] | None = None
+    sample: Callable[[], Iterable[str]] | None = None
 
 
-def finetune(
-    run: Run, name: str, section: ClassifyParams | InstructParams, make_task: Callable[[Run, Checkpoint], Task]
-) -> None:
-    """Trains `models/NAME`, with `scratch_control` also `models/NAME_scratch`, and writes the stage's metrics."""
+MakeTask = Callable[[Run, Checkpoint], FinetuneTask]
+
+
+def finetune(run: Run, name: str, section: ClassifyParams | InstructParams, make_task: MakeTask) -> None:
+    """Train `models/NAME`, with `scratch_control` also `models/NAME_scratch`, and write the stage's metrics."""
     control = f"{name}_scratch"
     scratch = section.model_copy(update={"trainable": "all"})  # there is nothing in random weights to keep
 
@@ -72,46 +76,37 @@ def finetune(
 
 
 def train(
-    run: Run,
-    name: str,
-    section: ClassifyParams | InstructParams,
-    make_task: Callable[[Run, Checkpoint], Task],
-    from_base: bool,
+    run: Run, name: str, section: ClassifyParams | InstructParams, make_task: MakeTask, from_base: bool
 ) -> tuple[FitResult, int]:
-    """Trains one model and writes its folder; returns also how many parameters were trained."""
-    params = run.params
-    torch.manual_seed(params.seed)
-    device = pick_device(params.runtime.device)
-    base = load_checkpoint(Path("models/base"), device, base_dtype(device, params.runtime))
+    """Train one model and write its folder. Return also the number of trained parameters."""
+    runtime, seed = run.params.runtime, run.params.seed
+    torch.manual_seed(seed)
+    device = pick_device(runtime.device)
+    base = load_checkpoint(Path("models/base"), device, base_dtype(device, runtime))
     if not from_base:
         base = base._replace(model=GPT(base.config.gpt).to(device))
     task = make_task(run, base)
-    freeze(task.model, section)
-    trained = trained_parameters(task.model)
+    model = task.model
+    freeze(model, section)
+    trained = trained_parameters(model)
     size, accumulate = section.batch_size, section.grad_accum_steps
     reads = section.max_steps * accumulate * size
-    train_collate = cache_frozen_activations(task.model, task.train_set, task.collate, section, params.runtime, reads)
-    val_collate = cache_frozen_activations(
-        task.model, task.val_set, task.collate, section, params.runtime, len(task.val_set)
+    train_collate = cache_frozen_activations(model, task.train_set, task.collate, section, runtime, reads)
+    val_collate = cache_frozen_activations(model, task.val_set, task.collate, section, runtime, len(task.val_set))
+    training = TrainingTask(
+        loss_function=task.loss_function,
+        batches=example_batches(task.train_set, train_collate, size, accumulate, seed),
+        val_batches=partial(batches_by_length, task.val_set, val_collate, size),
+        evaluate=task.evaluate,
+        sample=task.sample,
+        title=name,
     )
-    with run.graceful():
-        result = fit(
-            task.model,
-            task.loss_function,
-            example_batches(task.train_set, train_collate, size, accumulate, params.seed),
-            section,
-            params.runtime,
-            evaluate=lambda: task.evaluate(batches_by_length(task.val_set, val_collate, size)),
-            sample=task.sample,
-            log=run.log if from_base else run.log_as("scratch"),
-            state_dir=run.state_dir / name,
-            should_stop=lambda: run.stop_requested,
-            phase=run.phase,
-            title=name,
-        )
+    child = run.child(name, prefix="" if from_base else "scratch/")
+    with child.graceful():
+        result = fit(model, training, section, runtime, child)
     if result.stopped:
-        raise SystemExit  # one of several: another was asked to, and says so
+        raise SystemExit  # this rank stops because another was asked to, which says so
     if distributed.rank() == 0:
         with run.phase("saving"):
-            save_trained(Path("models", name), Checkpoint(task.model, base.tokenizer, task.config), section)
+            save_trained(Path("models", name), Checkpoint(model, base.tokenizer, task.config), section)
     return result, trained

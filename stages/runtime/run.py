@@ -12,6 +12,7 @@ A stage is a function of one argument, run as a module from the repository's roo
 from __future__ import annotations
 
 import contextlib
+import copy
 import errno
 import json
 import logging
@@ -66,14 +67,24 @@ class Run:
         self.stable_dir = (
             stable_dir  # survives success too; a pretraining of another length finds it (`pre_decay_inputs`)
         )
+        self.prefix = ""  # of the names of the metrics
         self.stop_requested = False
         self.phase = journal.clock  # `with run.phase("saving"):` says what the time in it goes to; it begins with data
         self._journal = journal
 
+    def child(self, name: str, prefix: str = "") -> Run:
+        """Return the run of one of several trainings of the stage: own state folder, `prefix` before its metrics."""
+        child = copy.copy(self)
+        child.state_dir, child.stable_dir, child.prefix = self.state_dir / name, None, prefix
+        return child
+
+    def should_stop(self) -> bool:
+        return self.stop_requested
+
     def log(self, metrics: Mapping[str, float], step: int = 0) -> None:
-        """Cheap, and never raises: tracking must not hurt a training."""
+        """Log to the journal. Cheap, and never raises: tracking must not hurt a training."""
         with self.phase("tracking"):
-            self._journal.metrics(metrics, step)
+            self._journal.metrics({f"{self.prefix}{name}": value for name, value in metrics.items()}, step)
 
     def write_metrics(self, values: Mapping[str, Any]) -> None:
         """Write `reports/metrics/<stage>.json`, which DVC compares; log its numbers, nested ones as `a/b`."""
@@ -83,10 +94,6 @@ class Run:
             write_atomic(path, json.dumps(values, indent=2) + "\n")
         with self.phase("tracking"):
             self._journal.summary({k: v for k, v in flatten(values, "/").items() if isinstance(v, int | float)})
-
-    def log_as(self, prefix: str) -> Callable[[Mapping[str, float], int], None]:
-        """`log` for a second training of the stage: `prefix/train/loss` and so on."""
-        return lambda metrics, step: self.log({f"{prefix}/{name}": value for name, value in metrics.items()}, step)
 
     def write_history(self, rows: list[dict[str, float]]) -> None:
         """Write a training's evaluations to `reports/plots/<stage>.csv`, which DVC plots."""

@@ -38,7 +38,7 @@ from llm.bench.tokenizing import (
     tokenize_ours,
     tokenizers_encoder,
 )
-from llm.common.errors import InputError
+from llm.common.errors import DivergenceError, InputError
 from llm.config import GPTConfig, Params
 from llm.model.gpt import GPT
 from llm.tokenizer.bpe import Tokenizer
@@ -470,7 +470,7 @@ def test_the_sweep_ends_where_it_gains_no_more(best: float, tried: list[float]) 
     def learned(lr: float) -> Learned:
         asked.append(lr / FIRST_LR)
         if asked[-1] == 8:
-            raise InputError("step 3: the loss exploded: lower lr")
+            raise DivergenceError("step 3: the loss exploded: lower lr")
         recipe = learning.Recipe(gpt_config(TINY), shipped_params().pretrain.model_copy(update={"lr": lr}))
         return Learned(recipe, [{"bpb": abs(np.log(asked[-1] / best))}], 1.0)
 
@@ -481,7 +481,7 @@ def test_the_sweep_ends_where_it_gains_no_more(best: float, tried: list[float]) 
 
 def test_a_sweep_that_only_explodes_is_one_line() -> None:
     def explodes(lr: float) -> Learned:
-        raise InputError("step 3: the loss exploded: lower lr")
+        raise DivergenceError("step 3: the loss exploded: lower lr")
 
     with pytest.raises(InputError, match="exploded at every learning rate"):
         best_of_sweep(explodes)

@@ -20,12 +20,10 @@ import hashlib, json, os, sys
 from pathlib import Path
 import torch
 from llm.common import distributed
-from llm.data.examples import Batch
 from llm.model.gpt import GPT
 from llm.training.optim import Muon
-from llm.training.fit import fit, mean_loss, next_token_loss
-from tests.helpers import gpt_config, runtime_params, train_params
-from tests.training.test_fit import random_batch
+from tests.helpers import gpt_config, train_params
+from tests.training.tiny import random_batch, train
 
 distributed.init_distributed()
 rank, folder = distributed.rank(), Path(sys.argv[1])
@@ -46,12 +44,9 @@ def run(name, stop=(None, None, None)):
         for read in range(1, 6):  # a last round with nothing for rank 1
             yield random_batch(1000 + read)
 
-    def evaluate():
-        return {"val/loss": mean_loss(model, next_token_loss, held_out())}
-
-    result = fit(
-        model, next_token_loss, batches, train_params(max_steps=4, eval_interval=2), runtime_params(),
-        evaluate=evaluate, should_stop=lambda: (rank, made, read) == stop, state_dir=folder / name,
+    result = train(
+        model, train_params(max_steps=4, eval_interval=2), batches=batches, val_batches=held_out,
+        should_stop=lambda: (rank, made, read) == stop, state_dir=folder / name,
     )
     weights = b"".join(p.detach().numpy().tobytes() for p in model.parameters())
     saved = sorted(path.name for path in (folder / name).glob("step-*"))

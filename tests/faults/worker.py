@@ -30,7 +30,7 @@ PLACES = {  # functions that stages call, where it would hurt most
     "download": "llm.download.fetch._download",
     "tokenizer": "llm.tokenizer.bpe.Tokenizer.save",
     "state": "llm.training.fit.save_state",
-    "evaluation": "llm.training.fit._evaluate",
+    "evaluation": "llm.training.fit.Trainer.evaluate",
     "model": "llm.checkpoint.adapter.save_checkpoint",
     "file": "stages.runtime.run.write_atomic",
     "classifiers": "stages.evaluate.evaluate_classifiers",

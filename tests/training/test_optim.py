@@ -248,3 +248,12 @@ def test_orthogonalize_treats_each_matrix_of_a_stack_alone() -> None:
 
 def test_orthogonalize_of_zero_is_zero() -> None:
     assert torch.equal(orthogonalize(torch.zeros(1, 3, 5)), torch.zeros(1, 3, 5))
+
+
+def test_muon_iterates_in_the_dtype_of_the_products() -> None:
+    matrices = torch.randn(2, 12, 20, generator=torch.Generator().manual_seed(0))
+    plain = orthogonalize(matrices)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = orthogonalize(matrices)
+    assert (plain.dtype, mixed.dtype) == (torch.float32, torch.bfloat16)
+    torch.testing.assert_close(mixed.float(), plain, atol=0.05, rtol=0)
