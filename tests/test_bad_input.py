@@ -34,9 +34,9 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from llm.__main__ import main as llm_main
 from llm.checkpoint.adapter import save_trained
 from llm.checkpoint.folder import Checkpoint, CheckpointConfig, save_checkpoint
+from llm.cli.main import main as llm_main
 from llm.config import SPLITS
 from llm.convert.gguf import export_gguf
 from llm.convert.hf import export_hf
@@ -998,14 +998,20 @@ COMMAND_LINES: dict[str, Case] = {
     "a classifier cannot write": Case(
         None,
         "llm generate models/classifier --prompt One",
-        r"classifier: a model of kind classifier; this command needs base or instruct",
+        r"classifier: wrong kind of model \(expected base or instruct, got classifier\)",
     ),
-    "a base model cannot chat": Case(None, "llm chat models/base", r"kind base; this command needs instruct"),
+    "a base model cannot chat": Case(
+        None,
+        "llm chat models/base",
+        r"wrong kind of model \(expected instruct, got base\); name one such as models/instruct",
+    ),
     "a base model cannot label": Case(
-        None, "llm classify models/base text", r"kind base; this command needs classifier"
+        None, "llm classify models/base text", r"wrong kind of model \(expected classifier, got base\)"
     ),
     "a classifier cannot score": Case(
-        None, "llm score models/classifier text.txt", r"this command needs base or instruct"
+        None,
+        "llm score models/classifier text.txt",
+        r"wrong kind of model \(expected base or instruct, got classifier\)",
     ),
     "no file to score": Case(None, "llm score models/base none.txt", r"none\.txt: No such file"),
     "a folder to score": Case(None, "llm score models/base models", r"models: Is a directory"),

@@ -34,7 +34,8 @@ from llm.checkpoint.folder import Checkpoint, CheckpointConfig, load_checkpoint,
 from llm.common import sanitize as display
 from llm.common.errors import InputError
 from llm.common.files import write_atomic
-from llm.common.sanitize import CONTROLS, escape, one_line, visible
+from llm.common.markdown import escape
+from llm.common.sanitize import CONTROLS, one_line, visible
 from llm.config import CorpusSource, SourceFile
 from llm.convert.gguf import export_gguf
 from llm.convert.hf import export_hf

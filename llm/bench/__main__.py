@@ -1,14 +1,14 @@
-"""The process of one contestant, which `llm.bench.contest.Worker` starts.
+"""The process of one implementation, which `llm.bench.harness.Worker` starts.
 
-What its own child processes import again is no more than this.
+Its own child processes import no more than this again.
 """
 
 import json
 import sys
 
 if __name__ == "__main__":
-    from llm.bench import contest_of
-    from llm.bench.contest import serve
+    from llm.bench.harness import serve
+    from llm.bench.kinds import load_benchmark
 
     kind, name, sizes = json.loads(sys.argv[1])
-    serve(contest_of(kind), name, sizes)
+    serve(load_benchmark(kind), name, sizes)

@@ -1,7 +1,7 @@
-"""The contest `generate`: prompts are continued, greedily, one alone or several together.
+"""The benchmark `generate`: greedy decoding of one prompt or of a batch.
 
-Rows of a batch have prompts and continuations of different lengths, as they have in earnest. What counts is the tokens
-that were asked for: who cannot let a row end before the longest one makes the others too, in vain.
+The rows of a batch have prompts and continuations of different lengths. Only the tokens that were asked for count, not
+those that an implementation makes in vain until the longest row ends.
 
 Shapes: B rows, T tokens of a prompt.
 """
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from llm.bench.contest import OURS, Contest, Cost, LeftOut, Turn, apart
+from llm.bench.harness import OURS, Benchmark, Cost, Skipped, Workload, run_apart
 from llm.bench.models import Shape, check_shape, gpt_config, matrix_weights, transformers_model
 from llm.common.errors import InputError
 from llm.convert.gguf import FileType, export_gguf
@@ -30,12 +30,14 @@ from llm.tokenizer.bpe import END_OF_TEXT, GPT2_PATTERN, Tokenizer
 
 
 class Requests(NamedTuple):
+    """Prompts, and how much is to be generated for each."""
+
     prompts: list[list[int]]
     new: list[int]  # tokens that each row is continued by
 
 
 def requests(shape: Shape) -> Requests:
-    """A single row has the whole prompt and continuation, those of a batch at least half of them."""
+    """Return random prompts. A single row has the full lengths, those of a batch at least half of them."""
     random = torch.Generator().manual_seed(0)
 
     def lengths(longest: int) -> list[int]:
@@ -50,19 +52,20 @@ def requests(shape: Shape) -> Requests:
 # ---- this project ----------------------------------------------------------------------------------------------------
 
 
-def generate_ours(shape: Shape, int8: bool = False, packed: bool = False, compiled: bool = False) -> Turn:
+def generate_ours(shape: Shape, int8: bool = False, packed: bool = False, compiled: bool = False) -> Workload:
+    """Return the workload of this project."""
     if compiled and shape.batch > 1:
-        raise LeftOut("a single row's step is compiled, not that of a batch")
+        raise Skipped("a single row's decoding is compiled, not that of a batch")
     model = GPT(gpt_config(shape))
     if int8:
         to_int8(model)
     if packed:
         to_packed(model)
-    if compiled:
-        try:
+    try:
+        if compiled:
             compile_step(model)
-        except InputError as error:
-            raise LeftOut(str(error)) from None
+    except InputError as error:
+        raise Skipped(str(error)) from None
     prompts, new = requests(shape)
     return lambda: sum(map(len, generate(model, prompts, max_new_tokens=new)))
 
@@ -70,8 +73,8 @@ def generate_ours(shape: Shape, int8: bool = False, packed: bool = False, compil
 # ---- transformers ----------------------------------------------------------------------------------------------------
 
 
-def generate_transformers(shape: Shape, cache: str = "dynamic", compiled: bool = False) -> Turn:
-    """A batch is padded at the left and goes on until its longest row ends."""
+def generate_transformers(shape: Shape, cache: str = "dynamic", compiled: bool = False) -> Workload:
+    """Return the workload of transformers. A batch is padded at the left and ends with its longest row."""
     model = transformers_model(shape).eval()
     if compiled:
         model.forward = torch.compile(model.forward)
@@ -80,7 +83,7 @@ def generate_transformers(shape: Shape, cache: str = "dynamic", compiled: bool =
     idx = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])  # [B, T]
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])  # [B, T]
 
-    def turn() -> int:
+    def run() -> int:
         found = model.generate(
             idx,
             attention_mask=mask,
@@ -95,24 +98,24 @@ def generate_transformers(shape: Shape, cache: str = "dynamic", compiled: bool =
 
     if compiled:
         try:
-            turn()
+            run()
         except Exception as error:  # of the compiler's many classes
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise LeftOut(f"torch.compile failed: {reason}") from None
-    return turn
+            raise Skipped(f"torch.compile failed: {reason}") from None
+    return run
 
 
-PAGE = 256  # tokens for which the cache of continuous batching has room in a block
+PAGE = 256  # tokens of a block of its KV cache
 
 
-def generate_transformers_continuous(shape: Shape) -> Turn:
-    """Its continuous batching: a row that has its tokens leaves."""
+def generate_transformers_continuous(shape: Shape) -> Workload:
+    """Return the workload of transformers' continuous batching: a row that has its tokens leaves."""
     import transformers
 
     if shape.batch == 1:
-        raise LeftOut("a single row is no batch")
+        raise Skipped("a single row is no batch")
     if not hasattr(transformers, "ContinuousBatchingConfig"):
-        raise LeftOut("this version of transformers has no continuous batching")
+        raise Skipped("this version of transformers has no continuous batching")
     prompts, new = requests(shape)
     model = transformers_model(shape).eval()
     blocks = sum(math.ceil((len(prompt) + n) / PAGE) for prompt, n in zip(prompts, new, strict=True))
@@ -121,7 +124,7 @@ def generate_transformers_continuous(shape: Shape) -> Turn:
     )
     greedy = transformers.GenerationConfig(do_sample=False, pad_token_id=0, eos_token_id=-1, max_new_tokens=max(new))
 
-    def turn() -> int:
+    def run() -> int:
         made: list[int] = []
         with model.continuous_batching_context_manager(
             greedy, continuous_batching_config=config, persistent_manager=True, warmup=False
@@ -131,40 +134,40 @@ def generate_transformers_continuous(shape: Shape) -> Turn:
             while len(made) < len(prompts):
                 row = manager.get_result(timeout=1)
                 if row is not None and row.error is not None:
-                    raise LeftOut(f"continuous batching failed: {row.error}")
+                    raise Skipped(f"continuous batching failed: {row.error}")
                 if row is not None and row.is_finished():
                     made.append(len(row.generated_tokens))
                 elif row is None and not manager.is_running():
-                    raise LeftOut("continuous batching does not run here; what it said stands above")
+                    raise Skipped("continuous batching does not run here; see its output above")
         return sum(made)
 
-    return turn
+    return run
 
 
 # ---- llama.cpp -------------------------------------------------------------------------------------------------------
 
 
-BYTES_ALONE = Tokenizer([*(bytes([byte]) for byte in range(256)), b"th"], GPT2_PATTERN, {END_OF_TEXT: 257})
-# A GGUF file must have a vocabulary with a merge; the rest of its tokens are spare.
+BYTE_TOKENIZER = Tokenizer([*(bytes([byte]) for byte in range(256)), b"th"], GPT2_PATTERN, {END_OF_TEXT: 257})
+# A GGUF file needs a vocabulary with a merge; its other tokens are spare.
 
 
 def write_gguf(shape: Shape, path: Path, weights: FileType) -> None:
-    """A model with random weights, by our own export."""
+    """Write a model with random weights, by our own export."""
     from llm.checkpoint.folder import lm_checkpoint
 
-    export_gguf(lm_checkpoint(GPT(gpt_config(shape)), BYTES_ALONE, None, None), path, weights)
+    export_gguf(lm_checkpoint(GPT(gpt_config(shape)), BYTE_TOKENIZER, None, None), path, weights)
 
 
-def generate_llama_cpp(shape: Shape, weights: FileType) -> Turn:
-    """As its server does it: all rows at once, each with a place of its own; tokens come back as text."""
+def generate_llama_cpp(shape: Shape, weights: FileType) -> Workload:
+    """Return the workload of llama.cpp's server, with a slot for each row; tokens come back as text."""
     import gguf  # noqa: F401  (the export needs it)
     import xllamacpp
 
-    if shape.vocab < BYTES_ALONE.vocab_size:
-        raise LeftOut(f"a GGUF file needs a vocabulary of {BYTES_ALONE.vocab_size}")
+    if shape.vocab < BYTE_TOKENIZER.vocab_size:
+        raise Skipped(f"a GGUF file needs a vocabulary of {BYTE_TOKENIZER.vocab_size}")
     prompts, new = requests(shape)
     path = Path(tempfile.mkdtemp()) / "model.gguf"
-    apart(write_gguf, shape, path, weights)
+    run_apart(write_gguf, shape, path, weights)
     params = xllamacpp.CommonParams()
     params.model.path = str(path)
     params.n_parallel, params.n_ctx = shape.batch, shape.batch * (shape.prompt + shape.new + 1)
@@ -181,7 +184,7 @@ def generate_llama_cpp(shape: Shape, weights: FileType) -> Turn:
     return lambda: sum(callers.map(complete, prompts, new))
 
 
-# ---- the contest -----------------------------------------------------------------------------------------------------
+# ---- the benchmark ---------------------------------------------------------------------------------------------------
 
 
 OURS_INT8 = f"{OURS}, int8"
@@ -194,7 +197,7 @@ BYTES_PER_WEIGHT = {  # elsewhere fp32
 
 
 def decoding_cost(shape: Shape, name: str) -> Cost | None:
-    """A new token of a single row reads every weight once; rows of a batch share what they read."""
+    """Return the cost of a token of a single row, which reads every weight once; the rows of a batch share reads."""
     if shape.batch > 1:
         return None
     return Cost(n_bytes=BYTES_PER_WEIGHT.get(name, 4) * matrix_weights(gpt_config(shape)))
@@ -216,7 +219,7 @@ FORMS = {  # GPT-2 124M's and SmolLM2-135M's
         form="llama",
     ),
 }
-GENERATE = Contest(
+GENERATE = Benchmark(
     "generate",
     "tokens/s",
     FORMS["gpt2"],

@@ -1,13 +1,14 @@
-"""`bench learn`: what it takes until a model has learned as much, by our recipe and by nanoGPT's.
+"""`bench learn`: time to a loss, by our recipe and by nanoGPT's.
 
-nanoGPT's (github.com/karpathy/nanoGPT) is GPT-2's block and AdamW with a cosine schedule, at the best learning rate of
-a small sweep. Its loss at the end is the target; ours, the block and the optimizers of `params.yaml`, trains until it
-is reached. Both are `GPT` and `fit` with the same number of parameters, and read the same batches of the same tokens.
-nanoGPT trains in fp32 on a CPU. Where that has units for bf16, ours trains once more with products in bf16.
+nanoGPT's recipe (github.com/karpathy/nanoGPT) is GPT-2's block and AdamW with a cosine schedule, at the best learning
+rate of a small sweep. Its final loss is the target. Ours, the block and the optimizers of `params.yaml`, trains until
+it reaches the target. Both are `GPT` and `fit` with the same number of parameters, and read the same batches.
+nanoGPT's trains in fp32 on a CPU. Where that has units for bf16, ours trains once more with autocast to bf16.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import tempfile
 import time
@@ -19,11 +20,11 @@ from typing import Any, NamedTuple
 import torch
 from pydantic import ValidationError
 
-from llm.bench.contest import OURS, machine, matrix_limit, title, versions
+from llm.bench.harness import OURS, machine, matrix_limit, title, versions
 from llm.bench.tokenizing import SAMPLE, read_documents, write_records
 from llm.common.device import pick_device
 from llm.common.errors import DivergenceError, InputError
-from llm.common.sanitize import table
+from llm.common.markdown import table
 from llm.config import GPTConfig, Params, PretrainParams, RuntimeParams, explain
 from llm.convert.families.gpt2 import GPT2HFConfig
 from llm.data.batches import Batch, held_out_windows, window_batches
@@ -41,15 +42,17 @@ from llm.training.precision import has_bf16_units, uses_bf16_autocast
 NANOGPT = "nanoGPT's recipe"
 OURS_IN_BF16 = f"{OURS}, bf16"
 FIRST_LR = 0.001  # of the sweep
-OUR_EVALUATIONS = 40  # in a training, which ends with the first one that is good enough
-THEIR_EVALUATIONS = 10  # of which the last one counts
+OUR_EVALUATIONS = 40  # in a training, which ends with the first that reaches the target
+THEIR_EVALUATIONS = 10  # of which the last counts
 SAME_SIZE = 0.03  # by which the numbers of parameters may differ
+
+log = logging.getLogger("llm")
 
 Row = dict[str, float]  # of a curve: step, tokens, seconds, val_loss, bpb
 
 
-class Lesson(NamedTuple):
-    """What both learn, and what with. Our schedule is made for `our_steps`; 0: as many as theirs."""
+class TimeToLoss(NamedTuple):
+    """The sizes of both trainings. Our schedule is made for `our_steps`; 0 means as many as theirs."""
 
     steps: int
     our_steps: int
@@ -63,24 +66,29 @@ class Lesson(NamedTuple):
 
 
 class Recipe(NamedTuple):
+    """A model and how it is trained."""
+
     config: GPTConfig
     params: PretrainParams
 
 
-class Learned(NamedTuple):
+class TrainingResult(NamedTuple):
+    """A training that has ended."""
+
     recipe: Recipe
     curve: list[Row]  # a row for each evaluation
     flop_per_s: float  # of the machine, just before
 
     @property
     def loss(self) -> float:
-        """In bits per byte, at the end; of a training that exploded worse than any other."""
+        """Return the final bits per byte, infinite for a training that diverged."""
         return self.curve[-1]["bpb"] if self.curve else math.inf
 
     def summary(self) -> dict[str, Any]:
+        """Return a JSON object of recipe and curve."""
         keys = ("optimizer", "lr", "muon_lr", "min_lr_ratio", "warmup_steps", "schedule", "max_steps")
         return {
-            "parameters": parameters(self.recipe.config),
+            "parameters": n_parameters(self.recipe.config),
             **{key: getattr(self.recipe.params, key) for key in keys},
             **self.curve[-1],
             "flop_per_s": self.flop_per_s,
@@ -88,10 +96,10 @@ class Learned(NamedTuple):
         }
 
 
-def lesson_of(params: Params) -> Lesson:
-    """With the sizes of the params, on the sample."""
+def default_sizes(params: Params) -> TimeToLoss:
+    """Return the sizes of the params, on the sample."""
     model, pretrain = params.model, params.pretrain
-    return Lesson(
+    return TimeToLoss(
         steps=pretrain.max_steps,
         our_steps=0,
         layers=model.n_layers,
@@ -107,66 +115,69 @@ def lesson_of(params: Params) -> Lesson:
 # ---- recipes ---------------------------------------------------------------------------------------------------------
 
 
-def nanogpt_recipe(lesson: Lesson, params: Params, lr: float) -> Recipe:
+def nanogpt_recipe(sizes: TimeToLoss, params: Params, lr: float) -> Recipe:
+    """Return nanoGPT's recipe at a learning rate."""
     form = GPT2HFConfig(
-        vocab_size=lesson.vocab,
-        n_positions=lesson.context,
-        n_embd=lesson.width,
-        n_layer=lesson.layers,
-        n_head=lesson.heads,
+        vocab_size=sizes.vocab,
+        n_positions=sizes.context,
+        n_embd=sizes.width,
+        n_layer=sizes.layers,
+        n_head=sizes.heads,
     )
     changes = {
-        "max_steps": lesson.steps,
+        "max_steps": sizes.steps,
         "optimizer": "adamw",
         "lr": lr,
         "min_lr_ratio": 0.1,
-        "warmup_steps": lesson.steps // 50,
+        "warmup_steps": sizes.steps // 50,
         "schedule": "cosine",
         "beta1": 0.9,
         "beta2": 0.95,
         "weight_decay": 0.1,
         "grad_clip": 1.0,
     }
-    return Recipe(form.gpt_config(), training(params, lesson.batch, changes, THEIR_EVALUATIONS))
+    return Recipe(form.gpt_config(), training_params(params, sizes.batch, changes, THEIR_EVALUATIONS))
 
 
-def our_recipe(lesson: Lesson, params: Params) -> Recipe:
-    """The feed-forward layers are as wide as it takes for the number of parameters of the other one."""
-    wanted = parameters(nanogpt_recipe(lesson, params, FIRST_LR).config)
-    narrow, wider = (parameters(our_config(lesson, params, ffn)) for ffn in (8, 16))
+def our_recipe(sizes: TimeToLoss, params: Params) -> Recipe:
+    """Return our recipe; the width of the feed-forward layers makes up for the other's number of parameters."""
+    wanted = n_parameters(nanogpt_recipe(sizes, params, FIRST_LR).config)
+    narrow, wider = (n_parameters(our_config(sizes, params, ffn)) for ffn in (8, 16))
     steps = max(0, round((wanted - narrow) / (wider - narrow)))  # of 8, which suits matrix products
-    config = our_config(lesson, params, 8 + 8 * steps)
-    if abs(found := parameters(config) - wanted) > SAME_SIZE * wanted:
+    config = our_config(sizes, params, 8 + 8 * steps)
+    if abs(found := n_parameters(config) - wanted) > SAME_SIZE * wanted:
         raise InputError(
             f"bench learn: our model differs by {found:+,} from the {wanted:,} parameters of the other one, by more "
             f"than {100 * SAME_SIZE:.0f} %; take a larger width or vocabulary, or fewer layers"
         )
-    changes = {"max_steps": lesson.our_steps or lesson.steps}
-    return Recipe(config, training(params, lesson.batch, changes, OUR_EVALUATIONS))
+    changes = {"max_steps": sizes.our_steps or sizes.steps}
+    return Recipe(config, training_params(params, sizes.batch, changes, OUR_EVALUATIONS))
 
 
-def our_config(lesson: Lesson, params: Params, ffn_dim: int) -> GPTConfig:
+def our_config(sizes: TimeToLoss, params: Params, ffn_dim: int) -> GPTConfig:
+    """Return the block of `params.yaml` at these sizes."""
     values = {
-        "vocab_size": lesson.vocab,
-        "context_length": lesson.context,
-        "n_layers": lesson.layers,
-        "emb_dim": lesson.width,
-        "n_heads": lesson.heads,
-        "n_kv_heads": lesson.heads,
-        "head_dim": lesson.width // lesson.heads,
+        "vocab_size": sizes.vocab,
+        "context_length": sizes.context,
+        "n_layers": sizes.layers,
+        "emb_dim": sizes.width,
+        "n_heads": sizes.heads,
+        "n_kv_heads": sizes.heads,
+        "head_dim": sizes.width // sizes.heads,
         "ffn_dim": ffn_dim,
     }
     return GPTConfig(**params.model.model_dump() | values)
 
 
-def training(params: Params, batch_size: int, changes: Mapping[str, Any], evaluations: int) -> PretrainParams:
-    """Ours but for the changes; from random weights, to the end."""
+def training_params(params: Params, batch_size: int, changes: Mapping[str, Any], evaluations: int) -> PretrainParams:
+    """Return our training params with the changes, from random weights and without early stopping."""
     common = {"batch_size": batch_size, "grad_accum_steps": 1, "dropout": 0.0, "patience": 0, "keep": "last"}
     interval = {"eval_interval": max(1, changes["max_steps"] // evaluations)}
     return params.pretrain.model_copy(update={**common, "trainable": "all", **interval, **changes})
 
 
-def parameters(config: GPTConfig) -> int:
+def n_parameters(config: GPTConfig) -> int:
+    """Return the number of a model's parameters."""
     with torch.device("meta"):
         return sum(p.numel() for p in GPT(config).parameters())
 
@@ -175,7 +186,7 @@ def parameters(config: GPTConfig) -> int:
 
 
 def encode(text: str, vocab: int, params: Params, folder: Path) -> Path:
-    """The shards of the text, as the tokenize stage makes them."""
+    """Return the shards of a text, made as by the tokenize stage."""
     corpus, shards, vocabulary = folder / "corpus.jsonl", folder / "shards", folder / "tokenizer"
     write_records(corpus, read_documents(Path(text)))
     with Workers(1) as workers:
@@ -211,10 +222,10 @@ class Curve(NoHooks):
 
 def train(
     recipe: Recipe, shards: Path, runtime: RuntimeParams, seed: int, name: str, target: float | None = None
-) -> Learned:
-    """Trains to the end, or until `target` bits per byte, which are of the model in fp32.
+) -> TrainingResult:
+    """Train to the end, or until `target` bits per byte, measured in fp32.
 
-    Seconds are those of the steps, evaluations left out.
+    The seconds of the curve count steps, not evaluations.
     """
     config, section = recipe
     train_tokens, val_tokens = TokenShards(shards, "train"), TokenShards(shards, "val")
@@ -241,19 +252,19 @@ def train(
         title=name,
     )
     fit(model, task, section, runtime, curve)
-    return Learned(recipe, curve.rows, speed)
+    return TrainingResult(recipe, curve.rows, speed)
 
 
-def best_of_sweep(learned: Callable[[float], Learned]) -> list[Learned]:
-    """Trainings at learning rates a factor of two apart, the best one first; one that explodes is none.
+def best_of_sweep(train_at: Callable[[float], TrainingResult]) -> list[TrainingResult]:
+    """Return trainings at learning rates a factor of two apart, the best first, without those that diverge.
 
-    The sweep goes from `FIRST_LR` up, or down where that gains nothing, until the loss is higher again.
+    The sweep goes from `FIRST_LR` up, or down if that gains nothing, until the loss is higher again.
     """
-    found: dict[float, Learned] = {}
+    found: dict[float, TrainingResult] = {}
 
     def loss(lr: float) -> float:
         try:
-            found[lr] = learned(lr)
+            found[lr] = train_at(lr)
         except DivergenceError:
             return math.inf
         return found[lr].loss
@@ -266,62 +277,63 @@ def best_of_sweep(learned: Callable[[float], Learned]) -> list[Learned]:
     while (further := loss(factor * lr)) < best:
         lr, best = factor * lr, further
     if not found:
-        raise InputError(f"{NANOGPT}: exploded at every learning rate of the sweep; take other sizes")
+        raise InputError(f"{NANOGPT}: diverged at every learning rate of the sweep; take other sizes")
     return sorted(found.values(), key=lambda each: each.loss)
 
 
-def learn(lesson: Lesson, params: Params, say: Callable[[str], None]) -> dict[str, Any]:
-    """All trainings and the sweep. Returns a JSON object; it has no ratios where ours did not reach the target."""
-    if lesson.width % lesson.heads:
-        raise InputError(f"width {lesson.width} must be a multiple of heads {lesson.heads}")
+def learn(sizes: TimeToLoss, params: Params) -> dict[str, Any]:
+    """Run the sweep and our trainings; return a JSON object, with ratios of those that reached the target."""
+    if sizes.width % sizes.heads:
+        raise InputError(f"width {sizes.width} must be a multiple of heads {sizes.heads}")
     try:
-        ours = our_recipe(lesson, params)
+        our = our_recipe(sizes, params)
     except ValidationError as error:
         raise InputError(explain(error, "the shape")) from None
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        shards = encode(lesson.text, lesson.vocab, params, Path(folder))
+        shards = encode(sizes.text, sizes.vocab, params, Path(folder))
 
-        def reference(lr: float) -> Learned:
-            recipe = nanogpt_recipe(lesson, params, lr)
+        def reference(lr: float) -> TrainingResult:
+            recipe = nanogpt_recipe(sizes, params, lr)
             found = train(recipe, shards, params.runtime, params.seed, f"{NANOGPT}, lr {lr:g}")
-            say(f"{NANOGPT}, lr {lr:g}: {found.loss:.4f} bits per byte in {found.curve[-1]['seconds']:,.1f} s")
+            log.info(f"{NANOGPT}, lr {lr:g}: {found.loss:.4f} bits per byte in {found.curve[-1]['seconds']:,.1f} s")
             return found
 
         sweep = best_of_sweep(reference)
         best, target = sweep[0], sweep[0].loss
-        found: dict[str, Learned] = {}
+        found: dict[str, TrainingResult] = {}
         for name, precision in precisions(params.runtime).items():
             runtime = params.runtime.model_copy(update={"precision": precision})
-            found[name] = train(ours, shards, runtime, params.seed, name, target)
-            say(f"{name}: {found[name].loss:.4f} bits per byte in {found[name].curve[-1]['seconds']:,.1f} s")
+            found[name] = train(our, shards, runtime, params.seed, name, target)
+            log.info(f"{name}: {found[name].loss:.4f} bits per byte in {found[name].curve[-1]['seconds']:,.1f} s")
     theirs = best.curve[-1]
     return {
         "kind": "learn",
-        "shape": lesson._asdict(),
+        "shape": sizes._asdict(),
         "machine": machine(),
         "versions": versions(),
         "target": target,
         "ratios": {
-            name: {key: learned.curve[-1][key] / theirs[key] for key in ("tokens", "seconds")}
-            for name, learned in found.items()
-            if learned.loss <= target
+            name: {key: ours.curve[-1][key] / theirs[key] for key in ("tokens", "seconds")}
+            for name, ours in found.items()
+            if ours.loss <= target
         },
-        "results": {name: learned.summary() for name, learned in {**found, NANOGPT: best}.items()},
+        "results": {name: each.summary() for name, each in {**found, NANOGPT: best}.items()},
         "sweep": [{"lr": each.recipe.params.lr, "bpb": each.loss} for each in sweep],
     }
 
 
 def precisions(runtime: RuntimeParams) -> Mapping[str, str]:
-    """The trainings of ours, and `runtime.precision` of each."""
+    """Return our trainings, with `runtime.precision` of each."""
     device = pick_device(runtime.device)
     could_mix = device.type == "cpu" and has_bf16_units() and not uses_bf16_autocast(device, runtime)
     return {OURS: runtime.precision} | ({OURS_IN_BF16: "bf16"} if could_mix else {})
 
 
-# ---- for people ------------------------------------------------------------------------------------------------------
+# ---- the report ------------------------------------------------------------------------------------------------------
 
 
 def markdown(found: Mapping[str, Any]) -> str:
+    """Return the results as a table."""
     header = ["", "parameters", "bits per byte", "steps", "tokens", "seconds", "the machine"]
     rows = []
     for name, result in found["results"].items():
@@ -339,7 +351,7 @@ def markdown(found: Mapping[str, Any]) -> str:
 
 
 def draw(found: Mapping[str, Any], path: Path) -> None:
-    """Both curves over the tokens and over the seconds, and the target."""
+    """Draw the curves over tokens and over seconds, and the target."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.5), layout="constrained")

@@ -1,4 +1,4 @@
-"""The models of the contests, the same for all who take part."""
+"""The models of the benchmarks, the same for all implementations."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from llm.bench.contest import Cost
+from llm.bench.harness import Cost
 from llm.common.errors import InputError
 from llm.config import GPTConfig, explain
 from llm.convert.families.gpt2 import GPT2HFConfig
@@ -14,9 +14,9 @@ from llm.convert.families.llama import LlamaHFConfig
 
 
 class Shape(NamedTuple):
-    """What all contestants run: `batch` rows of `context` tokens, `new` tokens behind `prompt` ones.
+    """A model, and `batch` rows of `context` tokens, or `new` tokens after `prompt` ones.
 
-    The form is GPT-2's or Llama's, of which alone `kv_heads` and `ffn` are; 0: `heads` and four times the width.
+    The form is GPT-2's or Llama's. `kv_heads` and `ffn` are Llama's; 0 means `heads` and four times the width.
     """
 
     layers: int
@@ -33,7 +33,7 @@ class Shape(NamedTuple):
 
 
 def open_form(shape: Shape) -> GPT2HFConfig | LlamaHFConfig:
-    """The form in transformers' words."""
+    """Return the shape as the configuration of an open model."""
     if shape.form == "llama":
         return LlamaHFConfig(
             model_type="llama",
@@ -59,10 +59,12 @@ def open_form(shape: Shape) -> GPT2HFConfig | LlamaHFConfig:
 
 
 def gpt_config(shape: Shape) -> GPTConfig:
+    """Return the configuration of our model."""
     return open_form(shape).gpt_config()
 
 
 def transformers_config(shape: Shape) -> Any:
+    """Return the configuration of transformers' model, without dropout."""
     import transformers
 
     values = open_form(shape).model_dump(exclude_unset=True)
@@ -73,6 +75,7 @@ def transformers_config(shape: Shape) -> Any:
 
 
 def transformers_model(shape: Shape) -> Any:
+    """Return transformers' model with random weights."""
     import transformers
 
     config = transformers_config(shape)
@@ -80,6 +83,7 @@ def transformers_model(shape: Shape) -> Any:
 
 
 def check_shape(shape: Shape) -> None:
+    """Raise `InputError` for a shape that no model has."""
     if shape.width % shape.heads:
         raise InputError(f"width {shape.width} must be a multiple of heads {shape.heads}")
     if shape.prompt + shape.new > shape.context:
@@ -93,13 +97,16 @@ def check_shape(shape: Shape) -> None:
 
 
 def matrix_weights(config: GPTConfig) -> int:
-    """Those that every token is multiplied with, the output layer's included."""
+    """Return the number of weights that every token is multiplied with, the output layer's included."""
     attention = 2 * config.emb_dim * config.head_dim * (config.n_heads + config.n_kv_heads)
     feed_forward = (3 if config.activation == "swiglu" else 2) * config.emb_dim * config.ffn_dim
     return config.n_layers * (attention + feed_forward) + config.vocab_size * config.emb_dim
 
 
 def training_cost(shape: Shape, name: str) -> Cost:
-    """A token costs 6 operations for each weight of a matrix, forward and backward, and in each layer's attention as
-    many for each number of its width and each position of the context, half of which it sees."""
+    """Return the cost of a token, forward and backward.
+
+    It is 6 operations for each weight of a matrix. Attention costs as many in each layer, for each number of the width
+    and each position of the context; a token sees half of these.
+    """
     return Cost(flop=6 * (matrix_weights(gpt_config(shape)) + shape.layers * shape.width * shape.context))

@@ -1,34 +1,38 @@
-"""`bench scale`: what a larger model will reach, from smaller ones.
+"""`bench scale`: the loss of a larger model, predicted from smaller ones.
 
-Models of growing width, each trained by our recipe on as many tokens for each of its parameters, give bits per byte as
-a power of the number of parameters (Kaplan et al. 2020; for models and data that grow together, Hoffmann et al. 2022).
-What it says of the next width is told before that one is trained.
+Models of growing width are trained by our recipe, each on as many tokens for each of its parameters. Their bits per
+byte follow a power of the number of parameters (Kaplan et al. 2020; for models and data that grow together, Hoffmann et
+al. 2022). The prediction for the next width is told before that one is trained.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import statistics
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from llm.bench.contest import machine, title, versions
-from llm.bench.learning import Lesson, Recipe, encode, lesson_of, our_config, parameters, train, training
+from llm.bench import learning
+from llm.bench.harness import machine, title, versions
+from llm.bench.learning import Recipe, TimeToLoss, encode, n_parameters, our_config, train, training_params
 from llm.common.errors import InputError
-from llm.common.sanitize import table
+from llm.common.markdown import table
 from llm.config import Params, explain
 from llm.data.shards import TokenShards
 
 SMALLER = (2, 3, 4, 6)  # eighths of the width: the models that the law is made from
 WARMUP = 0.05  # of the steps, which are few for a small model
 
+log = logging.getLogger("llm")
 
-class Ladder(NamedTuple):
-    """Models up to `width`, each trained on `tokens` for each of its parameters."""
+
+class ScalingSizes(NamedTuple):
+    """The sizes of the largest model; each is trained on `tokens` for each of its parameters."""
 
     tokens: int
     layers: int
@@ -40,51 +44,51 @@ class Ladder(NamedTuple):
     text: str
 
 
-def ladder_of(params: Params) -> Ladder:
-    """Up to the model of the params, on the sample."""
-    sizes = lesson_of(params)._asdict()
-    return Ladder(tokens=1, **{name: value for name, value in sizes.items() if name in Ladder._fields})
+def default_sizes(params: Params) -> ScalingSizes:
+    """Return the sizes of the params, on the sample."""
+    sizes = learning.default_sizes(params)._asdict()
+    return ScalingSizes(tokens=1, **{name: value for name, value in sizes.items() if name in ScalingSizes._fields})
 
 
-def recipes(ladder: Ladder, params: Params) -> list[Recipe]:
-    """Those of the smaller models, then of the largest; all have as many heads."""
-    if ladder.width % (16 * ladder.heads):
-        raise InputError(f"width {ladder.width} must be a multiple of 16 times heads {ladder.heads}, for its fractions")
+def recipes(sizes: ScalingSizes, params: Params) -> list[Recipe]:
+    """Return the recipes of the smaller models, then of the largest; all have as many heads."""
+    if sizes.width % (16 * sizes.heads):
+        raise InputError(f"width {sizes.width} must be a multiple of 16 times heads {sizes.heads}, for its fractions")
     found = []
-    for width in (*(ladder.width * eighths // 8 for eighths in SMALLER), ladder.width):
-        sizes = ladder._replace(width=width)._asdict()
-        del sizes["tokens"]
-        lesson = Lesson(steps=1, our_steps=0, **sizes)  # its steps are made of the number of parameters, below
-        config = our_config(lesson, params, params.model.ffn_dim * width // params.model.emb_dim)
-        steps = math.ceil(ladder.tokens * parameters(config) / (ladder.batch * ladder.context))
+    for width in (*(sizes.width * eighths // 8 for eighths in SMALLER), sizes.width):
+        shape = sizes._replace(width=width)._asdict()
+        del shape["tokens"]
+        model = TimeToLoss(steps=1, our_steps=0, **shape)  # the steps follow from the number of parameters, below
+        config = our_config(model, params, params.model.ffn_dim * width // params.model.emb_dim)
+        steps = math.ceil(sizes.tokens * n_parameters(config) / (sizes.batch * sizes.context))
         changes = {"max_steps": steps, "warmup_steps": math.ceil(WARMUP * steps), "decay_steps": math.ceil(steps / 2)}
-        found.append(Recipe(config, training(params, ladder.batch, changes, evaluations=1)))
+        found.append(Recipe(config, training_params(params, sizes.batch, changes, evaluations=1)))
     return found
 
 
-def scale(ladder: Ladder, params: Params, say: Callable[[str], None]) -> dict[str, Any]:
-    """All trainings; returns a JSON object with a row for each, the largest last."""
+def scale(sizes: ScalingSizes, params: Params) -> dict[str, Any]:
+    """Run all trainings; return a JSON object with a row for each, the largest last."""
     try:
-        models = recipes(ladder, params)
+        models = recipes(sizes, params)
     except ValidationError as error:
         raise InputError(explain(error, "the shape")) from None
     rows: list[dict[str, float]] = []
     exponent = logarithm = math.nan
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        shards = encode(ladder.text, ladder.vocab, params, Path(folder))
+        shards = encode(sizes.text, sizes.vocab, params, Path(folder))
         n_tokens = TokenShards(shards, "train").n_tokens
         for recipe in models:
-            width, size = recipe.config.emb_dim, parameters(recipe.config)
+            width, size = recipe.config.emb_dim, n_parameters(recipe.config)
             if len(rows) == len(SMALLER):
-                sizes, losses = ([math.log(row[key]) for row in rows] for key in ("parameters", "bpb"))
-                exponent, logarithm = statistics.linear_regression(sizes, losses)
-                say(f"width {width}: {law(exponent, logarithm, size):.4f} bits per byte predicted")
+                logs = ([math.log(row[key]) for row in rows] for key in ("parameters", "bpb"))
+                exponent, logarithm = statistics.linear_regression(*logs)
+                log.info(f"width {width}: {law(exponent, logarithm, size):.4f} bits per byte predicted")
             end = train(recipe, shards, params.runtime, params.seed, f"width {width}").curve[-1]
             rows.append({"width": width, "parameters": size, "epochs": end["tokens"] / n_tokens, **end})
-            say(f"width {width}: {end['bpb']:.4f} bits per byte in {end['seconds']:,.1f} s")
+            log.info(f"width {width}: {end['bpb']:.4f} bits per byte in {end['seconds']:,.1f} s")
     return {
         "kind": "scale",
-        "shape": ladder._asdict(),
+        "shape": sizes._asdict(),
         "machine": machine(),
         "versions": versions(),
         "exponent": exponent,
@@ -94,14 +98,15 @@ def scale(ladder: Ladder, params: Params, say: Callable[[str], None]) -> dict[st
 
 
 def law(exponent: float, logarithm: float, size: float) -> float:
-    """Bits per byte of a model with so many parameters."""
+    """Return the bits per byte that the law predicts for a number of parameters."""
     return math.exp(logarithm + exponent * math.log(size))
 
 
-# ---- for people ------------------------------------------------------------------------------------------------------
+# ---- the report ------------------------------------------------------------------------------------------------------
 
 
 def markdown(found: Mapping[str, Any]) -> str:
+    """Return the results as a table."""
     header = ["width", "parameters", "tokens", "epochs", "seconds", "bits per byte", "the law says"]
     rows = [
         [
@@ -127,7 +132,7 @@ def markdown(found: Mapping[str, Any]) -> str:
 
 
 def draw(found: Mapping[str, Any], path: Path) -> None:
-    """Bits per byte over parameters, and the law as a line."""
+    """Draw bits per byte over parameters, and the law as a line."""
     from matplotlib.figure import Figure
 
     *smaller, last = found["results"]

@@ -1,6 +1,6 @@
-"""The contest `tokenize`: text to token ids, with one vocabulary for all, trained on that text.
+"""The benchmark `tokenize`: text to token ids, with one vocabulary for all, trained on that text.
 
-This project does what its stage does: it reads records from a file, encodes them in processes and writes shards. The
+This project does the work of its stage: it reads records from a file, encodes them in processes and writes shards. The
 peers have the text in memory and drop the ids again, on one core.
 """
 
@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from llm.bench.contest import OURS, Contest, Turn, apart
+from llm.bench.harness import OURS, Benchmark, Workload, run_apart
 from llm.common.errors import InputError
 from llm.config import CorpusSplit
 from llm.preprocess.corpus import LineBatch, plan_corpus, read_batch
@@ -32,8 +32,8 @@ SHARD_TOKENS = 2**24
 SPLIT = CorpusSplit(split="leak_free", val=0.05, test=0.05, chunk_chars=10_000)
 
 
-class Text(NamedTuple):
-    """A file's documents, as often as they make up at least so many million bytes."""
+class TokenizeSizes(NamedTuple):
+    """The documents of a file, repeated until they have so many million bytes."""
 
     megabytes: int
     vocab: int
@@ -41,14 +41,16 @@ class Text(NamedTuple):
     text: str  # the file
 
     def documents(self) -> list[str]:
+        """Return the documents, once."""
         return read_documents(Path(self.text))
 
     def passes(self, documents: Sequence[str]) -> int:
+        """Return the number of repetitions."""
         return math.ceil(1e6 * self.megabytes / utf8_bytes(documents))
 
 
 def read_documents(path: Path) -> list[str]:
-    """The documents of a text file, or of the records of a download stage; cleaned as that stage cleans them."""
+    """Return the cleaned documents of a text file, or of the records of the download stage."""
     try:
         parts = stored_documents(path) if path.suffix == ".jsonl" else path.read_text(encoding="utf-8").split(SEPARATOR)
     except FileNotFoundError:
@@ -61,7 +63,7 @@ def read_documents(path: Path) -> list[str]:
 
 
 def stored_documents(path: Path) -> list[str]:
-    """Those of a `corpus.jsonl`, each whole."""
+    """Return the documents of a `corpus.jsonl`, each whole."""
     documents: dict[int, str] = defaultdict(str)
     for number, piece in read_batch(path, LineBatch(0, path.stat().st_size)):
         documents[number] += piece
@@ -69,21 +71,22 @@ def stored_documents(path: Path) -> list[str]:
 
 
 def write_records(path: Path, documents: Iterable[str]) -> None:
-    """As the download stage leaves them, each document whole."""
+    """Write records as the download stage does, each document whole."""
     with path.open("w", encoding="utf-8") as file:
         for number, document in enumerate(documents):
             file.write(json.dumps({"doc": number, "text": document}, ensure_ascii=False) + "\n")
 
 
 def utf8_bytes(texts: Iterable[str]) -> int:
+    """Return the length of all texts in bytes."""
     return sum(len(text.encode()) for text in texts)
 
 
-# ---- contestants -----------------------------------------------------------------------------------------------------
+# ---- implementations -------------------------------------------------------------------------------------------------
 
 
-def tokenize_ours(sizes: Text, processes: int | None = None) -> Turn:
-    """All of the stage's encoding; what the stage does before it, finding out where to split, is done once."""
+def tokenize_ours(sizes: TokenizeSizes, processes: int | None = None) -> Workload:
+    """Return the workload of our tokenize stage: all of its encoding. The splits are planned once, before."""
     documents = sizes.documents()
     passes = sizes.passes(documents)
     folder = Path(tempfile.mkdtemp())
@@ -94,34 +97,35 @@ def tokenize_ours(sizes: Text, processes: int | None = None) -> Turn:
     plan = plan_corpus(corpus, SPLIT, 0, workers)
     amount = passes * utf8_bytes(documents) / 1e6
 
-    def turn() -> float:
+    def run() -> float:
         encode_corpus(corpus, shards, plan, vocabulary, SHARD_TOKENS, workers)
         shutil.rmtree(shards)
         return amount
 
-    return turn
+    return run
 
 
 Encode = Callable[[Sequence[str]], Iterator[Sequence[int]]]  # texts to the ids of each
 
 
-def tokenize_peer(encoder: Callable[[Tokenizer, Sequence[str]], Encode], sizes: Text) -> Turn:
-    """A peer that encodes the documents as often as we do. `encoder` gets our vocabulary and what it was trained on."""
+def tokenize_peer(encoder: Callable[[Tokenizer, Sequence[str]], Encode], sizes: TokenizeSizes) -> Workload:
+    """Return the workload of a peer; its `encoder` gets our vocabulary and the documents that it was trained on."""
     documents = sizes.documents()
     encode = encoder(Tokenizer.train(documents, sizes.vocab), documents)
     passes = sizes.passes(documents)
     amount = passes * utf8_bytes(documents) / 1e6
 
-    def turn() -> float:
+    def run() -> float:
         for _ in range(passes):
             for ids in encode(documents):
                 del ids
         return amount
 
-    return turn
+    return run
 
 
 def tiktoken_encoder(tokenizer: Tokenizer, documents: Sequence[str]) -> Encode:
+    """Return tiktoken's encoder."""
     import tiktoken
 
     ranks = {token: rank for rank, token in enumerate(tokenizer.ranks) if token is not None}
@@ -132,25 +136,26 @@ def tiktoken_encoder(tokenizer: Tokenizer, documents: Sequence[str]) -> Encode:
 
 
 def tokenizers_encoder(tokenizer: Tokenizer, documents: Sequence[str]) -> Encode:
+    """Return the encoder of Hugging Face's tokenizers."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     import tokenizers
 
     folder = Path(tempfile.mkdtemp())
     tokenizer.save(folder)
-    apart(write_theirs, folder)
+    run_apart(write_tokenizers_form, folder)
     encoding = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     return lambda texts: (found.ids for found in encoding.encode_batch_fast(list(texts), add_special_tokens=False))
 
 
-def write_theirs(folder: Path) -> None:
-    """A tokenizer folder in Hugging Face's form too."""
+def write_tokenizers_form(folder: Path) -> None:
+    """Write the tokenizer of a folder in Hugging Face's form too."""
     from llm.tokenizer.hf import write_tokenizer_json
 
     write_tokenizer_json(folder, Tokenizer.load(folder), None, None)
 
 
 def rustbpe_encoder(tokenizer: Tokenizer, documents: Sequence[str]) -> Encode:
-    """It reads no vocabulary: it trains the same one again."""
+    """Return rustbpe's encoder. It reads no vocabulary, so it trains the same one again."""
     import rustbpe
 
     encoding = rustbpe.Tokenizer()
@@ -158,10 +163,10 @@ def rustbpe_encoder(tokenizer: Tokenizer, documents: Sequence[str]) -> Encode:
     return lambda texts: map(encoding.encode, texts)
 
 
-TOKENIZE = Contest(
+TOKENIZE = Benchmark(
     "tokenize",
     "MB/s",
-    Text(megabytes=100, vocab=1280, processes=2, text=str(SAMPLE)),
+    TokenizeSizes(megabytes=100, vocab=1280, processes=2, text=str(SAMPLE)),
     {
         OURS: tokenize_ours,
         f"{OURS}, one process": partial(tokenize_ours, processes=1),

@@ -1,4 +1,4 @@
-"""The contests `train` and `finetune`: each contestant builds its model and returns its turn."""
+"""The benchmarks `train` and `finetune`: optimizer steps."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llm.bench.contest import OURS, Contest, Turn
+from llm.bench.harness import OURS, Benchmark, Workload
 from llm.bench.models import Shape, check_shape, gpt_config, training_cost, transformers_config, transformers_model
 from llm.data.batches import Batch, collate_labels, example_batches
 from llm.data.examples import Example
@@ -19,10 +19,10 @@ from llm.training.losses import label_loss, next_token_loss
 from llm.training.precision import tune_malloc
 
 
-def training_turn(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], shape: Shape) -> Turn:
-    """Forward, backward, clipping and AdamW on one batch, as every one of these projects does it.
+def training_workload(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], shape: Shape) -> Workload:
+    """Return forward, backward, clipping and AdamW on one batch, as all of these projects do them.
 
-    In fp32; on a GPU, where there is one, with products in bf16.
+    Runs in fp32; on a GPU, where there is one, with autocast to bf16.
     """
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
@@ -31,7 +31,7 @@ def training_turn(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], sh
     tokens = torch.randint(0, shape.vocab, (shape.batch, shape.context + 1), device=device)  # [B, T+1]
     model.train()
 
-    def turn() -> int:
+    def run() -> int:
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
             total = loss(tokens[:, :-1], tokens[:, 1:])
@@ -42,10 +42,11 @@ def training_turn(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], sh
             torch.cuda.synchronize()
         return shape.batch * shape.context
 
-    return turn
+    return run
 
 
-def train_ours(shape: Shape) -> Turn:
+def train_ours(shape: Shape) -> Workload:
+    """Return the workload of this project."""
     tune_malloc()
     model = GPT(gpt_config(shape))
 
@@ -53,21 +54,22 @@ def train_ours(shape: Shape) -> Turn:
         total, weight = next_token_loss(model, Batch(idx, targets, []))
         return total / weight
 
-    return training_turn(model, loss, shape)
+    return training_workload(model, loss, shape)
 
 
-def train_transformers(shape: Shape) -> Turn:
+def train_transformers(shape: Shape) -> Workload:
+    """Return the workload of transformers."""
     model = transformers_model(shape)
 
     def loss(idx: Tensor, targets: Tensor) -> Tensor:
         logits = model(idx, use_cache=False).logits
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
-    return training_turn(model, loss, shape)
+    return training_workload(model, loss, shape)
 
 
-def train_litgpt(shape: Shape) -> Turn:
-    """Its GPT-NeoX form: rotary positions in place of learned ones, an output layer of its own."""
+def train_litgpt(shape: Shape) -> Workload:
+    """Return the workload of litgpt, in GPT-NeoX's form: rotary positions, an output layer of its own."""
     import litgpt
     from litgpt.utils import chunked_cross_entropy
 
@@ -86,11 +88,11 @@ def train_litgpt(shape: Shape) -> Turn:
     def loss(idx: Tensor, targets: Tensor) -> Tensor:
         return cast(Tensor, chunked_cross_entropy(model(idx), targets, chunk_size=128))
 
-    return training_turn(model, loss, shape)
+    return training_workload(model, loss, shape)
 
 
-def train_book(shape: Shape) -> Turn:
-    """The book's fast model; its output layer is its own."""
+def train_book(shape: Shape) -> Workload:
+    """Return the workload of the book's fast model; its output layer is its own."""
     from llms_from_scratch.ch04 import GPTModelFast
 
     model = GPTModelFast(
@@ -108,7 +110,7 @@ def train_book(shape: Shape) -> Turn:
     def loss(idx: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(model(idx).flatten(0, 1), targets.flatten())
 
-    return training_turn(model, loss, shape)
+    return training_workload(model, loss, shape)
 
 
 # ---- finetuning ------------------------------------------------------------------------------------------------------
@@ -118,7 +120,7 @@ LABELS, EXAMPLES = 2, 2048
 
 
 def messages(shape: Shape) -> list[Example]:
-    """As long as short messages are, 4 to `context` tokens and 20 in the middle, with labels at random."""
+    """Return random messages with random labels, of 4 to `context` tokens with a median of 20."""
     random = torch.Generator().manual_seed(0)
     lengths = torch.empty(EXAMPLES).log_normal_(3.0, 0.6, generator=random).long().clamp(4, shape.context).tolist()
     labels = torch.randint(0, LABELS, (EXAMPLES,), generator=random).tolist()
@@ -127,11 +129,13 @@ def messages(shape: Shape) -> list[Example]:
 
 
 def last_block_trains(blocks: nn.ModuleList, *others: nn.Module) -> None:
+    """Unfreeze the last block and some other layers."""
     for module in (blocks[-1], *others):
         module.requires_grad_(True)
 
 
-def finetune_ours(shape: Shape) -> Turn:
+def finetune_ours(shape: Shape) -> Workload:
+    """Return the workload of this project."""
     tune_malloc()
     examples = messages(shape)
     model = GPTClassifier(GPT(gpt_config(shape)), LABELS)
@@ -141,7 +145,7 @@ def finetune_ours(shape: Shape) -> Turn:
     batches = example_batches(examples, collate_labels, shape.batch, 1, seed=0)
     step = 0
 
-    def turn() -> int:
+    def run() -> int:
         nonlocal step
         [batch] = batches(step)
         step += 1
@@ -151,11 +155,11 @@ def finetune_ours(shape: Shape) -> Turn:
         optimizer.step()
         return len(batch.rows)
 
-    return turn
+    return run
 
 
-def finetune_transformers(shape: Shape) -> Turn:
-    """Batches in random order, padded to their longest row, as its Trainer's collator makes them."""
+def finetune_transformers(shape: Shape) -> Workload:
+    """Return the workload of transformers. Batches are padded to their longest row, as by its Trainer's collator."""
     import transformers
 
     examples = messages(shape)
@@ -168,7 +172,7 @@ def finetune_transformers(shape: Shape) -> Turn:
     random = torch.Generator().manual_seed(0)
     model.train()
 
-    def turn() -> int:
+    def run() -> int:
         rows = torch.randint(0, len(examples), (shape.batch,), generator=random).tolist()
         batch = collate_labels(examples, rows)
         assert batch.lengths is not None
@@ -178,13 +182,13 @@ def finetune_transformers(shape: Shape) -> Turn:
         optimizer.step()
         return len(rows)
 
-    return turn
+    return run
 
 
-# ---- contests --------------------------------------------------------------------------------------------------------
+# ---- benchmarks ------------------------------------------------------------------------------------------------------
 
 
-TRAIN = Contest(
+TRAIN = Benchmark(
     "train",
     "tokens/s",
     Shape(layers=6, width=384, heads=6, vocab=8192, context=256, batch=8),
@@ -192,7 +196,7 @@ TRAIN = Contest(
     check_shape,
     training_cost,
 )
-FINETUNE = Contest(
+FINETUNE = Benchmark(
     "finetune",
     "examples/s",
     Shape(layers=12, width=384, heads=6, vocab=8192, context=256, batch=16),

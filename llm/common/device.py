@@ -9,6 +9,8 @@ from llm.common.errors import InputError
 if TYPE_CHECKING:
     import torch
 
+DEVICES = ("auto", "cpu", "cuda", "mps")
+
 
 def device_kind(name: str) -> str:
     """Return cuda, mps or cpu; `auto` is CUDA, else Apple's MPS, else the CPU."""
@@ -26,8 +28,11 @@ def pick_device(name: str) -> torch.device:
     import torch
 
     kind = device_kind(name)
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise InputError("runtime.device: cuda was asked for, but torch sees no CUDA device; use auto or cpu")
-    if kind == "mps" and not torch.backends.mps.is_available():
-        raise InputError("runtime.device: mps was asked for, but torch sees no Apple GPU; use auto or cpu")
+    usable = {"auto": True, "cpu": True}
+    usable |= {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not usable.get(kind):
+        expected = ", ".join(each for each in usable if usable[each])
+        raise InputError(
+            f"device: not available here (expected {expected}, got {kind}); change --device or runtime.device"
+        )
     return torch.device(kind)

@@ -9,14 +9,13 @@ from __future__ import annotations
 import csv
 import io
 import json
-import re
 import textwrap
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llm.common.markdown import escape, fenced, table
 from llm.common.plotting import BASE, CONTROL, INK, OTHER, OURS, new_figure, save, shorten, style
-from llm.common.sanitize import escape, table, visible
 from llm.evaluation.evaluate import BaseResult, ClassifierResult, InstructResult
 from llm.evaluation.metrics import Interval, fold, numbers
 
@@ -364,13 +363,6 @@ def labelled(parts: Mapping[str, str]) -> str:
         wrapped = [piece for line in text.split("\n") for piece in textwrap.wrap(line, 90) or [""]]
         lines += [(label if i == 0 else "").ljust(width) + piece for i, piece in enumerate(wrapped)]
     return "\n".join(line.rstrip() for line in lines)
-
-
-def fenced(text: str) -> list[str]:
-    """Text as a code block that nothing inside it can close; control characters become U+FFFD."""
-    text = visible(re.sub(r"[^\S \n]", " ", text))
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-    return [f"{fence}text", text, fence, ""]
 
 
 def part(split: str) -> str:

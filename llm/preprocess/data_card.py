@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from llm.common.sanitize import escape
+from llm.common.markdown import escape
 from llm.config import HELD_OUT, KINDS, SPLITS, TRAIN
 from llm.preprocess.corpus import Array, Plan
 from llm.preprocess.encode import EncodedCorpus

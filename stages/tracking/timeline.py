@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 from llm.common.errors import InputError
 from llm.common.files import atomic_file, write_atomic
+from llm.common.markdown import escape, table
 from llm.common.plotting import BASE, CONTROL, OURS, new_figure, save, style
-from llm.common.sanitize import escape, table
 from stages.tracking.journal_reader import end_event, is_running, list_journals, start_event
 from stages.tracking.process import runs_folder
 

@@ -13,31 +13,33 @@ import numpy as np
 import pytest
 import torch
 
-from llm.__main__ import BENCH_SIZES, build_parser, main, shipped_params
-from llm.bench import KINDS, contest_of, learning, scaling
-from llm.bench.contest import OURS, Cost, LeftOut, compare, draw, markdown, memory, of_limit
+from llm.bench import learning, scaling
 from llm.bench.decoding import BYTES_PER_WEIGHT, FORMS, requests
+from llm.bench.harness import OURS, Cost, Skipped, compare, draw, markdown, memory, of_limit
+from llm.bench.kinds import load_benchmark
 from llm.bench.learning import (
     FIRST_LR,
     NANOGPT,
     OURS_IN_BF16,
-    Learned,
-    Lesson,
+    TimeToLoss,
+    TrainingResult,
     best_of_sweep,
+    default_sizes,
     learn,
-    lesson_of,
     our_recipe,
 )
 from llm.bench.models import Shape, check_shape, gpt_config, transformers_model
-from llm.bench.scaling import Ladder, ladder_of, law, recipes, scale
+from llm.bench.scaling import ScalingSizes, law, recipes, scale
 from llm.bench.tokenizing import (
-    Text,
+    TokenizeSizes,
     read_documents,
     rustbpe_encoder,
     tiktoken_encoder,
     tokenize_ours,
     tokenizers_encoder,
 )
+from llm.cli.bench import KINDS, SIZES, TRAININGS, shipped_params
+from llm.cli.main import build_parser, main
 from llm.common.errors import DivergenceError, InputError
 from llm.config import GPTConfig, Params
 from llm.model.gpt import GPT
@@ -49,11 +51,11 @@ TINY = Shape(layers=2, width=16, heads=2, vocab=50, context=16, batch=2, prompt=
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> dict[str, Any]:
-    """Sizes for each contest."""
+    """Sizes for each benchmark."""
     text = tmp_path / "stories.txt"
     text.write_text("\n\n\n".join(STORY.format(i) for i in range(500)), encoding="utf-8")
     return {
-        "tokenize": Text(megabytes=1, vocab=300, processes=2, text=str(text)),
+        "tokenize": TokenizeSizes(megabytes=1, vocab=300, processes=2, text=str(text)),
         "train": TINY,
         "finetune": TINY,
         "generate": TINY._replace(width=32, vocab=300, context=64, batch=3, prompt=9, new=7),
@@ -61,22 +63,25 @@ def tiny(tmp_path: Path) -> dict[str, Any]:
 
 
 COMPILED = "transformers, compiled"
+BENCHMARKS = [kind for kind in KINDS if kind not in TRAININGS]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_all_that_are_installed_take_their_turns(kind: str, tiny: dict[str, Any], tmp_path: Path) -> None:
-    said: list[str] = []
-    contest = contest_of(kind)
-    names = [name for name in contest.contestants if "compiled" not in name]  # which would take a minute
-    found = compare(contest, tiny[kind], rounds=2, least=0.0, say=said.append, only=names)
+@pytest.mark.parametrize("kind", BENCHMARKS)
+def test_all_that_are_installed_run_in_rounds(
+    kind: str, tiny: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    benchmark = load_benchmark(kind)
+    names = [name for name in benchmark.implementations if "compiled" not in name]  # which would take a minute
+    found = compare(benchmark, tiny[kind], rounds=2, least=0.0, only=names)
     assert set(found["results"]) >= {name for name in names if name not in ("litgpt", "the book")}
+    said = capsys.readouterr().err.splitlines()
     for name, result in found["results"].items():
         assert len(result["rates"]) == 2 and min(result["rates"]) > 0
         assert result["median"] == pytest.approx(sum(result["rates"]) / 2)
         assert result["memory"] > (100 if kind != "tokenize" else 20) * 2**20, "torch or Python alone takes more"
         assert sum(line.startswith("round") and f" {name}: " in line for line in said) == 2
     for name in set(names) - set(found["results"]):
-        assert sum(line.startswith(f"{name}: left out, ") for line in said) == 1
+        assert sum(line.startswith(f"{name}: skipped, ") for line in said) == 1
     table = markdown(found)
     assert table.count("\n|") == 2 + len(found["results"]) and f"| {OURS} |" in table
     assert ("of the limit" in table) == (kind in ("train", "generate")) == (found["limits"] is not None)
@@ -85,11 +90,11 @@ def test_all_that_are_installed_take_their_turns(kind: str, tiny: dict[str, Any]
     assert json.loads(json.dumps(found)) == found
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_one_turn_counts_what_it_did(kind: str, tiny: dict[str, Any]) -> None:
+@pytest.mark.parametrize("kind", BENCHMARKS)
+def test_workload_returns_its_amount_of_work(kind: str, tiny: dict[str, Any]) -> None:
     asked = sum(requests(tiny["generate"]).new)
     expected = {"tokenize": 1.0, "train": 2 * 16, "finetune": 2, "generate": asked}[kind]
-    for name, make in contest_of(kind).contestants.items():
+    for name, make in load_benchmark(kind).implementations.items():
         if "compiled" in name:
             continue
         try:
@@ -120,7 +125,7 @@ def test_transformers_is_compiled_where_that_is_possible(monkeypatch: pytest.Mon
         return run
 
     monkeypatch.setattr(torch, "compile", compiled)
-    make = contest_of("generate").contestants[COMPILED]
+    make = load_benchmark("generate").implementations[COMPILED]
     shape = TINY._replace(prompt=4, new=4)
     turn = make(shape)
     before = len(calls)
@@ -131,13 +136,13 @@ def test_transformers_is_compiled_where_that_is_possible(monkeypatch: pytest.Mon
         raise RuntimeError("no C++ compiler\nmore about it")
 
     monkeypatch.setattr(torch, "compile", lambda forward: fails)
-    with pytest.raises(LeftOut, match=r"^torch.compile failed: no C\+\+ compiler$"):
+    with pytest.raises(Skipped, match=r"^torch.compile failed: no C\+\+ compiler$"):
         make(shape)
 
 
 def test_our_own_step_is_compiled_where_that_is_possible(monkeypatch: pytest.MonkeyPatch) -> None:
-    contestants = contest_of("generate").contestants
-    ours = [make for name, make in contestants.items() if name.startswith(OURS) and "compiled" in name]
+    implementations = load_benchmark("generate").implementations
+    ours = [make for name, make in implementations.items() if name.startswith(OURS) and "compiled" in name]
     compiled: list[torch.nn.Module] = []
     monkeypatch.setattr("llm.bench.decoding.compile_step", compiled.append)
     shape = TINY._replace(batch=1, width=32, prompt=4, new=4)
@@ -148,21 +153,20 @@ def test_our_own_step_is_compiled_where_that_is_possible(monkeypatch: pytest.Mon
 
     monkeypatch.setattr("llm.bench.decoding.compile_step", fails)
     for make in ours:
-        with pytest.raises(LeftOut, match=r"^no compiler$"):
+        with pytest.raises(Skipped, match=r"^no compiler$"):
             make(shape)
-        with pytest.raises(LeftOut, match="not that of a batch"):
+        with pytest.raises(Skipped, match="not that of a batch"):
             make(shape._replace(batch=2))
 
 
-def test_who_cannot_take_part_is_left_out_by_name() -> None:
-    said: list[str] = []
-    contest = contest_of("generate")
+def test_who_cannot_take_part_is_skipped_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    benchmark = load_benchmark("generate")
     names = [OURS, "transformers, continuous", "llama.cpp, F32"]
-    found = compare(contest, TINY._replace(batch=1), 1, 0.0, said.append, only=names)
+    found = compare(benchmark, TINY._replace(batch=1), 1, 0.0, only=names)
     assert list(found["results"]) == [OURS]
-    assert said[:2] == [
-        "transformers, continuous: left out, a single row is no batch",
-        "llama.cpp, F32: left out, a GGUF file needs a vocabulary of 258",
+    assert capsys.readouterr().err.splitlines()[:2] == [
+        "transformers, continuous: skipped, a single row is no batch",
+        "llama.cpp, F32: skipped, a GGUF file needs a vocabulary of 258",
     ]
 
 
@@ -204,9 +208,9 @@ def test_we_encode_every_document_as_often_as_counted(
 
 
 def test_memory_counts_the_child_processes(tiny: dict[str, Any]) -> None:
-    contest = contest_of("tokenize")
+    benchmark = load_benchmark("tokenize")
     one = f"{OURS}, one process"
-    found = compare(contest, tiny["tokenize"], 1, 0.0, lambda line: None, only=[OURS, one])["results"]
+    found = compare(benchmark, tiny["tokenize"], 1, 0.0, only=[OURS, one])["results"]
     assert found[OURS]["memory"] > found[one]["memory"] + 2 * 20 * 2**20, "two more processes with numpy and tiktoken"
     assert found[one]["memory"] < memory(), "it holds no torch, as this process does, which starts it"
 
@@ -220,7 +224,7 @@ def test_memory_counts_the_child_processes(tiny: dict[str, Any]) -> None:
 )
 def test_what_a_contestant_finds_wrong_is_one_line(changed: dict[str, Any], message: str, tiny: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=message):
-        compare(contest_of("tokenize"), tiny["tokenize"]._replace(**changed), 1, 0.0, print, only=[OURS])
+        compare(load_benchmark("tokenize"), tiny["tokenize"]._replace(**changed), 1, 0.0, only=[OURS])
 
 
 def test_the_corpus_of_a_download_is_a_text_too(tmp_path: Path) -> None:
@@ -244,11 +248,11 @@ def test_a_text_that_is_none_is_one_line(content: bytes, message: str, tmp_path:
         read_documents(tmp_path / "text")
 
 
-def test_no_one_is_always_the_first() -> None:
-    said: list[str] = []
-    contest = contest_of("tokenize")
+def test_another_implementation_is_first_each_round(capsys: pytest.CaptureFixture[str]) -> None:
+    benchmark = load_benchmark("tokenize")
     names = ["rustbpe, one core", "tiktoken, one core"]
-    compare(contest, Text(1, 300, 1, contest.sizes.text), 2, 0.0, said.append, only=names)
+    compare(benchmark, TokenizeSizes(1, 300, 1, benchmark.sizes.text), 2, 0.0, only=names)
+    said = capsys.readouterr().err.splitlines()
     assert [line.split(": ")[0].split(", ", 1)[1] for line in said] == [*names, *reversed(names)]
 
 
@@ -265,7 +269,7 @@ def test_the_share_of_the_limit() -> None:
     """A layer of width 16 has 12 * 256 weights in its matrices; the vocabulary 50 * 16."""
     weights = 2 * 12 * 256 + 50 * 16
     limit = Cost(flop=1e6, n_bytes=2e6)
-    train, decode = contest_of("train").cost, contest_of("generate").cost
+    train, decode = load_benchmark("train").cost, load_benchmark("generate").cost
     assert train is not None and decode is not None
     assert of_limit(train(TINY, OURS), 10.0, limit) == pytest.approx(10 * 6 * (weights + 2 * 16 * 16) / 1e6)
     assert of_limit(decode(TINY._replace(batch=1), OURS), 10.0, limit) == pytest.approx(10 * 4 * weights / 2e6)
@@ -273,7 +277,7 @@ def test_the_share_of_the_limit() -> None:
     one, quantised = (decode(TINY._replace(batch=1), name) for name in (OURS, "llama.cpp, Q8_0"))
     assert one is not None and quantised is not None
     assert quantised.n_bytes / one.n_bytes == pytest.approx((32 + 2) / 128), "32 bytes and a half-precision scale"
-    assert set(BYTES_PER_WEIGHT) <= set(contest_of("generate").contestants)
+    assert set(BYTES_PER_WEIGHT) <= set(load_benchmark("generate").implementations)
 
 
 @pytest.mark.parametrize(
@@ -288,55 +292,65 @@ def test_the_share_of_the_limit() -> None:
 )
 def test_a_shape_that_no_model_has_is_one_line(changed: dict[str, int], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        compare(contest_of("train"), TINY._replace(**changed), 1, 0.01, print)
+        compare(load_benchmark("train"), TINY._replace(**changed), 1, 0.01)
 
 
-def test_the_command_line_knows_every_contest_and_size() -> None:
-    """It names them itself, so that its help needs no torch."""
-    for kind in KINDS:
-        sizes = contest_of(kind).sizes._asdict()
-        words = [word for field, value in sizes.items() for word in (f"--{field.replace('_', '-')}", str(value or 3))]
+def test_every_size_of_a_kind_is_an_option_of_it() -> None:
+    """The command line names the sizes itself, so that its help needs no torch."""
+    types = {kind: type(load_benchmark(kind).sizes) for kind in BENCHMARKS}
+    types |= {"learn": TimeToLoss, "scale": ScalingSizes}
+    for kind, sizes in types.items():
+        options = set(KINDS[kind].sizes)
+        beyond = {"form"} if kind == "generate" else {"form", "prompt", "new", "kv_heads", "ffn"}  # Shape's
+        assert set(sizes._fields) - beyond == options, kind
+        words = [word for size in options for word in (f"--{size.replace('_', '-')}", "3")]
         args = build_parser().parse_args(["bench", kind, *words])
-        assert {field: getattr(args, field) for field in sizes} == {field: value or 3 for field, value in sizes.items()}
-    sizes_of_all = [*(contest_of(kind).sizes for kind in KINDS), Lesson, Ladder]
-    assert set(BENCH_SIZES) == {field for sizes in sizes_of_all for field in sizes._fields} - {"form"}
-
-
-def test_a_size_of_another_contest_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "tokenize", "--layers", "2"]) == 1
-    assert "--layers is no size of bench tokenize; it has megabytes, vocab, processes, text" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("option", ["--rounds=0", "--batch=-1", "--seconds=soon"])
-def test_a_wrong_number_is_named(option: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(["bench", "train", option])
-    assert ended.value.code == 2
-    assert f"argument {option.split('=')[0]}: invalid" in capsys.readouterr().err
-
-
-def test_only_those_named_take_part() -> None:
-    found = compare(contest_of("finetune"), TINY, 1, 0.0, lambda line: None, only=[OURS])
-    assert list(found["results"]) == [OURS]
-    with pytest.raises(InputError, match="nobody: takes no part in finetune; those who do: this project, transformers"):
-        compare(contest_of("finetune"), TINY, 1, 0.0, print, only=["nobody"])
+        assert {getattr(args, size) for size in options} <= {3, "3"}
+    assert set(SIZES) == {size for kind in KINDS.values() for size in kind.sizes}
 
 
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("train --form llama", "--form llama: bench train has no other form than GPT-2's"),
+        ("train --rounds=0", "argument --rounds: invalid"),
+        ("train --batch=-1", "argument --batch: invalid"),
+        ("train --seconds=soon", "argument --seconds: invalid"),
+        ("train --form llama", "unrecognized arguments: --form llama"),
+        ("train --prompt 3", "unrecognized arguments: --prompt 3"),
+        ("train -S pretrain.lr=1", "unrecognized arguments: -S pretrain.lr=1"),
+        ("tokenize --layers 2", "unrecognized arguments: --layers 2"),
+        ("learn --rounds 3", "unrecognized arguments: --rounds 3"),
+        ("learn --megabytes 3", "unrecognized arguments: --megabytes 3"),
+        ("scale --steps 3", "unrecognized arguments: --steps 3"),
+    ],
+)
+def test_option_of_another_kind_is_refused_by_the_parser(
+    command: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kind = command.split()[0]
+    with pytest.raises(SystemExit) as ended:
+        main(["bench", *command.split()])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"python -m llm bench {kind}: {message}")
+    assert said.endswith(f"; see python -m llm bench {kind} --help\n")
+
+
+def test_only_those_named_take_part() -> None:
+    found = compare(load_benchmark("finetune"), TINY, 1, 0.0, only=[OURS])
+    assert list(found["results"]) == [OURS]
+    with pytest.raises(InputError, match="nobody: takes no part in finetune; those who do: this project, transformers"):
+        compare(load_benchmark("finetune"), TINY, 1, 0.0, only=["nobody"])
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
         ("generate --form llama --heads 5", "width 576 must be a multiple of heads 5"),
         ("generate --heads 5", "width 768 must be a multiple of heads 5"),
-        ("learn --rounds 3", "--rounds is no option of bench learn"),
-        ("learn --form llama", "--form is no option of bench learn"),
-        ("learn --megabytes 3", "--megabytes is no size of bench learn; it has steps, our-steps, layers"),
-        ("scale --rounds 3", "--rounds is no option of bench scale"),
-        ("scale --steps 3", "--steps is no size of bench scale; it has tokens, layers"),
         ("scale --width 100", "width 100 must be a multiple of 16 times heads"),
         ("scale --vocab 20000000", "vocab_size: input should be less than or equal to 16777216"),
         ("learn --heads 3", "width 128 must be a multiple of heads 3"),
-        ("train -S pretrain.lr=1", "--set-param is no option of bench train"),
         ("learn -S pretrain.rate=1", "--set-param pretrain.rate=1: expected KEY=VALUE with a key of params.yaml"),
         ("learn -S pretrain.lr.x=1", "--set-param pretrain.lr.x=1: expected KEY=VALUE"),
         ("learn -S pretrain.lr", "--set-param pretrain.lr: expected KEY=VALUE"),
@@ -358,11 +372,11 @@ def test_what_a_command_line_cannot_mean_is_one_line(
 
 
 @pytest.fixture
-def lesson(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Lesson:
+def time_to_loss(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> TimeToLoss:
     monkeypatch.setattr(learning, "matrix_limit", lambda: 1e11)  # which takes longer than the trainings
     monkeypatch.setattr(learning, "has_bf16_units", lambda: False)
     text = tiny["tokenize"].text
-    return Lesson(steps=10, our_steps=100, layers=1, width=32, heads=2, vocab=300, context=16, batch=4, text=text)
+    return TimeToLoss(steps=10, our_steps=100, layers=1, width=32, heads=2, vocab=300, context=16, batch=4, text=text)
 
 
 @pytest.fixture
@@ -373,7 +387,7 @@ def params() -> Params:
 
 
 def test_ours_trains_until_it_is_as_good(
-    lesson: Lesson, params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    time_to_loss: TimeToLoss, params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By a clock that a step moves by one second and an evaluation by a thousand, which do not count."""
     now = [0.0]
@@ -389,8 +403,7 @@ def test_ours_trains_until_it_is_as_good(
     monkeypatch.setattr(learning, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     monkeypatch.setattr(learning, "mean_loss", moves(1000, learning.mean_loss))
     monkeypatch.setattr(learning, "window_batches", lambda *arguments: moves(1, batches(*arguments)))
-    said: list[str] = []
-    found = learn(lesson, params, said.append)
+    found = learn(time_to_loss, params)
 
     ours, theirs = found["results"][OURS], found["results"][NANOGPT]
     assert (ours["optimizer"], theirs["optimizer"], theirs["schedule"]) == ("muon", "adamw", "cosine")
@@ -414,27 +427,27 @@ def test_ours_trains_until_it_is_as_good(
     assert (tmp_path / "curves.png").stat().st_size > 1000
 
 
-def test_ours_may_not_get_as_far(lesson: Lesson, params: Params) -> None:
-    found = learn(lesson._replace(our_steps=1), params, lambda line: None)
+def test_ours_may_not_get_as_far(time_to_loss: TimeToLoss, params: Params) -> None:
+    found = learn(time_to_loss._replace(our_steps=1), params)
     assert found["ratios"] == {} and found["results"][OURS]["step"] == 1
     assert f"{OURS}: did not get as far" in learning.markdown(found)
 
 
 def test_ours_trains_in_bf16_too_where_there_are_units_for_it(
-    lesson: Lesson, params: Params, monkeypatch: pytest.MonkeyPatch
+    time_to_loss: TimeToLoss, params: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(learning, "has_bf16_units", lambda: True)
     monkeypatch.setattr("llm.training.precision.has_bf16_units", lambda: True)
     autocast: list[tuple[str, bool]] = []
-    hidden = GPT.hidden
+    hidden = GPT.hidden_states
 
     def seen(model: GPT, *arguments: Any, **more: Any) -> torch.Tensor:
         autocast.append((model.config.activation, model.training and torch.is_autocast_enabled("cpu")))
         assert model.training or not torch.is_autocast_enabled("cpu"), "evaluated in fp32"
         return hidden(model, *arguments, **more)
 
-    monkeypatch.setattr(GPT, "hidden", seen)
-    found = learn(lesson, params, lambda line: None)
+    monkeypatch.setattr(GPT, "hidden_states", seen)
+    found = learn(time_to_loss, params)
     assert list(found["results"]) == [OURS, OURS_IN_BF16, NANOGPT]
     assert {activation for activation, mixed in autocast if mixed} == {params.model.activation}, "nanoGPT's in fp32"
     plain, mixed = (found["results"][name]["curve"] for name in (OURS, OURS_IN_BF16))
@@ -445,14 +458,14 @@ def test_ours_trains_in_bf16_too_where_there_are_units_for_it(
 def test_our_recipe_is_that_of_the_params() -> None:
     """But for the width of the feed-forward layers, which makes up for what GPT-2's block has more."""
     params = shipped_params()
-    lesson = lesson_of(params)
-    config, section = our_recipe(lesson, params)
-    expected = params.model.model_dump() | {"ffn_dim": config.ffn_dim, "vocab_size": lesson.vocab}
+    time_to_loss = default_sizes(params)
+    config, section = our_recipe(time_to_loss, params)
+    expected = params.model.model_dump() | {"ffn_dim": config.ffn_dim, "vocab_size": time_to_loss.vocab}
     assert config.model_dump(exclude={"rope_scaling", "sliding_window"}) == expected
     changed = {key for key, value in params.pretrain if getattr(section, key) != value}
     assert changed <= {"eval_interval", "keep"}
-    reference = learning.nanogpt_recipe(lesson, params, 0.001).config
-    ours, theirs = learning.parameters(config), learning.parameters(reference)
+    reference = learning.nanogpt_recipe(time_to_loss, params, 0.001).config
+    ours, theirs = learning.n_parameters(config), learning.n_parameters(reference)
     assert abs(ours - theirs) <= 0.03 * theirs
 
 
@@ -467,12 +480,12 @@ def test_params_change_as_in_an_experiment() -> None:
 def test_the_sweep_ends_where_it_gains_no_more(best: float, tried: list[float]) -> None:
     asked: list[float] = []
 
-    def learned(lr: float) -> Learned:
+    def learned(lr: float) -> TrainingResult:
         asked.append(lr / FIRST_LR)
         if asked[-1] == 8:
             raise DivergenceError("step 3: the loss exploded: lower lr")
         recipe = learning.Recipe(gpt_config(TINY), shipped_params().pretrain.model_copy(update={"lr": lr}))
-        return Learned(recipe, [{"bpb": abs(np.log(asked[-1] / best))}], 1.0)
+        return TrainingResult(recipe, [{"bpb": abs(np.log(asked[-1] / best))}], 1.0)
 
     found = best_of_sweep(learned)
     assert asked == tried and found[0].recipe.params.lr == best * FIRST_LR
@@ -480,13 +493,13 @@ def test_the_sweep_ends_where_it_gains_no_more(best: float, tried: list[float]) 
 
 
 def test_a_sweep_that_only_explodes_is_one_line() -> None:
-    def explodes(lr: float) -> Learned:
+    def explodes(lr: float) -> TrainingResult:
         raise DivergenceError("step 3: the loss exploded: lower lr")
 
-    with pytest.raises(InputError, match="exploded at every learning rate"):
+    with pytest.raises(InputError, match="diverged at every learning rate"):
         best_of_sweep(explodes)
 
-    def fails(lr: float) -> Learned:
+    def fails(lr: float) -> TrainingResult:
         raise InputError("corpus: too small")
 
     with pytest.raises(InputError, match="too small"):
@@ -497,16 +510,15 @@ def test_a_sweep_that_only_explodes_is_one_line() -> None:
 
 
 @pytest.fixture
-def ladder(lesson: Lesson) -> Ladder:
-    values = {name: value for name, value in lesson._asdict().items() if name in Ladder._fields}
-    return Ladder(tokens=1, **values)._replace(batch=16, width=64)
+def scaling_sizes(time_to_loss: TimeToLoss) -> ScalingSizes:
+    values = {name: value for name, value in time_to_loss._asdict().items() if name in ScalingSizes._fields}
+    return ScalingSizes(tokens=1, **values)._replace(batch=16, width=64)
 
 
-def test_a_law_of_four_models_is_said_before_the_fifth(
-    ladder: Ladder, params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_law_of_four_models_is_told_before_the_fifth(
+    scaling_sizes: ScalingSizes, params: Params, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    said: list[str] = []
-    found = scale(ladder, params, said.append)
+    found = scale(scaling_sizes, params)
     rows = found["results"]
     assert [row["width"] for row in rows] == [16, 24, 32, 48, 64]
     for row in rows:
@@ -514,6 +526,7 @@ def test_a_law_of_four_models_is_said_before_the_fifth(
     logarithms = np.log([[row["parameters"], row["bpb"]] for row in rows[:4]])
     errors = logarithms[:, 1] - np.log([row["law"] for row in rows[:4]])
     assert abs(errors.sum()) < 1e-9 and abs(errors @ logarithms[:, 0]) < 1e-9, "least squares"
+    said = [line for line in capsys.readouterr().err.splitlines() if "bits per byte" in line]
     order = [line.split(" bits")[0] for line in said]
     assert order[-2] == f"width 64: {rows[-1]['law']:.4f}" and "predicted" in said[-2]
     assert order[-1] == f"width 64: {rows[-1]['bpb']:.4f}" and "predicted" not in said[-1]
@@ -526,26 +539,26 @@ def test_a_law_of_four_models_is_said_before_the_fifth(
     assert (tmp_path / "law.png").stat().st_size > 1000
 
 
-def test_a_law_is_found_again(ladder: Ladder, params: Params, monkeypatch: pytest.MonkeyPatch) -> None:
-    def trained(recipe: learning.Recipe, shards: Path, *more: Any) -> Learned:
-        size = learning.parameters(recipe.config)
+def test_a_law_is_found_again(scaling_sizes: ScalingSizes, params: Params, monkeypatch: pytest.MonkeyPatch) -> None:
+    def trained(recipe: learning.Recipe, shards: Path, *more: Any) -> TrainingResult:
+        size = learning.n_parameters(recipe.config)
         end = {"step": 1, "tokens": 64, "seconds": 1.0, "val_loss": 1.0, "bpb": 9 * size**-0.25}
-        return Learned(recipe, [end], 1.0)
+        return TrainingResult(recipe, [end], 1.0)
 
     monkeypatch.setattr(scaling, "train", trained)
-    found = scale(ladder, params, lambda line: None)
+    found = scale(scaling_sizes, params)
     assert found["exponent"] == pytest.approx(-0.25)
     assert law(found["exponent"], found["logarithm"], 10**6) == pytest.approx(9 * 10**-1.5)
     assert "what it reached is +0.0 % off" in scaling.markdown(found).replace("-0.0", "+0.0")
 
 
-def test_the_ladder_ends_with_the_model_of_the_params() -> None:
+def test_the_scaling_sizes_ends_with_the_model_of_the_params() -> None:
     params = shipped_params()
-    ladder = ladder_of(params)
-    *smaller, last = recipes(ladder, params)
-    assert last.config == GPTConfig(**params.model.model_dump(), vocab_size=ladder.vocab)
-    sizes = [learning.parameters(recipe.config) for recipe in (*smaller, last)]
+    scaling_sizes = scaling.default_sizes(params)
+    *smaller, last = recipes(scaling_sizes, params)
+    assert last.config == GPTConfig(**params.model.model_dump(), vocab_size=scaling_sizes.vocab)
+    sizes = [learning.n_parameters(recipe.config) for recipe in (*smaller, last)]
     assert sizes == sorted(sizes) and all(
-        recipe.params.max_steps == math.ceil(size / (ladder.batch * ladder.context))
+        recipe.params.max_steps == math.ceil(size / (scaling_sizes.batch * scaling_sizes.context))
         for recipe, size in zip((*smaller, last), sizes, strict=True)
     )

@@ -19,9 +19,9 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from llm.__main__ import main
 from llm.checkpoint.adapter import save_trained
 from llm.checkpoint.folder import Checkpoint, CheckpointConfig, load_checkpoint, save_checkpoint
+from llm.cli.main import main
 from llm.common.sanitize import CONTROLS, visible
 from llm.inference.classify import classify_texts
 from llm.inference.generate import generate
@@ -361,7 +361,7 @@ def test_chat_says_what_the_system_is_and_stops_at_every_end(
         asked.append((prompt, stop))
         return []
 
-    monkeypatch.setattr("llm.inference.generate.stream", stream)
+    monkeypatch.setattr("llm.api.stream", stream)
     cli("chat", folder, stdin=b"Name a trade.")
     cli("generate", folders.base, "--prompt", "One")
     ends = {tokenizer.special_tokens[name] for name in ("<|im_end|>", "<|endoftext|>")}
@@ -379,7 +379,7 @@ def test_weights_of_8_bits_a_draft_and_a_compiled_step(
     assert cli("generate", folders.base, "--prompt", "One", "--draft", folders.base).out == plain.out
     assert cli("generate", folders.base, "--prompt", "One", "--int8").out.startswith("One")
     compiled: list[object] = []
-    monkeypatch.setattr("llm.inference.compiled.compile_step", compiled.append)
+    monkeypatch.setattr("llm.api.compile_step", compiled.append)
     found = cli("generate", folders.base, "--prompt", "One", "--draft", folders.base, "--compile")
     assert (found.out, found.err) == (plain.out, "compiling the step of a token\n") and len(compiled) == 2
     text = tmp_path / "text.txt"
@@ -390,7 +390,7 @@ def test_weights_of_8_bits_a_draft_and_a_compiled_step(
     other = saved(tmp_path / "other", Tokenizer.train(["other words"], vocab_size=264), "base")
     refused = cli("generate", folders.base, "--prompt", "One", "--draft", other)
     assert refused.status == 1 and refused.out == ""
-    said = f"--draft {other}: has another tokenizer than the model; it must guess the same tokens"
+    said = f"{other}: the draft has another tokenizer than {folders.base}; choose one that shares it"
     assert refused.err == f"python -m llm generate: {said}\n"
 
 
@@ -398,21 +398,66 @@ def test_an_interrupt_ends_with_130(cli: Cli, folders: Folders, monkeypatch: pyt
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("llm.checkpoint.folder.load_checkpoint", interrupted)
+    monkeypatch.setattr("llm.api.load_checkpoint", interrupted)
     assert cli("generate", folders.base, "--prompt", "One").status == 130
+
+
+# ---- device and messages ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["generate --prompt One", "chat", "classify text", "score text.txt"])
+def test_device_option_reaches_the_model(
+    cli: Cli, folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    name, *rest = command.split()
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("One morning.")
+    model_dir = {"chat": folders.instruct, "classify": folders.classifier}.get(name, folders.base)
+    asked: list[str] = []
+    monkeypatch.setattr("llm.api.pick_device", lambda name: asked.append(name) or torch.device("cpu"))
+    for options in ((), ("--device", "cuda")):
+        assert cli(name, model_dir, *rest, *options, stdin=b"").status == 0
+    assert asked == ["auto", "cuda"]
+
+
+def test_device_that_is_not_there_is_one_line(cli: Cli, folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    result = cli("generate", folders.base, "--prompt", "One", "--device", "cuda")
+    said = "device: not available here (expected auto, cpu, got cuda); change --device or runtime.device"
+    assert result == (1, "", f"python -m llm generate: {said}\n")
+
+
+def test_quiet_and_verbose_select_messages(cli: Cli, folders: Folders, tmp_path: Path) -> None:
+    model = saved(tmp_path / "ours", Tokenizer.load(folders.base), "base")
+    export = ["export", model, tmp_path / "theirs", "--format", "hf"]
+    assert cli(*export).err == f"{tmp_path / 'theirs'}: written\n"
+    assert cli(*export, "-q") == (0, "", "")
+    assert cli(*export, "-v").err.endswith(f" INFO {tmp_path / 'theirs'}: written\n")
+
+
+def test_log_level_of_the_environment_is_checked(cli: Cli, folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLM_LOG_LEVEL", "loud")
+    result = cli("generate", folders.base, "--prompt", "One")
+    assert (result.status, result.out) == (1, "") and "generate: LLM_LOG_LEVEL: no such level" in result.err
 
 
 # ---- the real process ------------------------------------------------------------------------------------------------
 
 
 def test_help_shows_examples_without_loading_torch() -> None:
-    code = "import sys, llm.__main__ as cli\ntry: cli.main(sys.argv[1:])\nfinally: print('torch' in sys.modules)"
-    for command in ("generate", "chat", "classify", "score", "import", "export", "bench"):
-        done = subprocess.run(
-            [sys.executable, "-c", code, command, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
-        )
-        assert f"examples:\n  python -m llm {command} " in done.stdout
-        assert done.stdout.endswith("False\n")
+    code = (
+        "import io, sys\nfrom llm.cli.main import main\n"
+        "for command in sys.argv[1:]:\n"
+        "    sys.stdout = shown = io.StringIO()\n"
+        "    try: main([*command.split(), '--help'])\n"
+        "    except SystemExit as ended: assert ended.code == 0\n"
+        "    assert f'examples:\\n  python -m llm {command}' in shown.getvalue(), command\n"
+        "    assert 'torch' not in sys.modules, command\n"
+    )
+    kinds = [f"bench {kind}" for kind in ("tokenize", "train", "finetune", "generate", "learn", "scale")]
+    commands = ["generate", "chat", "classify", "score", "import", "export", "bench", *kinds]
+    subprocess.run([sys.executable, "-c", code, *commands], cwd=ROOT, check=True)
 
 
 def test_a_reader_that_leaves_early_and_utf8_whatever_the_locale(folders: Folders) -> None:

@@ -1,4 +1,4 @@
-"""Choice of the device."""
+"""The choice of the device."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from llm.common.device import pick_device
 from llm.common.errors import InputError
 
 
-def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_prefers_cuda_then_mps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     assert pick_device("auto") == pick_device("cpu") == torch.device("cpu")
     for name in ("cuda", "mps"):
-        with pytest.raises(InputError, match=f"runtime.device: {name} was asked for"):
+        with pytest.raises(InputError, match=rf"device: not available here \(expected auto, cpu, got {name}\)"):
             pick_device(name)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    assert pick_device("auto") == torch.device("mps")
+    assert pick_device("auto") == pick_device("mps") == torch.device("mps")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert pick_device("auto") == torch.device("cuda")
+    assert pick_device("auto") == pick_device("cuda") == torch.device("cuda")

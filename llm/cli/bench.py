@@ -1,0 +1,204 @@
+"""`python -m llm bench`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from llm.cli.options import add_command
+from llm.common.errors import InputError
+
+if TYPE_CHECKING:
+    from llm.config import Params
+
+SUMMARY = "measure speed beside other projects"
+DESCRIPTION = "Measures this project beside its peers. Each KIND has options of its own: see its --help."
+EXAMPLES = (
+    "python -m llm bench train --help",
+    "python -m llm bench train",
+    "python -m llm bench learn --text book.txt --vocab 4096 --steps 500",
+)
+ROUNDS, SECONDS = 5, 5.0
+IN_ROUNDS = (
+    " Those of its peers that are installed do the same, in rounds. The table shows the median of the rounds, its "
+    "ratio to the best peer, its share of the machine's own limit, measured in the same rounds, and the memory."
+)
+
+
+class Kind(NamedTuple):
+    """A kind of benchmark: the texts of its help, and the sizes that it has."""
+
+    summary: str
+    description: str
+    sizes: tuple[str, ...]
+    examples: tuple[str, ...]
+
+
+MODEL = ("layers", "width", "heads", "vocab", "context", "batch")
+KINDS = {
+    "tokenize": Kind(
+        "encode a text",
+        "Encodes a text with one vocabulary for all. Peers: tiktoken, tokenizers, rustbpe." + IN_ROUNDS,
+        ("megabytes", "vocab", "processes", "text"),
+        ("python -m llm bench tokenize --megabytes 20 --text book.txt",),
+    ),
+    "train": Kind(
+        "make optimizer steps of pretraining",
+        "Makes optimizer steps in GPT-2's form. Peers: transformers, litgpt, llms-from-scratch." + IN_ROUNDS,
+        MODEL,
+        ("python -m llm bench train", "python -m llm bench train --vocab 50257 --rounds 7 --out bench"),
+    ),
+    "finetune": Kind(
+        "make optimizer steps of a classifier's finetuning",
+        "Finetunes the last block of a classifier on short messages. Peer: transformers." + IN_ROUNDS,
+        MODEL,
+        ("python -m llm bench finetune --batch 32",),
+    ),
+    "generate": Kind(
+        "continue prompts",
+        "Continues prompts with random weights. The rows of a batch have different lengths, at most --prompt and "
+        "--new. The tokens that were asked for count. Peers: transformers, llama.cpp (as xllamacpp)." + IN_ROUNDS,
+        (*MODEL, "prompt", "new", "kv_heads", "ffn"),
+        (
+            "python -m llm bench generate --batch 16 --new 64",
+            'python -m llm bench generate --form llama --only "this project" --only "llama.cpp, Q8_0"',
+        ),
+    ),
+    "learn": Kind(
+        "measure time to a loss beside nanoGPT's recipe",
+        "Trains nanoGPT's recipe at the best learning rate of a small sweep. Then it trains ours, from params.yaml and "
+        "with as many parameters, until its loss on held-out text is as low. The table shows what each took.",
+        ("steps", "our_steps", *MODEL, "text"),
+        ("python -m llm bench learn --text book.txt --vocab 4096 --steps 500 -S pretrain.lr=0.004",),
+    ),
+    "scale": Kind(
+        "predict a larger model from smaller ones",
+        "Trains four small models by our recipe, fits a power law to their losses and predicts the loss of the model "
+        "of --width. Then it trains that model.",
+        ("tokens", *MODEL, "text"),
+        ("python -m llm bench scale --text book.txt --vocab 4096 --tokens 2",),
+    ),
+}
+TRAININGS = ("learn", "scale")  # of params.yaml's recipe, not in rounds
+SIZES = {
+    "megabytes": "of text",
+    "processes": "that encode it together",
+    "text": "a text file, or data/raw/corpus.jsonl, in place of the sample",
+    "tokens": "for each parameter",
+    "steps": "of the training that sets the target",
+    "our_steps": "that our schedule is made for (default: as many)",
+    "layers": "blocks",
+    "width": "emb_dim",
+    "heads": "of the attention",
+    "kv_heads": "of its keys and values (form llama)",
+    "ffn": "width of the feed-forward layers (form llama)",
+    "vocab": "tokens of the vocabulary",
+    "context": "tokens of a row",
+    "batch": "rows",
+    "prompt": "tokens that are continued",
+    "new": "tokens of the continuation",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add a command for each kind, with its own options."""
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
+    for name, kind in KINDS.items():
+        command = add_command(kinds, name, kind.summary, kind.description, kind.examples)
+        sizes = command.add_argument_group("sizes, in place of those of the project's own figures")
+        for size in kind.sizes:
+            form: dict[str, Any] = {"metavar": "FILE"} if size == "text" else {"metavar": "N", "type": positive}
+            sizes.add_argument(f"--{size.replace('_', '-')}", help=SIZES[size], **form)
+        add = command.add_argument
+        if name == "generate":
+            add("--form", choices=["gpt2", "llama"], default="gpt2", help="GPT-2 124M (default) or SmolLM2-135M")
+        if name in TRAININGS:
+            add(
+                "-S",
+                "--set-param",
+                action="append",
+                default=[],
+                metavar="KEY=VALUE",
+                help="a value in place of that of params.yaml, as in `dvc exp run`; may be repeated",
+            )
+        else:
+            add("--only", action="append", metavar="NAME", help="an implementation; may be repeated (default: all)")
+            add("--rounds", type=positive, default=ROUNDS, metavar="N", help="rounds (default: %(default)s)")
+            add("--seconds", type=float, default=SECONDS, metavar="X", help="of a round (default: %(default)s)")
+        add("--out", type=Path, metavar="DIR", help="where to leave the figures as JSON and a picture")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print a table of a benchmark's results, and leave them in a folder if one is named."""
+    if args.out is not None:
+        args.out.mkdir(parents=True, exist_ok=True)  # an error of it shows now
+    module, results = compare_trainings(args) if args.kind in TRAININGS else compare_in_rounds(args)
+    if args.out is not None:
+        (args.out / f"{args.kind}.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        module.draw(results, args.out / f"{args.kind}.png")
+    print(module.markdown(results), end="")
+
+
+def compare_in_rounds(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """Run tokenize, train, finetune or generate; return the module that reports the results, and these."""
+    from llm.bench import harness
+    from llm.bench.kinds import load_benchmark
+
+    benchmark = load_benchmark(args.kind)
+    sizes = benchmark.forms[args.form] if args.kind == "generate" else benchmark.sizes
+    return harness, harness.compare(benchmark, given_sizes(args, sizes), args.rounds, args.seconds, args.only)
+
+
+def compare_trainings(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """Run learn or scale; return the module that reports the results, and these."""
+    from llm.bench import learning, scaling
+
+    params = shipped_params(args.set_param)
+    if args.kind == "learn":
+        return learning, learning.learn(given_sizes(args, learning.default_sizes(params)), params)
+    return scaling, scaling.scale(given_sizes(args, scaling.default_sizes(params)), params)
+
+
+def given_sizes(args: argparse.Namespace, sizes: Any) -> Any:
+    """Return the sizes, a NamedTuple, with those of the command line in place."""
+    given = {name: getattr(args, name) for name in KINDS[args.kind].sizes}
+    return sizes._replace(**{name: value for name, value in given.items() if value is not None})
+
+
+def positive(text: str) -> int:
+    """Parse a whole number above 0."""
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+def shipped_params(changes: Sequence[str] = ()) -> Params:
+    """Return this clone's `params.yaml`, with changes as `dvc exp run -S` takes them: `key=value`."""
+    import yaml
+
+    from llm.config import parse_params
+
+    path = Path(__file__).resolve().parents[2] / "params.yaml"
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: not found; our recipe is taken from it: run this in a clone") from None
+    for change in changes:
+        key, equals, value = change.partition("=")
+        *names, last = key.split(".")
+        section = values
+        for name in names:
+            section = section.get(name) if isinstance(section, dict) else None
+        if not equals or not isinstance(section, dict) or last not in section:
+            raise InputError(
+                f"--set-param {change}: expected KEY=VALUE with a key of params.yaml, as pretrain.lr=0.004"
+            )
+        try:
+            section[last] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise InputError(f"--set-param {change}: the value is not valid YAML") from None
+    return parse_params(values, str(path))

@@ -1,0 +1,75 @@
+"""`python -m llm export`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+
+from llm.cli.options import add_model_dir, check_output
+from llm.common.errors import InputError
+
+SUMMARY = "write a model for other tools"
+DESCRIPTION = (
+    "Writes a folder that transformers' Auto classes open, or a GGUF file that llama.cpp runs, tokenizer and chat "
+    "template included; or the adapter alone, in PEFT's form, of a model trained with trainable: lora. What the format "
+    "has no place for is named and nothing is written."
+)
+EXAMPLES = (
+    "python -m llm export models/instruct exported --format hf",
+    "python -m llm export models/instruct model.gguf --format gguf --dtype q8_0",
+    "python -m llm export models/instruct adapter --format peft --base HuggingFaceTB/SmolLM2-135M-Instruct",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
+    add_model_dir(parser)
+    add = parser.add_argument
+    add("out", type=Path, metavar="OUT", help="the folder or file to write")
+    add("--format", required=True, choices=["hf", "gguf", "peft"], help="for transformers, for llama.cpp or for PEFT")
+    add("--dtype", choices=["f16", "q8_0", "f32"], help="of the weights in a GGUF file (default: f16)")
+    add("--base", metavar="NAME", help="the model that an adapter for PEFT belongs to")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Write a model folder, or the adapter in it, in another tool's format."""
+    if args.dtype is not None and args.format != "gguf":
+        raise InputError("--dtype goes with --format gguf; in the other formats the weights keep theirs")
+    if args.base is not None and args.format != "peft":
+        raise InputError("--base goes with --format peft; in the other formats a model stands on its own")
+    if args.format == "peft":
+        export_adapter(args.model_dir, args.out, args.base)
+    else:
+        export_model(args.model_dir, args.out, args.format, args.dtype or "f16")
+    logging.getLogger("llm").info(f"{args.out}: written")
+
+
+def export_adapter(model_dir: Path, out: Path, base: str | None) -> None:
+    """Write the adapter of a model folder in PEFT's form."""
+    from llm.convert.peft import export_peft
+
+    check_output(out, model_dir, "adapter", holds="adapter_config.json")
+    if not (model_dir / "adapter").is_dir():
+        raise InputError(f"{model_dir}: holds no adapter; train it with trainable: lora, or use --format hf")
+    export_peft(model_dir / "adapter", out, base)
+
+
+def export_model(model_dir: Path, out: Path, form: str, dtype: str) -> None:
+    """Write a model folder for transformers, or for llama.cpp with weights of a dtype."""
+    from llm.checkpoint.folder import load_checkpoint
+
+    if form == "hf":
+        check_output(out, model_dir)
+    checkpoint = load_checkpoint(model_dir, dtype=None)
+    try:
+        if form == "hf":
+            from llm.convert.hf import export_hf
+
+            export_hf(checkpoint, out)
+        else:
+            from llm.convert.gguf import export_gguf
+
+            export_gguf(checkpoint, out, dtype)  # type: ignore[arg-type]  # of the parser's choices
+    except InputError as error:
+        raise InputError(f"{model_dir}: {error}") from None

@@ -1,0 +1,36 @@
+"""`python -m llm generate`."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+
+from llm.cli.options import add_decoding, add_model_dir, load_for_decoding
+from llm.cli.terminal import checked_text, write
+from llm.common.errors import InputError
+
+SUMMARY = "continue a text"
+DESCRIPTION = (
+    "Prints the prompt and its continuation. An instruct model continues the text as it is, without its template."
+)
+EXAMPLES = (
+    'python -m llm generate models/base --prompt "One morning"',
+    'python -m llm generate models/base --prompt "One morning" --temperature 0.8 --top-p 0.95 --seed 7',
+    'python -m llm generate models/smollm2 --prompt "One morning" --int8 --device cpu',
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
+    add_model_dir(parser)
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="the text to continue")
+    add_decoding(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print the prompt and its continuation."""
+    prompt = checked_text(args.prompt, "--prompt")
+    if not prompt:
+        raise InputError("--prompt is empty; give some text to continue")
+    model, options = load_for_decoding(args, "base", "instruct")
+    write(itertools.chain([prompt], model.stream(prompt, seed=args.seed, **options)))

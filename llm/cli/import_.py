@@ -1,0 +1,48 @@
+"""`python -m llm import`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+
+from llm.cli.options import add_model_dir, check_output
+
+SUMMARY = "make a model folder of open weights"
+DESCRIPTION = (
+    "Makes a model folder of another tool's model: a folder of transformers (gpt2, llama, mistral, qwen2, qwen3; "
+    "safetensors only), a .gguf file, or a name on the Hugging Face hub, whose cache is looked in first and which "
+    "HF_HUB_OFFLINE=1 keeps from the network. The weights keep their dtype. A model folder is a source too: with "
+    "--adapter it is the base that an adapter is merged into."
+)
+EXAMPLES = (
+    "python -m llm import SmolLM2-135M-Instruct.Q8_0.gguf models/smollm2",
+    "python -m llm import openai-community/gpt2 models/gpt2",
+    "python -m llm import models/base models/again --adapter models/instruct/adapter",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
+    parser.add_argument("source", metavar="SOURCE", help="a folder, a .gguf file or a hub name such as org/name")
+    add_model_dir(parser)
+    parser.add_argument(
+        "--adapter", type=Path, metavar="DIR", help="the adapter/ of a model that was trained with trainable: lora"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Write a model folder from another tool's model, or from a base model and an adapter for it."""
+    from llm.checkpoint.folder import save_checkpoint
+    from llm.convert.load import describe, import_model
+
+    check_output(args.model_dir, args.source)
+    checkpoint = import_model(args.source)
+    if args.adapter is not None:
+        from llm.checkpoint.adapter import load_adapter
+        from llm.model.lora import merge_lora
+
+        checkpoint = load_adapter(args.adapter, checkpoint)
+        merge_lora(checkpoint.model)
+    save_checkpoint(args.model_dir, checkpoint)
+    logging.getLogger("llm").info(f"{args.model_dir}: {describe(checkpoint)}")

@@ -1,0 +1,118 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llm.common.device import DEVICES
+from llm.common.errors import InputError
+
+if TYPE_CHECKING:
+    from llm.api import Model
+
+
+class CommandHelp(argparse.HelpFormatter):
+    """Wraps descriptions but leaves the lines of the examples alone."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if text.startswith("examples:") else super()._fill_text(text, width, indent)
+
+
+def add_command(
+    commands: Any, name: str, summary: str, description: str, examples: Sequence[str]
+) -> argparse.ArgumentParser:
+    """Add the parser of a command, with the options that all commands have."""
+    command: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=description,
+        epilog="examples:\n" + "\n".join(f"  {example}" for example in examples),
+        formatter_class=CommandHelp,
+    )
+    command.set_defaults(log_level=None)
+    level = command.add_mutually_exclusive_group()
+    for option, value, shown in (("-v", "debug", "all messages, with their time"), ("-q", "warning", "warnings only")):
+        name = {"-v": "--verbose", "-q": "--quiet"}[option]
+        level.add_argument(option, name, dest="log_level", action="store_const", const=value, help=f"show {shown}")
+    return command
+
+
+def add_model_dir(parser: argparse.ArgumentParser) -> None:
+    """Add the model folder that a command reads or writes."""
+    parser.add_argument("model_dir", type=Path, metavar="MODEL_DIR", help="a model folder")
+
+
+def add_device(parser: Any) -> None:
+    """Add the device that the model runs on."""
+    where = "where the model runs (default: auto, a GPU if there is one)"
+    parser.add_argument("--device", choices=DEVICES, default="auto", help=where)
+
+
+def add_int8(parser: Any) -> None:
+    """Add the choice of 8-bit weights."""
+    parser.add_argument(
+        "--int8", action="store_true", help="round the weights to 8 bits: faster on a CPU, a little less exact"
+    )
+
+
+def add_decoding(parser: argparse.ArgumentParser) -> None:
+    """Add the options of commands that generate text."""
+    add = parser.add_argument_group("how the text is chosen").add_argument
+    add("--max-new-tokens", type=int, default=200, metavar="N", help="generate at most N tokens (default: %(default)s)")
+    add(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="0: always the likeliest token (default); 1: the model's own distribution",
+    )
+    add("--top-k", type=int, metavar="K", help="choose among the K likeliest tokens")
+    add("--top-p", type=float, metavar="P", help="choose among the likeliest tokens that together reach probability P")
+    add("--min-p", type=float, metavar="P", help="exclude tokens less likely than P times the likeliest")
+    add(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="above 1: tokens that occurred become less likely (default: %(default)s)",
+    )
+    add("--seed", type=int, default=0, metavar="N", help="same seed, same text (default: %(default)s)")
+    speed = parser.add_argument_group("how fast it comes")
+    add_device(speed)
+    add_int8(speed)
+    speed.add_argument(
+        "--compile", action="store_true", help="compile decoding: half a minute at first, then much faster"
+    )
+    speed.add_argument(
+        "--draft",
+        type=Path,
+        metavar="MODEL_DIR",
+        help="a smaller model with the same tokenizer, for speculative decoding",
+    )
+
+
+def load_for_decoding(args: argparse.Namespace, *kinds: str) -> tuple[Model, dict[str, Any]]:
+    """Return the model of one of these kinds, and the options of its `stream` but for the seed."""
+    from llm.api import Sampling, load
+
+    model = load(args.model_dir, device=args.device, int8=args.int8, compiled=args.compile, draft=args.draft)
+    model.require(*kinds)
+    sampling = Sampling(
+        repetition_penalty=args.repetition_penalty,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+    )
+    return model, {"max_new_tokens": args.max_new_tokens, "sampling": sampling}
+
+
+def check_output(out: Path, source: str | Path, kind: str = "model folder", holds: str = "config.json") -> None:
+    """Raise `InputError` where a written folder would replace its own source, or a folder of another kind."""
+    if out.resolve() == Path(source).resolve():
+        raise InputError(f"{out}: the source itself; name another folder to write to")
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / holds).is_file()):
+        raise InputError(f"{out}: exists and is no {kind}; name a new folder to write to")

@@ -1,0 +1,67 @@
+"""Texts in from arguments and stdin, answers out to stdout."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from llm.common.errors import InputError
+from llm.common.sanitize import CONTROLS, visible
+
+
+def write(pieces: Iterable[str]) -> None:
+    """Write each piece as soon as it is there, then a line end; control characters are made visible."""
+    for piece in pieces:
+        print(visible(piece), end="", flush=True)
+    print(flush=True)
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """Print one line of JSON. The control characters that JSON leaves alone are escaped too."""
+    text = json.dumps(value, ensure_ascii=False)
+    print(CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text), flush=True)
+
+
+def checked_text(text: str, name: str) -> str:
+    """Return an argument that is text; bytes outside the terminal's encoding arrive as lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{name} is not valid UTF-8; convert it first") from None
+    return text
+
+
+def decoded(content: bytes, name: str) -> str:
+    """Return the text of a file's content."""
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        found = f"byte 0x{content[error.start]:02x} at position {error.start}"
+        raise InputError(f"{name}: not valid UTF-8 ({found}); convert it first") from None
+
+
+def stdin_lines() -> Iterator[str]:
+    """Yield the lines of stdin without their ends."""
+    for number, line in enumerate(sys.stdin.buffer, start=1):
+        yield decoded(line, f"stdin, line {number}").rstrip("\r\n")
+
+
+def typed_lines() -> Iterator[str]:
+    """Yield the lines that are typed at a prompt, until Ctrl-D."""
+    while True:
+        try:
+            yield checked_text(input("> "), "the instruction")
+        except EOFError:
+            print()
+            return
+
+
+def named_texts(arguments: list[str]) -> Iterator[str]:
+    """Yield the texts as given; `-` stands for the lines of stdin."""
+    for argument in arguments:
+        if argument == "-":
+            yield from stdin_lines()
+        else:
+            yield checked_text(argument, "TEXT")
