@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -22,9 +23,11 @@ from llm.training.hooks import NO_HOOKS, Hooks, StoppedError, stoppable
 from llm.training.losses import LossFunction
 from llm.training.optim import make_optimizers, set_lr
 from llm.training.precision import autocast, tune_malloc
-from llm.training.progress import Progress, print_rank0
+from llm.training.progress import Progress
 from llm.training.schedule import lr_factor
 from llm.training.state import TrainingState, load_state, save_state
+
+logger = logging.getLogger("llm")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +113,7 @@ class Trainer:
         self.objective = distributed.replicate(Objective(model, task.loss_function))
         self.autocast = autocast(self.device, runtime)
         if self.world_size > 1:
-            print_rank0(f"{task.title}: {self.world_size} processes train together")
+            logger.info("%s: %d processes train together", task.title, self.world_size)
         self.state = TrainingState(model, self.optimizers)
         self.state_dir = hooks.state_dir if self.rank == 0 else None
         self.stable_dir = hooks.stable_dir if self.rank == 0 and params.schedule == "wsd" else None
@@ -119,12 +122,12 @@ class Trainer:
 
     def resume(self) -> None:
         """Restore the newest saved state, if there is one, on all ranks."""
-        saved = load_state(self.state_dir, print_rank0) if self.state_dir is not None else None
+        saved = load_state(self.state_dir) if self.state_dir is not None else None
         if saved is None and self.stable_dir is not None:
-            saved = load_state(self.stable_dir, print_rank0, up_to=self.params.stable_steps)
+            saved = load_state(self.stable_dir, up_to=self.params.stable_steps)
         if (saved := distributed.broadcast_state(saved)) is not None:
             self.state.restore(*saved)
-            print_rank0(f"{self.task.title}: continues at step {self.state.step} of {self.params.max_steps}")
+            logger.info("%s: continues at step %d of %d", self.task.title, self.state.step, self.params.max_steps)
         self.set_lr(max(0, self.state.step - 1))
 
     def set_lr(self, step: int) -> None:
@@ -175,9 +178,9 @@ class Trainer:
             state.history.append({"step": float(state.step), "train/loss": train_loss, **metrics, "lr": self.lr})
             self.hooks.log(metrics, state.step)
             shown = ", ".join(f"{name} {value:.4f}" for name, value in state.history[-1].items() if name != "step")
-            print_rank0(f"{self.task.title}: step {state.step}, {shown}")
+            logger.info("%s: step %d, %s", self.task.title, state.step, shown)
             if text is not None:
-                print_rank0(f"  sample: {text!r}")
+                logger.info("  sample: %r", text)
             if loss < state.best_loss:
                 state.remember_best(loss)
             else:

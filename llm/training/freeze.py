@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -17,7 +18,8 @@ from llm.model.classifier import GPTClassifier, gpt_of
 from llm.model.gpt import GPT
 from llm.model.lora import add_lora
 from llm.training.precision import autocast
-from llm.training.progress import print_rank0
+
+logger = logging.getLogger("llm")
 
 MAX_CACHE_BYTES = 2**29  # of `cache_frozen_activations` for one set of examples, on all ranks together
 
@@ -84,9 +86,9 @@ def cache_frozen_activations(
     size = sum(len(example.ids) for example in examples) * gpt.config.emb_dim * 4
     subject = f"activations of the lower {n} of {len(gpt.blocks)} blocks for {len(examples):,} examples"
     if size * distributed.world_size() > MAX_CACHE_BYTES:
-        print_rank0(f"{subject}: not cached, as they would take {size / 1e6:,.0f} MB in each process")
+        logger.info(f"{subject}: not cached, as they would take {size / 1e6:,.0f} MB in each process")
         return collate
-    print_rank0(f"{subject}: cached, {size / 1e6:,.1f} MB in each process")
+    logger.info(f"{subject}: cached, {size / 1e6:,.1f} MB in each process")
     device = gpt.tok_emb.weight.device
     cache: dict[int, Tensor] = {}
     with torch.no_grad(), autocast(device, runtime):

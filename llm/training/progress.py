@@ -1,4 +1,4 @@
-"""Messages and the progress bar of a training."""
+"""Progress bar and speed of a training."""
 
 from __future__ import annotations
 
@@ -8,12 +8,6 @@ import time
 from tqdm import tqdm
 
 from llm.common import distributed
-
-
-def print_rank0(message: str) -> None:
-    """Print a line to stderr, above the progress bar, on rank 0 only."""
-    if distributed.rank() == 0:
-        tqdm.write(message, file=sys.stderr)
 
 
 class Progress:

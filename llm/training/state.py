@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from llm.common.files import parse_json, replaced_folder
+
+logger = logging.getLogger("llm")
 
 
 def save_state(folder: Path, step: int, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
@@ -33,9 +35,7 @@ def save_state(folder: Path, step: int, tensors: dict[str, Tensor], values: dict
         shutil.rmtree(other)
 
 
-def load_state(
-    folder: Path, say: Callable[[str], None], up_to: float = math.inf
-) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+def load_state(folder: Path, up_to: float = math.inf) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     """Return the tensors and values of the newest sound state up to step `up_to`, or None.
 
     Damaged states are passed over with a message.
@@ -50,7 +50,7 @@ def load_state(
                 raise ValueError("the checksum differs")
             return load(payload), state["values"]
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            say(f"{path}: damaged training state, passed over ({error})")
+            logger.warning("%s: damaged training state, passed over (%s)", path, error)
     return None
 
 
