@@ -15,7 +15,7 @@ from llm.checkpoint.weights import stored_tensors, unreadable
 from llm.common.errors import InputError
 from llm.common.files import read_json, replaced_folder
 from llm.config import LoRAParams, Sha256, Strict, TrainParams, explain
-from llm.model.classifier import GPTClassifier, gpt_of
+from llm.model.classifier import GPTClassifier
 from llm.model.gpt import GPT
 from llm.model.lora import add_lora, merge_lora
 
@@ -48,7 +48,7 @@ def adapter_tensors(model: GPT | GPTClassifier) -> dict[str, Tensor]:
 def adapter_files(content: Checkpoint, lora: LoRAParams) -> dict[str, bytes]:
     """Return the files of an adapter folder, by name."""
     model = content.model
-    config = AdapterConfig(lora=lora, base=base_digest(gpt_of(model)), model=content.config)
+    config = AdapterConfig(lora=lora, base=base_digest(model.gpt), model=content.config)
     tensors = {name: tensor.cpu().contiguous() for name, tensor in adapter_tensors(model).items()}
     return {
         "adapter.json": (config.model_dump_json(indent=2, exclude_none=True) + "\n").encode(),

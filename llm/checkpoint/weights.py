@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from llm.common.errors import InputError
 from llm.common.stored_tensor import StoredTensor
 from llm.config import GPTConfig
-from llm.model.classifier import GPTClassifier, gpt_of
+from llm.model.classifier import GPTClassifier
 from llm.model.gpt import GPT
 
 
@@ -82,7 +82,7 @@ def unreadable(path: Path, error: Exception) -> InputError:
 
 def stored_tensors(model: GPT | GPTClassifier) -> dict[str, Tensor]:
     """Return the weights that a file holds; a tied head is the token embedding, stored once."""
-    tied = gpt_of(model).config.tie_embeddings
+    tied = model.gpt.config.tie_embeddings
     weights = model.state_dict()
     return {name: tensor for name, tensor in weights.items() if not (tied and name.endswith("lm_head.weight"))}
 
@@ -110,7 +110,7 @@ def assign_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
 
 def tie_head(model: GPT | GPTClassifier) -> None:
     """Make the head of a tied model the token embedding again, after `assign_tensor`."""
-    gpt = gpt_of(model)
+    gpt = model.gpt
     if gpt.config.tie_embeddings:
         gpt.lm_head.weight = gpt.tok_emb.weight
 

@@ -5,19 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from llm.model.linear import _is_compiled_row, _replace, _row_product, linear
+from llm.model.linear import is_compiled_row, linear, replace_linears, row_product
 
-FEW_INT8_ROWS = 64  # up to which PyTorch's product with weights of 8 bits is the faster one
+FEW_INT8_ROWS = 64  # up to this many, PyTorch's int8 kernel is faster
 
 
 class Int8Linear(nn.Module):
-    """A layer for inference whose weights are whole numbers from -127 to 127, with a scale for each row [I] of them.
+    """A linear layer for inference with weights quantized to int8, and a scale for each output.
 
-    A new token costs the reading of all weights once: a quarter of the bytes, about half of the time. For a few rows
-    inputs and outputs are rounded to bf16, which that kernel of PyTorch asks for; a compiled single row is not.
+    Decoding a token reads all weights once: a quarter of the bytes, about half of the time. PyTorch's kernel for a few
+    rows rounds inputs and outputs to bf16; a compiled single row does not.
     """
 
-    weight: Tensor  # [O, I] int8
+    weight: Tensor  # [O, I] int8, from -127 to 127
     scale: Tensor  # [O] bf16
 
     def __init__(self, layer: nn.Linear) -> None:
@@ -29,12 +29,12 @@ class Int8Linear(nn.Module):
         self.bias = layer.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        if _is_compiled_row(x):
-            y = _row_product(x, self.weight) * self.scale.to(x.dtype)
+        if is_compiled_row(x):
+            y = row_product(x, self.weight) * self.scale.to(x.dtype)
             return y if self.bias is None else y + self.bias
         rows = x.reshape(-1, x.shape[-1])  # [N, I]
-        whole = rows.shape[1] % 32 == 0  # on others that kernel reads beyond the end, and crashes
-        if whole and x.device.type == "cpu" and 0 < len(rows) <= FEW_INT8_ROWS:
+        aligned = rows.shape[1] % 32 == 0  # otherwise the kernel reads out of bounds, and crashes
+        if aligned and x.device.type == "cpu" and 0 < len(rows) <= FEW_INT8_ROWS:
             y = torch._weight_int8pack_mm(rows.bfloat16(), self.weight, self.scale).to(x.dtype)  # [N, O]
         else:
             y = linear(rows, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
@@ -43,5 +43,5 @@ class Int8Linear(nn.Module):
 
 
 def to_int8(model: nn.Module) -> None:
-    """Replaces all linear layers, in place; embeddings stay, as a token reads a single row of them."""
-    _replace(model, Int8Linear)
+    """Quantize all linear layers, in place; embeddings stay, as a token reads one row of them."""
+    replace_linears(model, Int8Linear)

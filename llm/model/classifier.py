@@ -9,12 +9,8 @@ from llm.model.gpt import GPT
 from llm.model.linear import Linear
 
 
-def gpt_of(model: GPT | GPTClassifier) -> GPT:
-    return model.gpt if isinstance(model, GPTClassifier) else model
-
-
 class GPTClassifier(nn.Module):
-    """A GPT whose hidden state at the last token of each row is mapped to labels."""
+    """A GPT with a linear head on the hidden state of each row's last token."""
 
     def __init__(self, gpt: GPT, n_labels: int) -> None:
         super().__init__()
@@ -26,10 +22,9 @@ class GPTClassifier(nn.Module):
     def forward(
         self, idx: Tensor, lengths: Tensor, cached_hidden: Tensor | None = None, start_layer: int = 0
     ) -> Tensor:
-        """Right-padded ids [B, T] with `lengths` [B] real tokens each, to logits [B, n_labels]; `cached_hidden` as in
-        `hidden_states`.
+        """Return the logits [B, n_labels] of right-padded ids [B, T] with `lengths` [B] real tokens each.
 
-        Attention is causal, so what stands behind a row's last token cannot change its answer.
+        Attention is causal, so that padding changes no logits. `cached_hidden` is as in `GPT.hidden_states`.
         """
         hidden = self.gpt.hidden_states(idx, cached_hidden=cached_hidden, start_layer=start_layer)  # [B, T, C]
         last = hidden[torch.arange(len(idx), device=idx.device), lengths - 1]  # [B, C]

@@ -27,7 +27,7 @@ from llm.model.rotary import apply_rotary_emb, rotary_cos_sin
 
 
 class RMSNorm(nn.RMSNorm):
-    """As PyTorch's, whose fast form wants weights of the input's dtype, also where products are made in bf16."""
+    """RMSNorm with its weight in the input's dtype, also under autocast: PyTorch's fused kernel needs that."""
 
     def forward(self, x: Tensor) -> Tensor:
         assert self.weight is not None
@@ -56,7 +56,7 @@ class CausalSelfAttention(nn.Module):
             self.k_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
 
     def qkv(self, x: Tensor, cos_sin: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [B, H, T, D], keys and values [B, K, T, D] of the normed stream [B, T, C]."""
+        """Return queries [B, H, T, D], keys and values [B, K, T, D] of the normed residual stream [B, T, C]."""
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.config.head_dim)  # [B, T, H, D]
         k = self.k_proj(x).view(B, T, -1, self.config.head_dim)  # [B, T, K, D]
@@ -69,7 +69,7 @@ class CausalSelfAttention(nn.Module):
         return q, k, v
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
-        """What each query finds: [B, T, H * D]."""
+        """Return the attention output [B, T, H * D]; keys and values go to the cache, and are read from it."""
         B, _, T, _ = q.shape
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # [B, K, S, D]
@@ -118,11 +118,11 @@ class TransformerBlock(nn.Module):
         self.drop = nn.Dropout(0.0)
 
     def project_qkv(self, x: Tensor, cos_sin: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
-        """What attention needs of the residual stream [B, T, C]: queries, keys and values."""
+        """Return the queries, keys and values of the residual stream [B, T, C]."""
         return self.attn.qkv(self.norm1(x), cos_sin)
 
     def finish(self, x: Tensor, y: Tensor) -> Tensor:
-        """The stream [B, T, C] behind this block, from the one before it and what attention found [B, T, H * D]."""
+        """Return the block's output [B, T, C] from its input [B, T, C] and the attention output [B, T, H * D]."""
         x = x + self.drop(self.attn.out_proj(y))
         return x + self.drop(self.ffn(self.norm2(x)))
 
@@ -136,7 +136,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
-        self.activation_checkpointing = False  # in training, blocks keep their inputs alone and compute the rest again
+        self.activation_checkpointing = False  # in training, blocks store their inputs and recompute the rest
         self.tok_emb = nn.Embedding(config.vocab_size, config.emb_dim)
         if config.positions == "learned":
             self.pos_emb = nn.Embedding(config.context_length, config.emb_dim)
@@ -151,8 +151,13 @@ class GPT(nn.Module):
             if name.endswith(("out_proj.weight", "down_proj.weight")):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layers))
 
+    @property
+    def gpt(self) -> GPT:
+        """Return the model itself: `model.gpt` is the GPT of a classifier, a compiled decoder or a GPT."""
+        return self
+
     def set_dropout(self, p: float) -> None:
-        """Of the embeddings, the attention and both branches of each block, for a training: a model has none."""
+        """Set the dropout of the embeddings, the attention and both branches of each block; a new model has none."""
         self.drop.p = p
         for block in self.blocks:
             assert isinstance(block, TransformerBlock)
@@ -173,11 +178,11 @@ class GPT(nn.Module):
         cached_hidden: Tensor | None = None,
         start_layer: int = 0,
     ) -> Tensor:
-        """Token ids [B, T] to the hidden states [B, T, C] behind the final norm.
+        """Return the hidden states [B, T, C] after the final norm, of token ids [B, T].
 
-        With a cache, the ids continue what it holds. `pad` [B] counts the padding positions at the left of each row:
-        nothing attends to them, and positions count from the first real token. Where `lower` [B, T, C] is known, which
-        is `run_blocks(idx, start_layer)`, the embeddings and the first `start_layer` blocks do not run.
+        With a cache, the ids continue its tokens. `pad` [B] is the left padding of each row: nothing attends to it, and
+        positions count from the first real token. With `cached_hidden` [B, T, C], the result of
+        `run_blocks(idx, start_layer)`, the embeddings and the first `start_layer` blocks do not run.
         """
         return self.final_norm(self.run_blocks(idx, self.config.n_layers, cache, pad, cached_hidden, start_layer))
 
@@ -190,7 +195,7 @@ class GPT(nn.Module):
         cached_hidden: Tensor | None = None,
         start_layer: int = 0,
     ) -> Tensor:
-        """Return the residual stream [B, T, C] behind the first `n_blocks` blocks; arguments as in `hidden_states`."""
+        """Return the residual stream [B, T, C] after the first `n_blocks` blocks; arguments as in `hidden_states`."""
         T = idx.shape[1]
         start = cache.length if cache is not None else 0
         if start + T > self.config.context_length:
@@ -214,18 +219,18 @@ class GPT(nn.Module):
         return x
 
     def cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Of rotary positions, as `rotary`; where others are used there are none."""
+        """Return `rotary_cos_sin` of the positions, or None where positions are learned."""
         return rotary_cos_sin(self.config, positions) if self.config.positions == "rotary" else None
 
     def embed(self, idx: Tensor, positions: Tensor) -> Tensor:
-        """Token ids [B, T] at `positions` [T] or [B, T] to the residual stream [B, T, C] before the first block."""
+        """Return the input [B, T, C] of the first block, for token ids [B, T] at `positions` [T] or [B, T]."""
         x = self.tok_emb(idx)  # [B, T, C]
         if self.config.positions == "learned":
             x = x + self.pos_emb(positions)
         return self.drop(x)
 
     def mask(self, positions: Tensor, n_keys: int, pad: Tensor | None) -> Tensor:
-        """True where a query at one of the `positions` [T] may look: [1 or B, 1, T, S]."""
+        """Return the attention mask [1 or B, 1, T, S] of queries at `positions` [T]; True is visible."""
         keys = torch.arange(n_keys, device=positions.device)  # [S]
         mask = (keys <= positions[:, None])[None, None]  # [1, 1, T, S]
         if self.config.sliding_window is not None:
@@ -236,5 +241,5 @@ class GPT(nn.Module):
         return mask
 
     def forward(self, idx: Tensor, cache: KVCache | None = None, pad: Tensor | None = None) -> Tensor:
-        """Token ids [B, T] to logits [B, T, V]; cache and pad as in `hidden_states`."""
+        """Return the logits [B, T, V] of token ids [B, T]; cache and pad as in `hidden_states`."""
         return self.lm_head(self.hidden_states(idx, cache, pad))

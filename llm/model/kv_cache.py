@@ -11,9 +11,9 @@ from llm.config import GPTConfig
 
 
 class KVCache:
-    """Keys and values of all layers, allocated once for `max_length` tokens a row; `length` tokens are filled.
+    """Keys and values of all layers, allocated once for `max_length` tokens a row; the first `length` are in use.
 
-    A call may have fewer rows than the cache: they are its first ones.
+    A batch may have fewer rows than the cache: it uses the first ones.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class KVCache:
         self.length = 0
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores one layer's [B, K, T, D] behind what it holds; returns all of it, [B, K, S, D], without a copy."""
+        """Append a layer's keys and values [B, K, T, D]; return all of that layer's [B, K, S, D] as views."""
         rows, end = keys.shape[0], self.length + keys.shape[2]
         if end > self.max_length:
             raise ValueError(f"the cache holds {self.max_length} tokens, {end} were asked for")
@@ -40,25 +40,25 @@ class KVCache:
         return self.keys[layer, :rows, :, :end], self.values[layer, :rows, :, :end]
 
     def slice(self, row: int, start: int, end: int) -> tuple[Tensor, Tensor]:
-        """What a row holds from one position to another: 2 x [layers, K, end - start, D], without a copy."""
+        """Return a row's keys and values from `start` to `end` as views, 2 x [layers, K, end - start, D]."""
         return self.keys[:, row, :, start:end], self.values[:, row, :, start:end]
 
     def write(self, row: int, start: int, keys: Tensor, values: Tensor) -> None:
-        """Copies a part [layers, K, n, D] into a row."""
+        """Write keys and values [layers, K, n, D] into a row, from `start` on."""
         end = start + keys.shape[2]
         self.keys[:, row, :, start:end] = keys
         self.values[:, row, :, start:end] = values
 
     def reorder(self, rows: Sequence[int]) -> None:
-        """Makes the given rows the first ones, in that order."""
+        """Move the given rows to the front, in that order."""
         moved = [(to, row) for to, row in enumerate(rows) if to != row]
         if moved:
-            to, of = map(list, zip(*moved, strict=True))
-            self.keys[:, to, :, : self.length] = self.keys[:, of, :, : self.length]
-            self.values[:, to, :, : self.length] = self.values[:, of, :, : self.length]
+            to, source = map(list, zip(*moved, strict=True))
+            self.keys[:, to, :, : self.length] = self.keys[:, source, :, : self.length]
+            self.values[:, to, :, : self.length] = self.values[:, source, :, : self.length]
 
     def shift(self, n: int) -> None:
-        """Moves all that it holds by n positions, to the left where n is negative: what leaves is forgotten."""
+        """Move all rows by n positions to the right; a negative n moves left and drops the first -n positions."""
         kept = slice(max(0, -n), self.length)
         self.length += n
         self.keys[..., max(0, n) : self.length, :] = self.keys[..., kept, :].clone()

@@ -1,10 +1,10 @@
-"""Linear layers, `x @ weight.T + bias`: on a CPU by oneDNN, compiled for a single row, packed for a few, or of 8 bits.
+"""Linear layers, `x @ weight.T + bias`: on a CPU by oneDNN, also with packed weights, or compiled for a single row.
 
-PyTorch hands such products in fp32 to the BLAS that it was built with, most often MKL. For the few rows of decoding
-that uses a single core, so that half of the memory's bandwidth lies idle, and on other makers' processors it trails in
-training too (docs/experiments.md has figures). oneDNN is inside of PyTorch as well, which uses it for bf16 and in what
-it compiles. It adds in another order: a whole text without gradients is left to the BLAS, so that the logits of open
-weights are, thirty layers deep, those that others compute.
+PyTorch computes fp32 products with the BLAS that it was built with, usually MKL. For the few rows of decoding, MKL uses
+one core and leaves half of the memory bandwidth idle. On processors of other makers it is slower in training too
+(figures: docs/experiments.md). PyTorch contains oneDNN as well, and uses it for bf16 and in compiled code. oneDNN sums
+in another order. Long inputs without gradients therefore use the BLAS: after thirty layers, the logits of open weights
+still equal those of other implementations.
 
 Shapes: I in_features, O out_features; a dot stands for any leading ones.
 """
@@ -20,29 +20,29 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-FEW_ROWS = 16  # up to which the time goes into reading the weights
+FEW_ROWS = 16  # up to this many, the time is that of reading the weights
 
 
 class Linear(nn.Linear):
-    """As `nn.Linear`, up to rounding."""
+    """`nn.Linear` with the products of this module."""
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """[., I] times weight [O, I], plus bias [O]: [., O]; differentiable in all three. Up to rounding `F.linear`."""
+    """Return `F.linear(x, weight, bias)` up to rounding: [., I] to [., O], differentiable in all three."""
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad) and _has_onednn(x, weight):
         y: Tensor = _Linear.apply(x, weight, bias)
         return y
-    if _is_compiled_row(x):
-        y = _row_product(x, weight)
+    if is_compiled_row(x):
+        y = row_product(x, weight)
         return y if bias is None else y + bias
     return product(x, weight, bias) if x.numel() <= FEW_ROWS * x.shape[-1] else F.linear(x, weight, bias)
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`linear` without gradients, by oneDNN however many rows there are."""
+    """Compute `linear` without gradients, by oneDNN for any number of rows."""
     if not _has_onednn(x, weight):
         return F.linear(x, weight, bias)
     y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
@@ -54,19 +54,19 @@ def _has_onednn(x: Tensor, weight: Tensor) -> bool:
     return plain and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
 
 
-def _is_compiled_row(x: Tensor) -> bool:
-    """Whether PyTorch's compiler is reading this for a single row on a CPU, without gradients."""
+def is_compiled_row(x: Tensor) -> bool:
+    """Tell whether PyTorch's compiler is tracing a single row on a CPU, without gradients."""
     one = torch.compiler.is_compiling() and x.numel() == x.shape[-1]
     return one and x.device.type == "cpu" and not torch.is_grad_enabled()
 
 
-def _row_product(x: Tensor, weight: Tensor) -> Tensor:
-    """[1, I], with any number of ones before it, times weight [O, I]: [1, O].
+def row_product(x: Tensor, weight: Tensor) -> Tensor:
+    """Return the product [1, O] of a single row [1, I], with any leading ones, and weight [O, I].
 
-    Of a sum the compiler makes a loop that all cores share and that reads as fast as memory gives, of a product a call
-    of the BLAS.
+    The compiler turns a sum into a loop that all cores share and that reads at the memory's speed. It turns a matrix
+    product into a call of the BLAS.
     """
-    row = x.contiguous().as_strided(x.shape[-1:], (1,))  # [I]; so it is computed before that loop, not in it for each O
+    row = x.contiguous().as_strided(x.shape[-1:], (1,))  # [I]; computed once before the loop, not in it for each O
     return (weight.to(x.dtype) * row).sum(-1).view(*x.shape[:-1], -1)
 
 
@@ -84,7 +84,7 @@ class _Linear(torch.autograd.Function):
         rows = grad.reshape(-1, grad.shape[-1])  # [N, O]
         return (
             product(grad, weight.T) if wants_x else None,
-            rows.T @ x.reshape(-1, x.shape[-1]) if wants_weight else None,  # oneDNN is no faster on turned matrices
+            rows.T @ x.reshape(-1, x.shape[-1]) if wants_weight else None,  # oneDNN is no faster on transposed matrices
             rows.sum(0) if wants_bias else None,
         )
 
@@ -93,9 +93,9 @@ class _Linear(torch.autograd.Function):
 
 
 class PackedLinear(nn.Module):
-    """A layer whose weights lie in the order in which oneDNN reads them; else it turns them around in each product.
+    """A linear layer for inference with its weights in oneDNN's own layout.
 
-    For a few rows that takes up to a third of the time. There is no way back to plain weights.
+    With plain weights each product reorders them, up to a third of the time for a few rows. It cannot be undone.
     """
 
     def __init__(self, layer: nn.Linear) -> None:
@@ -109,14 +109,15 @@ class PackedLinear(nn.Module):
 
 
 def to_packed(model: nn.Module) -> None:
-    """Replaces all linear layers that oneDNN computes, in place: decoding of batches gets faster, up to rounding.
+    """Pack all linear layers that oneDNN computes, in place: faster batched decoding, equal up to rounding.
 
     A tied head takes the memory of a second embedding.
     """
-    _replace(model, lambda layer: PackedLinear(layer) if _has_onednn(layer.weight, layer.weight) else layer)
+    replace_linears(model, lambda layer: PackedLinear(layer) if _has_onednn(layer.weight, layer.weight) else layer)
 
 
-def _replace(model: nn.Module, replacement: Callable[[nn.Linear], nn.Module]) -> None:
+def replace_linears(model: nn.Module, replacement: Callable[[nn.Linear], nn.Module]) -> None:
+    """Replace all linear layers of a model, in place."""
     for part in list(model.modules()):
         for name, child in list(part.named_children()):
             if isinstance(child, nn.Linear):

@@ -1,4 +1,4 @@
-"""LoRA (Hu et al. 2021): low-rank adapters beside frozen linear layers; merged, saved alone, loaded onto a base.
+"""LoRA (Hu et al. 2021): low-rank adapters beside frozen linear layers, and their merge into the base weights.
 
 Shapes: r rank, I in_features and O out_features of a linear layer.
 """
@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from llm.common.errors import InputError
 from llm.config import LoRAParams
-from llm.model.classifier import GPTClassifier, gpt_of
+from llm.model.classifier import GPTClassifier
 from llm.model.gpt import GPT
 
 
 class LoRALinear(nn.Module):
-    """W x + b + alpha / rank * B A dropout(x), with W and b frozen as they are stored, A and B trained in fp32.
+    """A linear layer with an adapter: W x + b + alpha / rank * B A dropout(x).
 
-    B starts at zero: before training the layer is what it was.
+    W and b are frozen in their dtype, A and B are trained in fp32. B starts at zero: a new adapter adds nothing.
     """
 
     def __init__(self, base: nn.Linear, params: LoRAParams) -> None:
@@ -31,7 +31,7 @@ class LoRALinear(nn.Module):
         device = base.weight.device
         self.A = nn.Parameter(torch.empty(params.rank, base.in_features, device=device, dtype=torch.float32))  # [r, I]
         self.B = nn.Parameter(torch.zeros(base.out_features, params.rank, device=device, dtype=torch.float32))  # [O, r]
-        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))  # as nn.Linear's own; the paper's Gaussian has no given width
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))  # nn.Linear's own; the paper gives no width for its Gaussian
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)  # [..., O]
@@ -40,22 +40,22 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
-        """The base layer with the product added to its weight: summed in fp32, rounded once to the weight's dtype."""
+        """Return the base layer with B A added to its weight: summed in fp32, rounded once to the weight's dtype."""
         weight = self.base.weight
         weight.copy_(weight.float() + self.scale * (self.B @ self.A))
         return self.base
 
 
 def add_lora(model: GPT | GPTClassifier, params: LoRAParams) -> None:
-    """Replaces the linear layers that `targets` names by `LoRALinear`, in every block, in place.
+    """Replace the linear layers named in `targets` by `LoRALinear`, in every block, in place.
 
-    A target that the model's form does not have (gate_proj without swiglu) is passed over, so that one list fits all
-    forms; that none of them is there is an error.
+    Targets that the model does not have (gate_proj without swiglu) are ignored, so that one list fits all models.
+    Raises `InputError` where none is left.
     """
     targets = list(dict.fromkeys(params.targets))
     places: list[tuple[nn.Module, str]] = [
         (part, name)
-        for block in gpt_of(model).blocks
+        for block in model.gpt.blocks
         for part in block.children()
         for name in targets
         if isinstance(getattr(part, name, None), nn.Linear)
@@ -71,11 +71,8 @@ def add_lora(model: GPT | GPTClassifier, params: LoRAParams) -> None:
 
 
 def merge_lora(model: nn.Module) -> None:
-    """Replaces every `LoRALinear` by its base layer with the adapter added, in place; what it frees is the adapter."""
+    """Replace every `LoRALinear` by its merged base layer, in place."""
     for part in list(model.modules()):
         for name, child in list(part.named_children()):
             if isinstance(child, LoRALinear):
                 setattr(part, name, child.merged())
-
-
-# ---- adapters alone --------------------------------------------------------------------------------------------------

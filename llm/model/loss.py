@@ -1,8 +1,8 @@
-"""Cross entropy of an output layer without its logits ever being whole.
+"""Cross entropy of an output layer in chunks, without storing all logits.
 
-With a vocabulary of 50,000 the logits of a step, their softmax and their gradient take more memory than everything
-else in a small model, and moving them takes more time than the products. Here they exist for a few rows at a time, and
-each chunk's gradient is computed while its logits are at hand (Wijmans et al. 2024 and Hsu et al. 2024 do so on GPUs).
+With a vocabulary of 50,000 the logits, their softmax and their gradient take more memory than the rest of a small
+model, and moving them takes longer than the products. Here they exist for a chunk of positions at a time, and the
+chunk's gradient is computed with them (on GPUs: Wijmans et al. 2024, Hsu et al. 2024).
 
 Shapes: N positions, n positions of a chunk, C emb_dim, V vocab_size.
 """
@@ -17,15 +17,15 @@ from torch import Tensor
 
 from llm.model.linear import product
 
-CHUNK_LOGITS = {"cpu": 4_000_000, "cuda": 200_000_000}  # numbers in those of a chunk: 16 and 800 MB in fp32
-MULTIPLE = {"cuda": 64}  # of which V shall be one: GPUs multiply such matrices faster (nanoGPT pads its vocabulary)
+CHUNK_LOGITS = {"cpu": 4_000_000, "cuda": 200_000_000}  # logits of a chunk: 16 and 800 MB in fp32
+MULTIPLE = {"cuda": 64}  # V is padded to one: GPUs multiply such matrices faster (nanoGPT pads its vocabulary)
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """The summed cross entropy in nats of `hidden @ weight.T` [N, V] against `targets` [N]; differentiable in both.
+    """Return the summed cross entropy in nats of `hidden @ weight.T` [N, V] against `targets` [N].
 
-    The same as `F.cross_entropy(hidden @ weight.T, targets, reduction="sum")`, up to rounding. Products are made in
-    the dtype of autocast where it is on, the losses in fp32.
+    Equals `F.cross_entropy(hidden @ weight.T, targets, reduction="sum")` up to rounding, with gradients of both.
+    Products are in autocast's dtype where it is on, losses in fp32.
     """
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
@@ -52,7 +52,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits[:, V:] = -torch.inf
             largest = logits.amax(-1, keepdim=True)  # [n, 1]
             right = logits.gather(1, t) - largest  # [n, 1]
-            exps = logits.sub_(largest).exp_()  # each takes the place of the one before it
+            exps = logits.sub_(largest).exp_()  # in place
             total = exps.sum(-1, keepdim=True)  # [n, 1]
             loss += (total.log() - right).sum()
             if grad_hidden is None and grad_weight is None:
@@ -72,7 +72,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        """Gives away the gradients that it holds, so that there is one copy of them: it works once."""
+        """Return the gradients of the forward pass without a copy; a second call fails."""
         (grad,) = grads
         for held in ctx.gradients:
             if held is not None:

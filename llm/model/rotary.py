@@ -13,7 +13,7 @@ from llm.config import GPTConfig
 
 @lru_cache(maxsize=16)
 def rotary_frequencies(config: GPTConfig, device: torch.device) -> Tensor:
-    """The angle that each pair of a head turns by from one position to the next, [D/2] in radians, fp32."""
+    """Return the rotation of each pair per position, [D/2] in radians, fp32."""
     D, scaling = config.head_dim, config.rope_scaling
     frequencies = config.rope_theta ** -(torch.arange(0, D, 2, device=device).float() / D)  # [D/2]
     if scaling is None:
@@ -23,12 +23,12 @@ def rotary_frequencies(config: GPTConfig, device: torch.device) -> Tensor:
         assert scaling.original_context_length and scaling.low_freq_factor and scaling.high_freq_factor
         turns = scaling.original_context_length * frequencies / (2 * math.pi)  # within the original context
         low, high = scaling.low_freq_factor, scaling.high_freq_factor
-        kept = ((turns - low) / (high - low)).clamp(0, 1)  # 1: high frequency, as it was
+        kept = ((turns - low) / (high - low)).clamp(0, 1)  # 1: high frequency, unscaled
         return kept * frequencies + (1 - kept) * stretched
     if scaling.kind == "yarn":
         original, fast, slow = scaling.original_context_length, scaling.beta_fast, scaling.beta_slow
         assert original and fast and slow
-        # The pairs that turn so often within the original context; those between them are blended.
+        # The pairs with that many turns within the original context; frequencies between them are blended.
         first, last = (
             D * math.log(original / (n * 2 * math.pi)) / (2 * math.log(config.rope_theta)) for n in (fast, slow)
         )
@@ -40,7 +40,7 @@ def rotary_frequencies(config: GPTConfig, device: torch.device) -> Tensor:
 
 
 def rotary_cos_sin(config: GPTConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the angles at `positions` [T] or [B, T]: 2 x [T, D/2] or [B, 1, T, D/2], fp32."""
+    """Return the cosines and sines at `positions` [T] or [B, T]: 2 x [T, D/2] or [B, 1, T, D/2], fp32."""
     angles = positions[..., None].float() * rotary_frequencies(config, positions.device)
     if positions.ndim == 2:
         angles = angles[:, None]  # [B, 1, T, D/2]: the same for all heads
@@ -49,6 +49,6 @@ def rotary_cos_sin(config: GPTConfig, positions: Tensor) -> tuple[Tensor, Tensor
 
 
 def apply_rotary_emb(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions: turns each pair (x_i, x_{i+D/2}) of [B, H, T, D] by its position's angle, in fp32."""
+    """Rotate each pair (x_i, x_{i+D/2}) of [B, H, T, D] by the angle of its position, in fp32."""
     first, second = x.float().chunk(2, dim=-1)  # 2 x [B, H, T, D/2]
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

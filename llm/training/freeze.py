@@ -14,7 +14,7 @@ from llm.common.errors import InputError
 from llm.config import RuntimeParams, TrainParams
 from llm.data.batches import Batch, Collate, batches_by_length
 from llm.data.examples import Example
-from llm.model.classifier import GPTClassifier, gpt_of
+from llm.model.classifier import GPTClassifier
 from llm.model.gpt import GPT
 from llm.model.lora import add_lora
 from llm.training.precision import autocast
@@ -30,7 +30,7 @@ def freeze(model: GPT | GPTClassifier, params: TrainParams) -> None:
     `head` is a classifier's. `last_blocks` go with the final norm and a classifier's head. `lora` adds adapters, and
     trains a classifier's head too. `all` is everything that the loss depends on.
     """
-    gpt, n = gpt_of(model), params.last_blocks
+    gpt, n = model.gpt, params.last_blocks
     model.requires_grad_(params.trainable == "all")
     if isinstance(model, GPTClassifier):
         model.head.requires_grad_(True)
@@ -57,7 +57,7 @@ def trained_parameters(model: nn.Module) -> int:
 
 def frozen_blocks(model: GPT | GPTClassifier) -> int:
     """Return the number of lowest blocks that are frozen along with the embeddings below them."""
-    gpt = gpt_of(model)
+    gpt = model.gpt
     layers = [nn.ModuleList(child for child in gpt.children() if isinstance(child, nn.Embedding)), *gpt.blocks]
     trained = [any(p.requires_grad for p in layer.parameters()) for layer in layers]
     return max(0, trained.index(True) - 1) if True in trained else len(gpt.blocks)
@@ -80,7 +80,7 @@ def cache_frozen_activations(
     Returns `collate` itself, and the frozen blocks run every time, where no block is frozen, with dropout, for fewer
     `reads` of examples than there are, and where the cache would exceed `MAX_CACHE_BYTES`.
     """
-    gpt, n = gpt_of(model), frozen_blocks(model)
+    gpt, n = model.gpt, frozen_blocks(model)
     if n == 0 or params.dropout > 0 or reads < len(examples):
         return collate
     size = sum(len(example.ids) for example in examples) * gpt.config.emb_dim * 4

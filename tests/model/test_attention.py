@@ -26,7 +26,7 @@ def problem(tokens: int, heads: int = 4, kv_heads: int = 4) -> tuple[Tensor, Ten
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("tokens", [1, 2, 5, 6, 13])
 def test_output_and_gradients_are_those_of_torch(tokens: int, kv_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "QUERIES", 5)
+    monkeypatch.setattr(attention, "BLOCK_SIZE", 5)
     *inputs, grad = problem(tokens, kv_heads=kv_heads)
     y = causal_attention(*inputs)
     expected = F.scaled_dot_product_attention(*inputs, is_causal=True, enable_gqa=True)

@@ -22,7 +22,7 @@ from llm.common.errors import InputError
 from llm.config import LoRAParams, Params, parse_params
 from llm.convert.hf import export_hf
 from llm.convert.load import import_model
-from llm.model.classifier import GPTClassifier, gpt_of
+from llm.model.classifier import GPTClassifier
 from llm.model.gpt import GPT
 from llm.model.lora import LoRALinear, add_lora, merge_lora
 from llm.training.freeze import freeze, trained_parameters
@@ -53,7 +53,7 @@ def folder_of(model: GPT | GPTClassifier, kind: str = "base") -> Checkpoint:
         more = {"labels": ["ham", "spam", "neither"], "max_length": 12}
     elif kind == "instruct":
         more = {"template": "chatml", "system": "Be kind."}
-    return Checkpoint(model, tiny_tokenizer(), CheckpointConfig(kind=kind, gpt=gpt_of(model).config, **more))
+    return Checkpoint(model, tiny_tokenizer(), CheckpointConfig(kind=kind, gpt=model.gpt.config, **more))
 
 
 def train_adapters(model: nn.Module, seed: int = 1) -> None:
@@ -409,7 +409,7 @@ def test_each_stage_trains_adapters_and_writes_them_merged_and_alone(
         return
     again = load_adapter(place / "models" / name / "adapter", load_checkpoint(place / "models/base"))
     torch.testing.assert_close(logits(again.model), logits(made.model), atol=1e-5, rtol=1e-4)
-    ours, theirs = gpt_of(made.model).state_dict(), before.model.state_dict()
+    ours, theirs = made.model.gpt.state_dict(), before.model.state_dict()
     changed = {key for key in ours if not torch.equal(ours[key], theirs[key])}
     assert changed == {key for key in ours if key.split(".")[-2] in LINEARS and key.endswith("weight")}
     assert not (place / f"models/{name}_scratch/adapter").exists()
