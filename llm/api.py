@@ -12,10 +12,11 @@ from llm.checkpoint.folder import Checkpoint, load_checkpoint
 from llm.common.device import pick_device
 from llm.common.errors import InputError
 from llm.inference.classify import classify_texts
-from llm.inference.compiled import compile_step
+from llm.inference.compiled import CompiledDecoder
 from llm.inference.generate import generate, stream, stream_text
 from llm.inference.int8 import to_int8
 from llm.inference.prefill import PrefixCache
+from llm.inference.request import Decoder
 from llm.inference.sampling import GREEDY, Sampling
 from llm.inference.score import Score, score_tokens
 from llm.model.gpt import GPT
@@ -60,9 +61,8 @@ def load(
         model.draft = small.gpt
     if compiled:
         log.info("compiling the step of a token")
-        for gpt in (model.gpt, model.draft):
-            if gpt is not None:
-                compile_step(gpt)
+        model.decoder = CompiledDecoder(model.gpt)
+        model.draft = None if model.draft is None else CompiledDecoder(model.draft.gpt)
     return model
 
 
@@ -72,7 +72,8 @@ class Model:
     def __init__(self, checkpoint: Checkpoint, path: str | Path = "this model") -> None:
         """Wrap a checkpoint; error messages call it by its path."""
         self.checkpoint, self.path = checkpoint, path
-        self.draft: GPT | None = None
+        self.decoder: Decoder | None = None  # in place of the model itself, where its steps are compiled
+        self.draft: Decoder | None = None
         self._prefix = PrefixCache()
 
     @property
@@ -119,7 +120,7 @@ class Model:
         """
         tokenizer = self.checkpoint.tokenizer
         tokens = stream(
-            self.gpt,
+            self.decoder or self.gpt,
             self._encode(prompt),
             max_new_tokens=max_new_tokens,
             sampling=sampling,

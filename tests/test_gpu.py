@@ -11,7 +11,7 @@ import torch
 from llm.bench.contest import compare
 from llm.bench.models import Shape
 from llm.bench.training import TRAIN
-from llm.inference.compiled import compile_step
+from llm.inference.compiled import CompiledDecoder
 from llm.inference.generate import generate
 from llm.model.gpt import GPT
 from tests.helpers import FORMS, gpt_config, randomize, runtime_params, train_params
@@ -54,9 +54,9 @@ def test_the_text_is_that_of_a_cpu(form: dict[str, Any]) -> None:
     expected = generate(model, prompts, max_new_tokens=30)
     model = copy.deepcopy(model).to(CUDA)
     assert generate(model, prompts, max_new_tokens=30) == expected
-    compile_step(model)
-    assert [generate(model, [prompt], max_new_tokens=30)[0] for prompt in prompts] == expected
-    assert generate(model, prompts, max_new_tokens=[3, 30, 3]) == [expected[0][:3], expected[1], expected[2][:3]]
+    decoder = CompiledDecoder(model)
+    assert [generate(decoder, [prompt], max_new_tokens=30)[0] for prompt in prompts] == expected
+    assert generate(decoder, prompts, max_new_tokens=[3, 30, 3]) == [expected[0][:3], expected[1], expected[2][:3]]
 
 
 def test_a_contest_of_training_is_on_the_device() -> None:

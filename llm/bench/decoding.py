@@ -21,9 +21,10 @@ from llm.bench.harness import OURS, Benchmark, Cost, Skipped, Workload, run_apar
 from llm.bench.models import Shape, check_shape, gpt_config, matrix_weights, transformers_model
 from llm.common.errors import InputError
 from llm.convert.gguf import FileType, export_gguf
-from llm.inference.compiled import compile_step
+from llm.inference.compiled import CompiledDecoder
 from llm.inference.generate import generate
 from llm.inference.int8 import to_int8
+from llm.inference.request import Decoder
 from llm.model.gpt import GPT
 from llm.model.linear import to_packed
 from llm.tokenizer.bpe import END_OF_TEXT, GPT2_PATTERN, Tokenizer
@@ -61,13 +62,14 @@ def generate_ours(shape: Shape, int8: bool = False, packed: bool = False, compil
         to_int8(model)
     if packed:
         to_packed(model)
-    try:
-        if compiled:
-            compile_step(model)
-    except InputError as error:
-        raise Skipped(str(error)) from None
+    decoder: Decoder = model
+    if compiled:
+        try:
+            decoder = CompiledDecoder(model)
+        except InputError as error:
+            raise Skipped(str(error)) from None
     prompts, new = requests(shape)
-    return lambda: sum(map(len, generate(model, prompts, max_new_tokens=new)))
+    return lambda: sum(map(len, generate(decoder, prompts, max_new_tokens=new)))
 
 
 # ---- transformers ----------------------------------------------------------------------------------------------------

@@ -3,95 +3,106 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor
 
 from llm.inference.prefill import PrefixCache, common_prefix_length, new_kv_cache, pad_tensor, prefill
-from llm.inference.request import Request, eval_mode
+from llm.inference.request import Decoder, Request, eval_mode
 from llm.inference.sampling import Sampling, apply_repetition_penalty, sample
-from llm.model.gpt import GPT
 from llm.model.kv_cache import KVCache
 
 
 @torch.inference_mode()
 def decode_batch(
-    model: GPT,
-    rows: list[Request],
+    decoder: Decoder,
+    requests: Sequence[Request],
     sampling: Sampling,
     stop: frozenset[int],
     batch_size: int,
     prefix: PrefixCache | None,
 ) -> Iterator[tuple[int, int]]:
-    """Each new token with the number of its prompt, step by step.
-
-    All rows of the cache end at the same column, and row i begins at column `pads[i]`.
-    """
-    waiting = deque(row for row in rows if row.left > 0)
+    """Yield the new tokens step by step, each with the index of its prompt."""
+    waiting = deque(request for request in requests if request.remaining > 0)
     if not waiting:
         return
+    model = decoder.gpt
     context_length = model.config.context_length
-    longest = max(len(row.context) for row in waiting) + max(row.left for row in waiting)
+    longest = max(len(request.context) for request in waiting) + max(request.remaining for request in waiting)
     cache = new_kv_cache(model, min(batch_size, len(waiting)), min(context_length, longest))
-    active: list[Request] = []
-    pads: list[int] = []
+    batch = _Batch(decoder, cache)
     with eval_mode(model):
         if prefix is not None and len(waiting) > 1:
             first = waiting[0].context
-            if common := min(common_prefix_length(first, row.context) for row in waiting):
+            if common := min(common_prefix_length(first, request.context) for request in waiting):
                 prefill(model, [first[:common]], prefix)
-        while waiting or any(row.left > 0 for row in active):
-            # A row that outgrew its context enters again with the last half of it, at other positions.
-            entering = [row for row in active if row.left > 0 and row.cut(context_length)]
-            known = None if entering else prefix
-            staying = [i for i, row in enumerate(active) if row.left > 0 and row not in entering]
-            while waiting and len(staying) + len(entering) < batch_size:
+        while True:
+            running = [row for row, request in enumerate(batch.requests) if request.remaining > 0]
+            if not running and not waiting:
+                return
+            # A request that outgrew its context enters again with the last half of it, at other positions.
+            overlong = [row for row in running if batch.requests[row].truncate(context_length)]
+            entering = [batch.requests[row] for row in overlong]
+            while waiting and len(running) - len(overlong) + len(entering) < batch_size:
                 entering.append(waiting.popleft())
-            if len(staying) < len(active):
-                staying = _close_ranks(staying)
-                cache.reorder(staying)
-                active, pads = [active[i] for i in staying], [pads[i] for i in staying]
-
-            if not active:
-                cache.length = 0
-            elif cache.length == cache.max_length:  # then no row begins at column 0: it would have been cut, or ended
-                pads = _shifted(cache, pads, -min(pads))
-            idx = torch.tensor([row.context[-1:] for row in active], device=model.tok_emb.weight.device)  # [B, 1]
-            if not entering:
-                logits = model(idx, cache, pad_tensor(pads, idx))[:, -1]  # [B, V]
-            else:
-                hidden = [model.hidden_states(idx, cache, pad_tensor(pads, idx))[:, -1]] if active else []  # [B, C]
-                last, read, new_pads = prefill(model, [row.context for row in entering], known)
-                logits = model.lm_head(torch.cat([*hidden, last]))  # the output layer is large: last positions only
-                pads = _shifted(cache, pads, max(0, read.length - cache.length))
-                for i, pad in enumerate(new_pads):
-                    begin = cache.length - read.length + pad
-                    cache.write(len(active), begin, *read.slice(i, pad, read.length))
-                    active.append(entering[i])
-                    pads.append(begin)
-
-            logits = logits.float()
-            if sampling.repetition_penalty != 1:
-                seen = torch.stack([row.seen for row in active if row.seen is not None])  # [B, V]
-                logits = apply_repetition_penalty(logits, seen, sampling.repetition_penalty)
-            tokens = sample(logits, sampling, [row.generator for row in active]).tolist()
-            for row, token in zip(active, tokens, strict=True):
+            batch.keep([row for row in running if row not in overlong])
+            logits = batch.decode(entering, None if overlong else prefix)
+            for request, token in zip(batch.requests, batch.sample(logits, sampling), strict=True):
                 if token in stop:
-                    row.left = 0
+                    request.remaining = 0
                 else:
-                    row.add(token)
-                    yield row.number, token
+                    request.add(token)
+                    yield request.index, token
 
 
-def _close_ranks(kept: list[int]) -> list[int]:
-    """The kept rows with as few as possible of them at another place than before: the last ones fill the gaps."""
-    movers = [row for row in kept if row >= len(kept)]
-    stayers = set(kept)
-    return [row if row in stayers else movers.pop() for row in range(len(kept))]
+class _Batch:
+    """Requests being decoded: their rows of the KV cache end at the same column, and row i begins at `pads[i]`."""
 
+    def __init__(self, decoder: Decoder, cache: KVCache) -> None:
+        self.decoder, self.cache = decoder, cache
+        self.requests: list[Request] = []
+        self.pads: list[int] = []
 
-def _shifted(cache: KVCache, pads: list[int], columns: int) -> list[int]:
-    """Moves what the cache holds to the right, to the left where `columns` is negative; returns the new padding."""
-    if columns:
-        cache.shift(columns)
-    return [pad + columns for pad in pads]
+    def keep(self, rows: list[int]) -> None:
+        """Remove all other rows; the last kept ones fill the gaps, so that few move."""
+        if len(rows) == len(self.requests):
+            return
+        stayers, movers = set(rows), [row for row in rows if row >= len(rows)]
+        order = [row if row in stayers else movers.pop() for row in range(len(rows))]
+        self.cache.reorder(order)
+        self.requests, self.pads = [self.requests[row] for row in order], [self.pads[row] for row in order]
+
+    def decode(self, entering: list[Request], prefix: PrefixCache | None) -> Tensor:
+        """Decode one token of each row and prefill the entering requests; return the next logits [B, V]."""
+        model, cache = self.decoder.gpt, self.cache
+        if not self.requests:
+            cache.length = 0
+        elif cache.length == cache.max_length:  # no row begins at column 0: it would have been truncated, or ended
+            self.shift(-min(self.pads))
+        idx = torch.tensor([request.context[-1:] for request in self.requests], device=model.tok_emb.weight.device)
+        if not entering:
+            return self.decoder(idx, cache, pad_tensor(self.pads, idx))[:, -1]
+        hidden = [model.hidden_states(idx, cache, pad_tensor(self.pads, idx))[:, -1]] if self.requests else []  # [B, C]
+        last, prompts, pads = prefill(model, [request.context for request in entering], prefix)
+        self.shift(max(0, prompts.length - cache.length))
+        for row, pad in enumerate(pads):
+            begin = cache.length - prompts.length + pad
+            cache.write(len(self.requests), begin, *prompts.slice(row, pad, prompts.length))
+            self.requests.append(entering[row])
+            self.pads.append(begin)
+        return model.lm_head(torch.cat([*hidden, last]))  # the output layer is large: last positions only
+
+    def shift(self, columns: int) -> None:
+        """Move all rows to the right, or to the left for a negative number."""
+        if columns:
+            self.cache.shift(columns)
+            self.pads = [pad + columns for pad in self.pads]
+
+    def sample(self, logits: Tensor, sampling: Sampling) -> list[int]:
+        """Return the next token of each row."""
+        logits = logits.float()
+        if sampling.repetition_penalty != 1:
+            seen = torch.stack([request.seen for request in self.requests if request.seen is not None])  # [B, V]
+            logits = apply_repetition_penalty(logits, seen, sampling.repetition_penalty)
+        return sample(logits, sampling, [request.generator for request in self.requests]).tolist()

@@ -1,4 +1,4 @@
-"""Labels for texts, from a classifier's model folder."""
+"""Classification of texts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llm.model.classifier import GPTClassifier
 
 @torch.no_grad()
 def classify_texts(folder: Checkpoint, texts: Sequence[str], batch_size: int = 32) -> Tensor:
-    """Probabilities [N, labels] of the texts, in the order of `folder.config.labels`."""
+    """Return the label probabilities [N, labels] of texts, in the order of `folder.config.labels`."""
     model, tokenizer, config = folder
     if not isinstance(model, GPTClassifier) or config.labels is None or config.max_length is None:
         raise InputError(f"this is a model of kind {config.kind}, not a classifier; name one such as models/classifier")

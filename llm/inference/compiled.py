@@ -1,4 +1,8 @@
-"""Compiled decoding of a single row."""
+"""Compiled decoding of a single row: by PyTorch's compiler on a CPU, as a CUDA graph on a GPU.
+
+Shapes: K n_kv_heads, G queries of a key (n_heads / K), S tokens in the cache with the new one, D head_dim,
+C emb_dim, V vocab_size.
+"""
 
 from __future__ import annotations
 
@@ -21,70 +25,76 @@ from llm.model.kv_cache import KVCache
 from llm.model.linear import PackedLinear
 
 
-def compile_step(model: GPT) -> None:
-    """Makes the step of a single row one call, in place: the same up to rounding, and much faster.
+class CompiledDecoder:
+    """A GPT with a compiled decode step, which `generate` and `stream` take in place of the GPT.
 
-    On a CPU by PyTorch's compiler, up to half a minute, less the next time, as PyTorch keeps what it has made; on a
-    CUDA device by capturing a graph for each cache. Batches and prompts run as before. From then on the model must keep
-    its layers, their dtype and their device, as looking for changes would take time at each step. Raises `InputError`
-    where it cannot be done; then the model is as before.
+    Equal up to rounding, and much faster. Only a single row is compiled: prefill and batches run the model itself.
+    On a CPU it takes up to half a minute, less the next time, as PyTorch keeps the code. On a CUDA device a graph is
+    captured for each KV cache. From then on the model must keep its layers, their dtype and their device: nothing
+    checks for changes. Raises `InputError` where the model cannot be compiled.
+
+    >>> decoder = CompiledDecoder(model)  # doctest: +SKIP
+    >>> generate(decoder, [tokenizer.encode("Once")], max_new_tokens=3)  # doctest: +SKIP
+    [[310, 257, 640]]
     """
-    plain = model.forward
-    step = _graphed_step(model) if model.tok_emb.weight.device.type == "cuda" else _compiled_step(model)
 
-    def forward(idx: Tensor, cache: KVCache | None = None, pad: Tensor | None = None) -> Tensor:
-        places = 0 if cache is None else min(cache.max_length, model.config.context_length)
-        # No length that changes is 1 to the compiler; where no place is left the plain step says so.
+    def __init__(self, gpt: GPT) -> None:
+        self.gpt = gpt
+        self._decode = _CudaGraphStep(gpt) if gpt.tok_emb.weight.device.type == "cuda" else _CompiledStep(gpt)
+
+    def __call__(self, idx: Tensor, cache: KVCache | None = None, pad: Tensor | None = None) -> Tensor:
+        """Return the logits [B, T, V] as `GPT.forward`."""
+        places = 0 if cache is None else min(cache.max_length, self.gpt.config.context_length)
+        # The compiler takes a length of 1 for a constant. A full cache is an error that the model raises.
         if idx.numel() != 1 or torch.is_grad_enabled() or cache is None or not 1 <= cache.length < places:
-            return plain(idx, cache, pad)
-        logits = step(idx, cache, idx.new_zeros(1) if pad is None else pad)
+            return self.gpt(idx, cache, pad)
+        logits = self._decode(idx, cache, idx.new_zeros(1) if pad is None else pad)
         cache.length += 1
         return logits
 
-    model.forward = forward  # type: ignore[method-assign]
+
+# ---- CPU: one compiled loop over the blocks --------------------------------------------------------------------------
 
 
-def _compiled_step(model: GPT) -> Callable[[Tensor, KVCache, Tensor], Tensor]:
-    first = model.blocks[0]
-    assert isinstance(first, TransformerBlock)
-    block, weights = _BlockOfRow(first), _stacked(model.blocks)
-    compiled = _compiled(_logits_of_row)
+class _CompiledStep:
+    """The decode step of a single row as one compiled function."""
 
-    def step(idx: Tensor, cache: KVCache, pad: Tensor) -> Tensor:
+    def __init__(self, model: GPT) -> None:
+        first = model.blocks[0]
+        assert isinstance(first, TransformerBlock)
+        self.model, self.block, self.weights = model, _DecodeBlock(first), _stack_weights(model.blocks)
+        self.function = _compile(_decode_one_token)
+        try:
+            with torch.inference_mode(), eval_mode(model), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", ".* `functools.lru_cache`")  # `rotary_frequencies` may be traced
+                cache = new_kv_cache(model, 2, 5)  # two rows: with one, the stride of a layer would follow from S
+                idx = torch.zeros(1, 1, dtype=torch.long, device=model.tok_emb.weight.device)
+                keys, values = cache.slice(0, 0, 3)
+                torch._dynamo.mark_dynamic(keys, 2)  # S is no constant
+                torch._dynamo.mark_dynamic(values, 2)
+                self.function(model, self.block, self.weights, idx, idx.new_zeros(1), keys, values)
+        except RuntimeError as error:  # the compiler's many classes derive from it
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise InputError(f"the step could not be compiled, for which a C++ compiler is needed: {reason}") from error
+
+    def __call__(self, idx: Tensor, cache: KVCache, pad: Tensor) -> Tensor:
+        """Return the logits [1, 1, V] of the next token [1, 1]."""
         keys, values = cache.slice(0, 0, cache.length + 1)  # [layers, K, S, D]
-        if warming:
-            torch._dynamo.mark_dynamic(keys, 2)
-            torch._dynamo.mark_dynamic(values, 2)
-        logits: Tensor = compiled(model, block, weights, idx, pad, keys, values)
-        return logits
-
-    warming = True  # the lengths of the first call are no constants
-    try:
-        with torch.inference_mode(), eval_mode(model), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".* `functools.lru_cache`")  # is passed over: `rotary_frequencies` may be
-            cache = new_kv_cache(model, 2, 5)  # of two rows: in that of one, layers lie as far apart as it is long
-            cache.length = 2
-            idx = torch.zeros(1, 1, dtype=torch.long, device=model.tok_emb.weight.device)
-            step(idx, cache, idx.new_zeros(1))
-    except RuntimeError as error:  # of the compiler's many classes
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise InputError(f"the step could not be compiled, for which a C++ compiler is needed: {reason}") from error
-    warming = False
-    return step
+        return self.function(self.model, self.block, self.weights, idx, pad, keys, values)
 
 
-def _compiled(function: Any) -> Any:
-    """What was made is kept by the function's code: a copy of that, as it would be taken for other models too.
+def _compile(function: Any) -> Any:
+    """Compile a copy of a function: PyTorch caches by code object, and other models need their own.
 
-    Nothing checks that it is called with what it was made for: that takes time at each step.
+    No guard checks the arguments at each step, for speed.
     """
     own = FunctionType(function.__code__.replace(), function.__globals__, closure=function.__closure__)
     options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe, "cpp_wrapper": True}
     return torch.compile(own, fullgraph=True, dynamic=False, options=options)
 
 
-def _stacked(blocks: nn.ModuleList) -> dict[str, Tensor]:
-    """Each weight of all blocks in one tensor [layers, ...], of which the blocks' own are parts from then on."""
+def _stack_weights(blocks: nn.ModuleList) -> dict[str, Tensor]:
+    """Stack each weight of all blocks in one tensor [layers, ...]; the blocks' own become views of it."""
     if any(isinstance(part, PackedLinear) for part in blocks.modules()):
         raise InputError("the step of a packed model cannot be compiled: its weights are in oneDNN's own order")
     states = [dict(block.state_dict(keep_vars=True)) for block in blocks]
@@ -96,8 +106,8 @@ def _stacked(blocks: nn.ModuleList) -> dict[str, Tensor]:
     return weights
 
 
-class _BlockOfRow(nn.Module):
-    """A block in the step of a single row. It has the first one's layers; weights are given with each call."""
+class _DecodeBlock(nn.Module):
+    """The first block's layers for a single row; the weights of any block are given with each call."""
 
     def __init__(self, block: TransformerBlock) -> None:
         super().__init__()
@@ -108,16 +118,16 @@ class _BlockOfRow(nn.Module):
     ) -> Tensor:
         q, k, v = self.block.project_qkv(x, cos_sin)  # [1, H, 1, D], 2 x [1, K, 1, D]
         keys[:, -1:], values[:, -1:] = k[0], v[0]
-        return self.block.finish(x, _attend_row(q, keys, values, seen))
+        return self.block.finish(x, _attend_one_query(q, keys, values, seen))
 
 
-def _logits_of_row(
-    model: GPT, block: _BlockOfRow, weights: dict[str, Tensor], idx: Tensor, pad: Tensor, keys: Tensor, values: Tensor
+def _decode_one_token(
+    model: GPT, block: _DecodeBlock, weights: dict[str, Tensor], idx: Tensor, pad: Tensor, keys: Tensor, values: Tensor
 ) -> Tensor:
-    """Logits [1, 1, V] after a row's next token [1, 1]; the first `pad` [1] tokens of the row are none.
+    """Return the logits [1, 1, V] of a row's next token [1, 1]; the first `pad` [1] tokens of the row are padding.
 
-    `keys` and `values` [layers, K, S, D] are what the cache holds, with a place for this token's at the end. The blocks
-    are a loop: the compiler makes one, and no Python runs between them.
+    `keys` and `values` [layers, K, S, D] are the cache's, with a place for the new token at the end. The blocks are a
+    loop, so that the compiler compiles one block and no Python runs between them.
     """
     layers, _, S, _ = keys.shape
     positions = torch.arange(S - 1, S, device=idx.device)  # [1]
@@ -141,46 +151,49 @@ def _logits_of_row(
     return logits
 
 
-def _attend_row(q: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:
-    """Attention of one query [1, H, 1, D] to keys and values [K, S, D], to those that are `seen` [S]: [1, 1, H * D].
+def _attend_one_query(q: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:
+    """Return the attention output [1, 1, H * D] of one query [1, H, 1, D]; it sees `seen` [S] of the keys [K, S, D].
 
-    As sums, of which PyTorch's compiler makes loops in the same call as all else.
+    Written as sums, which the compiler fuses into loops.
     """
     K, _, D = keys.shape
-    q = (q * D**-0.5).view(K, -1, 1, D)  # [K, G, 1, D], with G queries to a key
+    q = (q * D**-0.5).view(K, -1, 1, D)  # [K, G, 1, D]
     weights = (q * keys[:, None]).sum(-1).masked_fill(~seen, -torch.inf).softmax(-1)  # [K, G, S]
     return (weights[..., None] * values[:, None]).sum(2).view(1, 1, -1)
 
 
-def _graphed_step(model: GPT) -> Callable[[Tensor, KVCache, Tensor], Tensor]:
-    """The kernels of a step are started by one call, which a CPU can do fast enough for a GPU.
+# ---- GPU: a CUDA graph ----------------------------------------------------------------------------------------------
 
-    A graph's memory is always the same, so that each cache has its own; the last one's is kept.
+
+class _CudaGraphStep:
+    """The decode step of a single row as a CUDA graph: one call launches all kernels.
+
+    A graph has fixed addresses: it reads its own inputs, and each cache needs its own graph. The last one is kept.
     """
-    cache_of_graph: KVCache | None = None
-    replay: Callable[[], Tensor]
-    device = model.tok_emb.weight.device
-    own_idx = torch.zeros(1, 1, dtype=torch.long, device=device)
-    own_pad, position = own_idx.new_zeros(1), own_idx.new_zeros(1)
 
-    def step(idx: Tensor, cache: KVCache, pad: Tensor) -> Tensor:
-        nonlocal cache_of_graph, replay
-        own_idx.copy_(idx)
-        own_pad.copy_(pad)
-        position.fill_(cache.length)
-        if cache is not cache_of_graph:
-            replay = _captured(lambda: _logits_at(model, own_idx, own_pad, position, cache))
-            cache_of_graph = cache
-        return replay().clone()
+    def __init__(self, model: GPT) -> None:
+        self.model = model
+        self.idx = torch.zeros(1, 1, dtype=torch.long, device=model.tok_emb.weight.device)
+        self.pad, self.position = self.idx.new_zeros(1), self.idx.new_zeros(1)
+        self.cache: KVCache | None = None
+        self.replay: Callable[[], Tensor]
 
-    return step
+    def __call__(self, idx: Tensor, cache: KVCache, pad: Tensor) -> Tensor:
+        """Return the logits [1, 1, V] of the next token [1, 1]."""
+        self.idx.copy_(idx)
+        self.pad.copy_(pad)
+        self.position.fill_(cache.length)
+        if cache is not self.cache:
+            self.replay = _capture_graph(lambda: _decode_at(self.model, self.idx, self.pad, self.position, cache))
+            self.cache = cache
+        return self.replay().clone()
 
 
-def _captured(work: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """A function that does the same work again as a CUDA graph, on the same memory, its result included."""
+def _capture_graph(work: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """Capture work as a CUDA graph; return a function that runs it again and returns the same tensor."""
     other = torch.cuda.Stream()
     other.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(other):  # libraries that are called for the first time may do what no graph can hold
+    with torch.cuda.stream(other):  # the first call of a library may do what a graph cannot hold
         work()
     torch.cuda.current_stream().wait_stream(other)
     graph = torch.cuda.CUDAGraph()
@@ -194,10 +207,10 @@ def _captured(work: Callable[[], Tensor]) -> Callable[[], Tensor]:
     return replay
 
 
-def _logits_at(model: GPT, idx: Tensor, pad: Tensor, position: Tensor, cache: KVCache) -> Tensor:
-    """Logits [1, 1, V] after a row's next token [1, 1] at `position` [1]; the first `pad` [1] tokens of it are none.
+def _decode_at(model: GPT, idx: Tensor, pad: Tensor, position: Tensor, cache: KVCache) -> Tensor:
+    """Return the logits [1, 1, V] of a row's next token [1, 1] at `position` [1] behind `pad` [1] positions of padding.
 
-    All that changes from step to step is in tensors. So attention reads the whole cache, with a mask.
+    All that changes between steps is in tensors: attention reads the whole cache, with a mask.
     """
     mask = model.mask(position, cache.max_length, pad)  # [1, 1, 1, max_length]
     positions = (position - pad)[None]  # [1, 1]

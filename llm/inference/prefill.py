@@ -14,9 +14,9 @@ from llm.model.kv_cache import KVCache
 
 @dataclass
 class PrefixCache:
-    """What a model has computed for the prompt that it read last; the next is read from where it differs.
+    """Keys and values of the previous prompt: the next prompt is read from its first different token.
 
-    For calls one after another whose prompts begin alike, as in a chat with a system prompt.
+    For prompts one after another with a common beginning, such as a chat with a system prompt.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -31,9 +31,9 @@ def new_kv_cache(model: GPT, rows: int, capacity: int) -> KVCache:
 def prefill(
     model: GPT, contexts: Sequence[Sequence[int]], prefix: PrefixCache | None, capacity: int = 0
 ) -> tuple[Tensor, KVCache, list[int]]:
-    """Reads prompts [B], aligned at their ends; the last hidden states [B, C], the cache, and each row's padding [B].
+    """Read left-padded prompts [B]; return their last hidden states [B, C], the KV cache and the padding [B].
 
-    What all of them have in common with the prefix is taken from there; then the first of them is the prefix.
+    The prefix that all prompts share with the prefix cache comes from there. The first prompt then replaces it.
     """
     width = max(map(len, contexts))
     pads = [width - len(context) for context in contexts]
@@ -41,8 +41,8 @@ def prefill(
     if prefix is not None and prefix.keys is not None and prefix.values is not None:
         cache.length = min(common_prefix_length(prefix.tokens, context[:-1]) for context in contexts)
         for row, pad in enumerate(pads):
-            part = slice(0, max(0, cache.length - pad))
-            cache.write(row, pad, prefix.keys[:, :, part], prefix.values[:, :, part])
+            shared = slice(0, max(0, cache.length - pad))
+            cache.write(row, pad, prefix.keys[:, :, shared], prefix.values[:, :, shared])
     padded = [[0] * pad + list(context) for pad, context in zip(pads, contexts, strict=True)]
     idx = torch.tensor(padded, device=model.tok_emb.weight.device)[:, cache.length :]  # [B, T]
     hidden = model.hidden_states(idx, cache, pad_tensor(pads, idx))[:, -1]  # [B, C]
@@ -53,11 +53,11 @@ def prefill(
 
 
 def common_prefix_length(tokens: Sequence[int], others: Sequence[int]) -> int:
-    """How many tokens two texts begin with in common."""
+    """Return the number of tokens that two sequences begin with in common."""
     different = (i for i, (token, other) in enumerate(zip(tokens, others, strict=False)) if token != other)
     return next(different, min(len(tokens), len(others)))
 
 
 def pad_tensor(pads: Sequence[int], like: Tensor) -> Tensor | None:
-    """As a model takes the padding of rows; without any it needs no mask."""
+    """Return the padding [B] for a model, or None where there is none, so that it needs no mask."""
     return torch.tensor(pads, device=like.device) if any(pads) else None

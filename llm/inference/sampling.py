@@ -15,10 +15,10 @@ from llm.common.errors import InputError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen from the logits; the fields are applied in this order.
+    """Choice of the next token from the logits; the fields apply in this order.
 
-    `temperature` 0 is greedy: the most likely token after the repetition penalty, and the filters play no part. Each
-    filter sees the distribution that the one before it left, and always leaves at least one token.
+    A `temperature` of 0 is greedy: the most likely token after the repetition penalty, without filters. Each filter
+    sees the distribution that the previous one left, and keeps at least one token.
     """
 
     repetition_penalty: float = 1.0  # divides positive, multiplies negative logits of tokens that occurred (CTRL, 2019)
@@ -28,7 +28,7 @@ class Sampling:
     min_p: float | None = None  # keeps tokens at least this fraction as likely as the likeliest (Nguyen et al. 2024)
 
     def __post_init__(self) -> None:
-        """Raises `InputError` for a value outside its range; NaN is outside of all of them."""
+        """Raise `InputError` for a value out of range; NaN always is."""
         if not (self.repetition_penalty > 0 and math.isfinite(self.repetition_penalty)):
             raise InputError(f"repetition_penalty must be above 0 (1: off), found {self.repetition_penalty}")
         if not (self.temperature >= 0 and math.isfinite(self.temperature)):
@@ -45,18 +45,18 @@ GREEDY = Sampling()
 
 
 def apply_repetition_penalty(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Logits [B, V] with the tokens of `seen` [B, V] (bool) made less likely; a penalty below 1 makes them likelier."""
+    """Make the tokens of `seen` [B, V] (bool) less likely in the logits [B, V], or likelier by a penalty below 1."""
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def filter_logits(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Logits [B, V] with -inf for the tokens that top-k, then top-p, then min-p exclude."""
+    """Set the logits [B, V] to -inf for the tokens that top-k, then top-p, then min-p exclude."""
     if sampling.top_k is not None:
         values, ids = logits.topk(min(sampling.top_k, logits.shape[-1]))  # [B, k]
         logits = torch.full_like(logits, -torch.inf).scatter(-1, ids, values)
     if sampling.top_p is not None and sampling.top_p < 1:
         probabilities, ids = logits.softmax(-1).sort(descending=True, stable=True)  # [B, V], most likely first
-        before = probabilities.cumsum(-1) - probabilities  # what the likelier tokens reach without this one
+        before = probabilities.cumsum(-1) - probabilities  # the sum of the likelier tokens
         excluded = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, ids, before >= sampling.top_p)
         logits = logits.masked_fill(excluded, -torch.inf)
     if sampling.min_p is not None:
@@ -67,7 +67,7 @@ def filter_logits(logits: Tensor, sampling: Sampling) -> Tensor:
 
 
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
-    """The distribution [B, V] that tokens are drawn from; a greedy choice is one that is certain."""
+    """Return the distribution [B, V] that tokens are drawn from; a greedy choice has probability 1."""
     if sampling.temperature == 0:
         return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
     scaled = (logits - logits.amax(-1, keepdim=True)) / sampling.temperature  # largest 0: no overflow when it is tiny
@@ -75,7 +75,7 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
 
 
 def sample(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> Tensor:
-    """One token id for each row of logits [B, V], drawn with the row's own generator: [B]."""
+    """Sample token ids [B] from logits [B, V], each row with its own generator."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
     rows = zip(probabilities(logits, sampling), generators, strict=True)

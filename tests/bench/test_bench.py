@@ -144,14 +144,14 @@ def test_our_own_step_is_compiled_where_that_is_possible(monkeypatch: pytest.Mon
     implementations = load_benchmark("generate").implementations
     ours = [make for name, make in implementations.items() if name.startswith(OURS) and "compiled" in name]
     compiled: list[torch.nn.Module] = []
-    monkeypatch.setattr("llm.bench.decoding.compile_step", compiled.append)
+    monkeypatch.setattr("llm.bench.decoding.CompiledDecoder", lambda model: compiled.append(model) or model)
     shape = TINY._replace(batch=1, width=32, prompt=4, new=4)
     assert [make(shape)() for make in ours] == [4, 4] and len(compiled) == 2
 
     def fails(model: torch.nn.Module) -> None:
         raise InputError("no compiler")
 
-    monkeypatch.setattr("llm.bench.decoding.compile_step", fails)
+    monkeypatch.setattr("llm.bench.decoding.CompiledDecoder", fails)
     for make in ours:
         with pytest.raises(Skipped, match=r"^no compiler$"):
             make(shape)

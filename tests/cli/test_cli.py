@@ -379,7 +379,7 @@ def test_weights_of_8_bits_a_draft_and_a_compiled_step(
     assert cli("generate", folders.base, "--prompt", "One", "--draft", folders.base).out == plain.out
     assert cli("generate", folders.base, "--prompt", "One", "--int8").out.startswith("One")
     compiled: list[object] = []
-    monkeypatch.setattr("llm.api.compile_step", compiled.append)
+    monkeypatch.setattr("llm.api.CompiledDecoder", lambda model: compiled.append(model) or model)
     found = cli("generate", folders.base, "--prompt", "One", "--draft", folders.base, "--compile")
     assert (found.out, found.err) == (plain.out, "compiling the step of a token\n") and len(compiled) == 2
     text = tmp_path / "text.txt"

@@ -1,0 +1,212 @@
+"""Compiled decoding of a single row against the plain model, in float64."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from llm.common.errors import InputError
+from llm.config import GPTConfig
+from llm.inference import compiled
+from llm.inference.compiled import CompiledDecoder
+from llm.inference.generate import generate, stream
+from llm.inference.int8 import Int8Linear, to_int8
+from llm.inference.request import Decoder
+from llm.model.gpt import GPT
+from llm.model.kv_cache import KVCache
+from llm.model.linear import to_packed
+from tests.inference.conftest import GPT2, MODERN, NARROW, PROMPTS, make_model
+
+every_config = pytest.mark.parametrize("config", [GPT2, MODERN, NARROW], ids=["learned", "rotary", "sliding window"])
+
+
+def uncompiled_decoder(model: GPT, monkeypatch: pytest.MonkeyPatch) -> tuple[CompiledDecoder, list[int]]:
+    """Return a decoder with the plain Python of its step, and a list of the cache lengths that it is called with."""
+    lengths: list[int] = []
+
+    def compile_nothing(function: Any, **_: Any) -> Any:
+        def call(*arguments: Any) -> Any:
+            keys, values = arguments[-2:]
+            assert keys.shape == values.shape
+            lengths.append(keys.shape[2])
+            with monkeypatch.context() as tracing:
+                tracing.setattr(torch.compiler, "is_compiling", lambda: True)
+                tracing.setattr(compiled, "while_loop", plain_loop)
+                return function(*arguments)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", compile_nothing)
+    decoder = CompiledDecoder(model)
+    lengths.clear()
+    return decoder, lengths
+
+
+def graph_decoder(model: GPT, monkeypatch: pytest.MonkeyPatch) -> tuple[CompiledDecoder, list[int]]:
+    """Return a decoder with the CUDA graph's step, on a CPU, and a list of the cache lengths that it is called with."""
+    lengths: list[int] = []
+    decode_at = compiled._decode_at
+
+    def recorded(model: GPT, idx: Tensor, pad: Tensor, position: Tensor, cache: KVCache) -> Tensor:
+        lengths.append(int(position) + 1)
+        return decode_at(model, idx, pad, position, cache)
+
+    monkeypatch.setattr(compiled, "_CompiledStep", compiled._CudaGraphStep)
+    monkeypatch.setattr(compiled, "_capture_graph", lambda work: work)
+    monkeypatch.setattr(compiled, "_decode_at", recorded)
+    return CompiledDecoder(model), lengths
+
+
+every_step = pytest.mark.parametrize("make_decoder", [uncompiled_decoder, graph_decoder], ids=["loop", "graph"])
+
+
+def plain_loop(is_left: Any, body: Any, carried: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    while is_left(*carried):
+        carried = body(*carried)
+    return carried
+
+
+@every_config
+@every_step
+def test_only_single_rows_take_the_compiled_step(
+    make_decoder: Any, config: GPTConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tokens are equal, past the context too; prompts and batches run the model itself."""
+    model = make_model(config)
+    alone = [generate(model, [prompt], max_new_tokens=40)[0] for prompt in PROMPTS]
+    decoder, lengths = make_decoder(model, monkeypatch)
+    assert generate(decoder, PROMPTS[:1], max_new_tokens=5) == [alone[0][:5]]
+    assert lengths == [len(PROMPTS[0]) + n for n in range(1, 5)], "a step for all tokens but the prompt's"
+    assert [list(stream(decoder, prompt, max_new_tokens=40)) for prompt in PROMPTS] == alone
+    lengths.clear()
+    assert generate(decoder, PROMPTS, max_new_tokens=40) == alone
+    assert not lengths
+    # The last row of a batch goes on alone, with padding before it.
+    assert generate(decoder, PROMPTS[1:3], max_new_tokens=[40, 3]) == [alone[1], alone[2][:3]]
+    assert len(lengths) >= 10
+
+
+@every_config
+@every_step
+@torch.no_grad()
+def test_compiled_logits_and_cache_equal_plain_ones(
+    make_decoder: Any, config: GPTConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = make_model(config)
+    decoder, lengths = make_decoder(copy.deepcopy(plain), monkeypatch)
+    for pad in (None, torch.tensor([2])):
+        caches = [KVCache(config, 1, 12, dtype=torch.float64) for _ in range(2)]
+        for tokens in ([7, 8, 9], [10], [11], [12], [13], [14]):
+            idx = torch.tensor([tokens])
+            expected, found = (each(idx, cache, pad) for each, cache in zip((plain, decoder), caches, strict=True))
+            torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
+        assert caches[1].length == caches[0].length == 8
+        torch.testing.assert_close(caches[1].keys, caches[0].keys, atol=1e-12, rtol=0)
+        torch.testing.assert_close(caches[1].values, caches[0].values, atol=1e-12, rtol=0)
+    assert lengths == [4, 5, 6, 7, 8] * 2
+    full = KVCache(config, 1, 3, dtype=torch.float64)
+    decoder(torch.tensor([[7, 8, 9]]), full)
+    with pytest.raises(ValueError, match="the cache holds 3 tokens, 4 were asked for"):
+        decoder(torch.tensor([[10]]), full)
+    longer = KVCache(config, 1, config.context_length + 1, dtype=torch.float64)
+    longer.length = config.context_length
+    with pytest.raises(ValueError, match=f"exceed the context length {config.context_length}"):
+        decoder(torch.tensor([[10]]), longer)
+
+
+def test_the_model_and_gradients_do_not_use_the_compiled_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(GPT2)
+    decoder, lengths = uncompiled_decoder(model, monkeypatch)
+    assert "forward" not in vars(model)
+    assert generate(model, PROMPTS[:1], max_new_tokens=5) and not lengths
+    with torch.no_grad():
+        cache = KVCache(GPT2, 1, 12, dtype=torch.float64)
+        decoder(torch.tensor([[7, 8, 9]]), cache)
+    decoder(torch.tensor([[10]]), cache)
+    decoder(torch.tensor([[10]])).sum().backward()
+    assert not lengths
+    assert all(parameter.grad is not None for parameter in model.blocks.parameters())
+
+
+def test_a_draft_may_be_compiled_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(MODERN)
+    expected = generate(model, PROMPTS[:1], max_new_tokens=40)[0]
+    [(decoder, _), (draft, drafted)] = [uncompiled_decoder(each, monkeypatch) for each in (model, copy.deepcopy(model))]
+    assert list(stream(decoder, PROMPTS[0], max_new_tokens=40, draft=draft)) == expected
+    assert len(drafted) > 20
+
+
+def test_trained_weights_reach_the_compiled_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights are changed in place, as optimizers do it."""
+    model = make_model(MODERN)
+    decoder, _ = uncompiled_decoder(model, monkeypatch)
+    before = generate(decoder, PROMPTS[:1], max_new_tokens=12)
+    with torch.no_grad():
+        for parameter in model.blocks.parameters():
+            parameter.mul_(1.5)
+    plain = GPT(MODERN).double()
+    plain.load_state_dict(model.state_dict())
+    found = generate(decoder, PROMPTS[:1], max_new_tokens=12)
+    assert found == generate(plain, PROMPTS[:1], max_new_tokens=12) != before
+
+
+def test_a_compiled_step_does_not_round_the_inputs_of_int8_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(MODERN).float()
+    to_int8(model)
+    exact = copy.deepcopy(model)
+    for part in list(exact.modules()):
+        for name, child in list(part.named_children()):
+            if isinstance(child, Int8Linear):
+                layer = torch.nn.Linear(child.weight.shape[1], child.weight.shape[0], bias=child.bias is not None)
+                layer.weight.data, layer.bias = child.weight * child.scale.float()[:, None], child.bias
+                setattr(part, name, layer)
+    decoder, _ = uncompiled_decoder(model, monkeypatch)
+    for token in range(8):  # prefill of longer prompts rounds its inputs
+        assert generate(decoder, [[token]], max_new_tokens=12) == generate(exact, [[token]], max_new_tokens=12)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the compiler needs g++")
+def test_several_models_are_compiled_in_one_process() -> None:
+    """Models of equal and of other sizes, for caches of any size and number of rows."""
+
+    def texts(model: Decoder) -> list[list[list[int]]]:
+        alone = [generate(model, PROMPTS[:1], max_new_tokens=n) for n in (10, 17, 40)]
+        last = [generate(model, PROMPTS[:n], max_new_tokens=[2] * (n - 1) + [20]) for n in (2, 3)]  # goes on alone
+        return alone + last
+
+    models = [make_model(config).float() for config in (GPT2, NARROW, MODERN)]
+    models.append(copy.deepcopy(models[-1]))
+    to_int8(models[-1])
+    expected = [texts(model) for model in models]
+    decoders = [CompiledDecoder(model) for model in models]
+    compilations = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert [texts(decoder) for decoder in decoders] == expected
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compilations, "all was compiled at the call"
+
+
+def test_a_compiler_that_fails_is_named_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(function: Any, **_: Any) -> Any:
+        def call(*_: Any) -> None:
+            raise RuntimeError("no g++ here\nand more")
+
+        return call
+
+    model = make_model(GPT2)
+    expected = generate(model, PROMPTS[:1], max_new_tokens=5)
+    monkeypatch.setattr(torch, "compile", failing)
+    with pytest.raises(InputError, match=r"^the step could not be compiled, .* is needed: no g\+\+ here$"):
+        CompiledDecoder(model)
+    assert generate(model, PROMPTS[:1], max_new_tokens=5) == expected
+
+
+def test_a_packed_model_is_not_compiled() -> None:
+    """Packed weights are not in the state of a block: the first block's would be taken for all."""
+    model = make_model(GPT2).float()
+    to_packed(model)
+    with pytest.raises(InputError, match="the step of a packed model cannot be compiled"):
+        CompiledDecoder(model)
