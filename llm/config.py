@@ -1,14 +1,14 @@
 """Every parameter of the project, typed: one frozen, strict model per section of `params.yaml`.
 
 No value has a default here: `params.yaml` holds them all. Only what may be absent altogether (a backup URL, a zip
-member) defaults to None. `parse_params` turns a bad file into one line that names the key, what was expected and what
-was found.
+member) defaults to None. The section `training` holds what the three trainings share. `parse_params` merges it into
+theirs, and turns a bad file into one line that names the key, the expected value and the found one.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
@@ -127,7 +127,7 @@ class Source(Strict):
 
 
 class GPT2TokenizerFiles(Strict):
-    """Where GPT-2's byte-pair encoding lives."""
+    """Files of GPT-2's byte-pair encoding."""
 
     encoder: SourceFile
     merges: SourceFile
@@ -201,7 +201,7 @@ class ModelParams(Strict):
 
 
 class RopeScaling(Strict):
-    """How rotary positions are stretched beyond the length that a model was first trained on.
+    """Scaling of rotary positions beyond the length that a model was first trained on.
 
     `linear` (Chen et al. 2023) divides all frequencies by `factor`; `llama3` (Llama 3.1) divides the low ones, whose
     wavelength exceeds original_context_length / low_freq_factor, and blends towards the high ones; `yarn` (Peng et al.
@@ -233,14 +233,14 @@ class RopeScaling(Strict):
 
 
 class GPTConfig(ModelParams):
-    """Everything that `GPT` is built from; what a model folder's `config.json` holds."""
+    """Config of a `GPT`, and the content of a model folder's `config.json`."""
 
     vocab_size: Size  # at least the tokenizer's; open weights often have rows to spare
     rope_scaling: RopeScaling | None = None
     sliding_window: Positive | None = None  # tokens that a position attends to, itself included; None: all before it
 
 
-Template = Literal["alpaca", "chatml", "llama3"]  # how a prompt is written for an instruct model
+Template = Literal["alpaca", "chatml", "llama3"]  # prompt template of an instruct model
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -262,7 +262,7 @@ class LoRAParams(Strict):
 
 
 class TrainParams(Strict):
-    """What `fit` needs, whatever is trained. A step is an optimizer step."""
+    """Params of `fit`, in all three trainings. A step is an optimizer step."""
 
     max_steps: NonNegative
     batch_size: Positive
@@ -297,7 +297,7 @@ class TrainParams(Strict):
 
     @property
     def stable_steps(self) -> int:
-        """With schedule wsd, how many steps are made before the decay, those of the warmup included."""
+        """Return the number of steps before the decay of schedule wsd, with those of the warmup."""
         return self.max_steps - self.decay_steps
 
 
@@ -334,7 +334,7 @@ class EvaluateParams(Strict):
 
 
 class RuntimeParams(Strict):
-    """What changes speed and comfort but no result that is compared: no stage lists this section in `dvc.yaml`."""
+    """Params of speed and comfort, which change no compared result: no stage lists this section in `dvc.yaml`."""
 
     device: Literal["auto", "cpu", "cuda", "mps"]
     precision: Literal["auto", "fp32", "tf32", "bf16"]
@@ -368,28 +368,85 @@ class Params(Strict):
         return self
 
 
+TRAININGS = ("pretrain", "finetune_classify", "finetune_instruct")
+RENAMED = {  # keys of earlier versions, and their present names
+    **{f"{section}.min_lr": "min_lr_ratio" for section in ("training", *TRAININGS)},
+    "tokenize.corpus.section_chars": "chunk_chars",
+    "tokenize.shard_tokens": "tokens_per_shard",
+    "evaluate.answers": "report_samples",
+}
+
+
 def parse_params(values: Mapping[str, Any], where: str = "params.yaml") -> Params:
-    """Validates a mapping as read from `params.yaml`; raises `InputError` with one line on the first error."""
+    """Validate a mapping as read from `params.yaml`; raise `InputError` with one line on the first error."""
+    for key, name in RENAMED.items():
+        if contains(values, key.split(".")):
+            raise InputError(f"{where}: {key}: renamed; write {name}")
+    shared = values.get("training", {})
+    if not isinstance(shared, Mapping):
+        raise InputError(f"{where}: training: expected keys with values, found {type(shared).__name__}")
+    effective = effective_params(values)
+    del effective["training"]
     try:
-        return Params.model_validate(dict(values))
+        return Params.model_validate(effective)
     except ValidationError as error:
-        raise InputError(explain(error, where)) from None
+        raise InputError(explain(error, where, values)) from None
 
 
-def explain(error: ValidationError, where: str) -> str:
-    """One line for the first thing that is wrong: `params.yaml: pretrain.lr: expected a number, found '1e-3'`."""
-    first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
+def effective_params(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of `params.yaml` with the section `training` merged into the three trainings, and emptied."""
+    shared = values.get("training", {})
+    if not isinstance(shared, Mapping):
+        return dict(values)
+    return {
+        key: merged(shared, section) if key in TRAININGS and isinstance(section, Mapping) else section
+        for key, section in values.items()
+    } | {"training": {}}
+
+
+def merged(shared: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the shared values, overridden key by key by a section's own."""
+    result = dict(shared)
+    for key, value in own.items():
+        both = isinstance(value, Mapping) and isinstance(shared.get(key), Mapping)
+        result[key] = merged(shared[key], value) if both else value
+    return result
+
+
+def contains(values: Any, key: Iterable[str | int]) -> bool:
+    try:
+        for part in key:
+            values = values[part]
+    except (LookupError, TypeError):
+        return False
+    return True
+
+
+def explain(error: ValidationError, where: str, values: Mapping[str, Any] | None = None) -> str:
+    """Return one line for the first error: `params.yaml: pretrain.lr: expected a number, found '1e-3'`.
+
+    `values` are those of `params.yaml`: what a training has from the section `training` is named there.
+    """
+
+    def place(loc: tuple[str | int, ...]) -> tuple[str | int, ...]:
+        shared = ("training", *loc[1:])
+        return shared if loc and loc[0] in TRAININGS and not contains(values, loc) and contains(values, shared) else loc
+
+    errors = error.errors()
+    first, places = errors[0], list(dict.fromkeys(place(each["loc"]) for each in errors))
+    key = ".".join(str(part) for part in places[0])
     message = first["msg"].removeprefix("Value error, ")
     kind, found = first["type"], first["input"]
     if kind == "extra_forbidden":
         message = "unknown key; remove it or correct its name"
     elif kind == "missing":
-        message = "missing key; add it"
+        section, *inner = first["loc"]
+        shareable = section in TRAININGS and bool(inner) and inner[0] in TrainParams.model_fields
+        message = "missing key; add it here or to the section training" if shareable else "missing key; add it"
     elif kind != "value_error":
         shown = "something with a password or token" if SECRET.search(str(found)) else repr(found)
         message = f"{message[0].lower()}{message[1:]}, found {shown}"
         if isinstance(found, str) and "number" in message:
             message += " (write 0.001, not 1e-3, which YAML reads as text)"
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    more = f" (and {len(places) - 1} more)" if len(places) > 1 else ""
     return f"{where}: {key + ': ' if key else ''}{message}{more}"

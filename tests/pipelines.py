@@ -58,7 +58,7 @@ def write_params(folder: Path, values: dict[str, Any]) -> None:
 def change_params(folder: Path, changes: dict[str, dict[str, Any]]) -> None:
     values = read_params(folder)
     for section, change in changes.items():
-        assert change.keys() <= values[section].keys()
+        assert change.keys() <= values[section].keys() | values["training"].keys()
         values[section] |= change
     write_params(folder, values)
 

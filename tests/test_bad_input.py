@@ -316,6 +316,18 @@ PARAMS: dict[str, Case] = {
     "missing key": Case(
         params(pretrain__max_steps=None), "pretrain", r"params\.yaml: pretrain\.max_steps: missing key; add"
     ),
+    "unknown shared key": Case(
+        params(training__learning_rate=0.1), "pretrain", r"params\.yaml: training\.learning_rate: unknown key; remove"
+    ),
+    "missing shared key": Case(
+        params(training__beta1=None),
+        "pretrain",
+        r"pretrain\.beta1: missing key; add it here or to the section training",
+    ),
+    "unknown shared choice": Case(
+        params(training__optimizer="sgd"), "pretrain", r"yaml: training\.optimizer: .*'adamw' or 'muon'.*found 'sgd'$"
+    ),
+    "no shared section": Case(params(training=3), "pretrain", r"yaml: training: expected keys with values, found int"),
     "missing section": Case(params(model=None), "pretrain", r"params\.yaml: model: missing key; add it"),
     "a number as text": Case(
         params(pretrain__lr="1e-3"), "pretrain", r"params\.yaml: pretrain\.lr: .*number.*'1e-3'.*write 0\.001"
@@ -348,7 +360,8 @@ PARAMS: dict[str, Case] = {
     "half the corpus held out": Case(
         params(tokenize__corpus__val=0.5), "tokenize", r"tokenize\.corpus\.val: .*found 0\.5"
     ),
-    "no LoRA targets": Case(params(pretrain__lora__targets=[]), "pretrain", r"pretrain\.lora\.targets: .*at least 1"),
+    "no LoRA targets": Case(params(training__lora__targets=[]), "pretrain", r"training\.lora\.targets: .*at least 1"),
+    "no LoRA rank of its own": Case(params(pretrain__lora={"rank": 0}), "pretrain", r"pretrain\.lora\.rank: .*found 0"),
     "unknown source": Case(params(data__corpus="nowhere"), "download", r"data\.corpus: no source 'nowhere'.*sample"),
     "source of another kind": Case(
         params(data__messages="novels"), "download", r"data\.messages: no source 'novels' with messages; there are: "

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from llm.common.errors import LONGEST_MESSAGE, InputError
 from llm.common.files import parse_json
-from llm.config import parse_params
+from llm.config import RENAMED, TRAININGS, effective_params, parse_params
 from tests.conftest import ROOT
 
 SHIPPED: dict[str, Any] = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
@@ -58,6 +58,70 @@ def test_any_change_of_the_params_is_valid_or_one_line(changes: list[tuple[tuple
         assert len(str(error)) <= LONGEST_MESSAGE + 5
         return
     assert parse_params(params.model_dump()) == params
+
+
+def changed_params(**changes: Any) -> dict[str, Any]:
+    """Return the shipped values with some keys of some sections changed."""
+    values = copy.deepcopy(SHIPPED)
+    for section, change in changes.items():
+        values[section] |= change
+    return values
+
+
+def test_a_training_has_the_shared_values_but_for_its_own() -> None:
+    lora = {"rank": 3}
+    params = parse_params(changed_params(training={"optimizer": "adamw"}, pretrain={"optimizer": "muon", "lora": lora}))
+    assert [getattr(params, name).optimizer for name in TRAININGS] == ["muon", "adamw", "adamw"]
+    shipped = parse_params(SHIPPED)
+    assert params.pretrain.lora == shipped.pretrain.lora.model_copy(update=lora)
+    assert params.finetune_classify.lora == shipped.finetune_classify.lora
+
+
+def test_effective_params_are_those_of_full_sections() -> None:
+    effective = effective_params(SHIPPED)
+    assert effective["training"] == {} and effective_params(effective) == effective
+    for name in TRAININGS:
+        assert effective[name] == getattr(parse_params(SHIPPED), name).model_dump()
+    del effective["training"]  # as in files of earlier versions
+    assert parse_params(effective) == parse_params(SHIPPED)
+
+
+def test_no_value_of_the_shipped_params_stands_in_all_three_trainings() -> None:
+    first, *others = (SHIPPED[name].items() for name in TRAININGS)
+    assert not [item for item in first if all(item in other for other in others)]
+    assert not [(name, key) for name in TRAININGS for key in SHIPPED[name] if key in SHIPPED["training"]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"training": {"beta1": 2.0}}, r"training\.beta1: input should be less than 1, found 2\.0$"),
+        ({"training": {"beta1": 2.0}, "pretrain": {"beta1": 0.5}}, r"training\.beta1: .* found 2\.0$"),
+        ({"pretrain": {"beta1": 2.0}}, r"pretrain\.beta1: .* found 2\.0$"),
+        ({"training": {"max_length": 8}}, r"training\.max_length: unknown key; remove it or correct its name$"),
+        (
+            {"training": {"lora": {"rnk": 8}}},
+            r"pretrain\.lora\.rank: missing key; add it here or to the section training",
+        ),
+        ({"training": {"lora": 8}}, r"training\.lora: .* found 8$"),
+        ({"pretrain": {"lora": {"rnk": 8}}}, r"pretrain\.lora\.rnk: unknown key"),
+    ],
+)
+def test_an_error_names_the_section_in_which_the_value_stands(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=rf"^params\.yaml: {message}"):
+        parse_params(changed_params(**changes))
+
+
+@pytest.mark.parametrize(("key", "name"), RENAMED.items())
+def test_a_renamed_key_is_an_error_with_its_new_name(key: str, name: str) -> None:
+    values = copy.deepcopy(SHIPPED)
+    *sections, last = key.split(".")
+    section = values
+    for part in sections:
+        section = section[part]
+    section[last] = section.pop(name, 0)
+    with pytest.raises(InputError, match=rf"^params\.yaml: {key}: renamed; write {name}$"):
+        parse_params(values)
 
 
 @pytest.mark.parametrize("changed", [("seed", 0), ("seed", 2**32 - 1)])

@@ -177,7 +177,7 @@ def positive(text: str) -> int:
 
 
 def shipped_params(changes: Sequence[str] = ()) -> Params:
-    """Return this clone's `params.yaml`, with changes as `dvc exp run -S` takes them: `key=value`."""
+    """Return this clone's `params.yaml`, with changes as for `dvc exp run -S`: `key=value`, `+key=value` to add one."""
     import yaml
 
     from llm.config import parse_params
@@ -189,11 +189,11 @@ def shipped_params(changes: Sequence[str] = ()) -> Params:
         raise InputError(f"{path}: not found; our recipe is taken from it: run this in a clone") from None
     for change in changes:
         key, equals, value = change.partition("=")
-        *names, last = key.split(".")
+        *names, last = key.removeprefix("+").split(".")
         section = values
         for name in names:
             section = section.get(name) if isinstance(section, dict) else None
-        if not equals or not isinstance(section, dict) or last not in section:
+        if not equals or not isinstance(section, dict) or (last in section) == key.startswith("+"):
             raise InputError(
                 f"--set-param {change}: expected KEY=VALUE with a key of params.yaml, as pretrain.lr=0.004"
             )

@@ -14,7 +14,7 @@ import yaml
 
 from llm.common.device import device_kind
 from llm.common.errors import InputError
-from llm.config import Params
+from llm.config import Params, effective_params
 
 
 class FileState(NamedTuple):
@@ -48,11 +48,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def read_inputs(stage: str, values: Mapping[str, Any], known: Mapping[str, FileState] | None = None) -> Inputs:
-    """Read the stage's params and deps; a `known` file with the same stamp is not read again."""
+    """Read the stage's effective params and its deps; a `known` file with the same stamp is not read again."""
     stages = read_yaml(Path("dvc.yaml")).get("stages", {})
     if stage not in stages:
         raise InputError(f"dvc.yaml: no stage {stage!r}")
-    params = {key: _lookup(values, key) for key in stages[stage].get("params", [])}
+    effective = effective_params(values)
+    params = {key: _lookup(effective, key) for key in stages[stage].get("params", [])}
     deps: list[str] = stages[stage].get("deps", [])
     files: dict[str, FileState] = {}
     for dep in deps:

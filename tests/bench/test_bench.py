@@ -472,6 +472,8 @@ def test_our_recipe_is_that_of_the_params() -> None:
 def test_params_change_as_in_an_experiment() -> None:
     params = shipped_params(["pretrain.lr=0.004", "tokenize.corpus.split=book"])
     assert (params.pretrain.lr, params.tokenize.corpus.split) == (0.004, "book")
+    shared = shipped_params(["training.optimizer=adamw", "+pretrain.optimizer=muon"])
+    assert (shared.pretrain.optimizer, shared.finetune_classify.optimizer) == ("muon", "adamw")
     changed = params.model_copy(update={"pretrain": shipped_params().pretrain, "tokenize": shipped_params().tokenize})
     assert changed == shipped_params() != params
 

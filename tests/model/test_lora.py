@@ -349,7 +349,7 @@ def shipped_params(**lora: Any) -> Params:
     values["model"] |= {name: GPT2_FORM[name] for name in values["model"]} | {"context_length": 64}
     for section in ("pretrain", "finetune_classify", "finetune_instruct"):
         values[section] |= {"max_steps": 4, "batch_size": 4, "eval_interval": 2, "trainable": "lora", "keep": "last"}
-        values[section]["lora"] |= {"rank": 2, "dropout": 0.1}
+    values["training"]["lora"] |= {"rank": 2, "dropout": 0.1}
     for section in ("finetune_classify", "finetune_instruct"):
         values[section] |= {"scratch_control": True}
     values["pretrain"] |= {"sample_tokens": 3, "eval_tokens": 100}

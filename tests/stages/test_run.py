@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from llm.common.errors import InputError
 from llm.config import parse_params
-from stages.runtime.inputs import data_digests, fingerprint, read_inputs, read_yaml
+from stages.runtime.inputs import data_digests, fingerprint, flatten, read_inputs, read_yaml
 from tests.conftest import ROOT
 
 SHIPPED = (ROOT / "params.yaml").read_text(encoding="utf-8")
@@ -105,7 +105,20 @@ def test_fingerprint_depends_on_params_code_and_data_only(place: Path) -> None:
     assert current_fingerprint() not in (before, changed_code)
 
 
-def test_fingerprint_depends_on_the_device_once_torch_is_loaded(place: Path) -> None:
+def test_fingerprint_and_journal_have_the_effective_values_of_a_training(place: Path) -> None:
+    text = (place / "dvc.yaml").read_text().replace("pretrain.lr", "training, pretrain")
+    (place / "dvc.yaml").write_text(text)
+    before = current_fingerprint()
+    assert current_fingerprint(training__beta1=0.5) != before
+    values = yaml.safe_load(SHIPPED)
+    values["training"]["beta1"], values["pretrain"]["beta1"] = 0.5, values["training"]["beta1"]
+    assert fingerprint(read_inputs("demo", values), parse_params(values)) == before, "pretrain has its own"
+    found = flatten(read_inputs("demo", yaml.safe_load(SHIPPED)).params)
+    assert found["pretrain.optimizer"] == "muon" and found["pretrain.lora.rank"] == 8
+    assert not [key for key in found if key.startswith("training")]
+
+
+def test_data_digests_once_torch_is_loaded(place: Path) -> None:
     import torch  # noqa: F401
 
     assert current_fingerprint(runtime__device="cpu") != current_fingerprint(runtime__device="mps")
