@@ -47,11 +47,11 @@ MakeTask = Callable[[Run, Checkpoint], FinetuneTask]
 
 def finetune(run: Run, name: str, section: ClassifyParams | InstructParams, make_task: MakeTask) -> None:
     """Train `models/NAME`, with `scratch_control` also `models/NAME_scratch`, and write the stage's metrics."""
-    control = f"{name}_scratch"
+    baseline = f"{name}_scratch"
     scratch = section.model_copy(update={"trainable": "all"})  # there is nothing in random weights to keep
 
     def train_baseline() -> dict[str, float]:
-        return train(run, control, scratch, make_task, from_base=False)[0].best_metrics
+        return train(run, baseline, scratch, make_task, from_base=False)[0].best_metrics
 
     if is_baseline():
         write_result(run, train_baseline())
@@ -69,7 +69,7 @@ def finetune(run: Run, name: str, section: ClassifyParams | InstructParams, make
         if section.scratch_control:
             metrics["scratch"] = train_baseline()
         else:
-            Path("models", control).mkdir(parents=True, exist_ok=True)  # an output that DVC expects, empty
+            Path("models", baseline).mkdir(parents=True, exist_ok=True)  # an output that DVC expects, empty
     if distributed.rank() == 0:
         run.write_history(result.history)
         run.write_metrics(metrics)
