@@ -30,8 +30,7 @@ def decode_batch(
     model = decoder.gpt
     context_length = model.config.context_length
     longest = max(len(request.context) for request in waiting) + max(request.remaining for request in waiting)
-    cache = new_kv_cache(model, min(batch_size, len(waiting)), min(context_length, longest))
-    batch = _Batch(decoder, cache)
+    batch = _Batch(decoder, new_kv_cache(model, min(batch_size, len(waiting)), min(context_length, longest)))
     with eval_mode(model):
         if prefix is not None and len(waiting) > 1:
             first = waiting[0].context

@@ -1,13 +1,13 @@
 """Compiled decoding of a single row: by PyTorch's compiler on a CPU, as a CUDA graph on a GPU.
 
-Shapes: K n_kv_heads, G queries of a key (n_heads / K), S tokens in the cache with the new one, D head_dim,
-C emb_dim, V vocab_size.
+Shapes: S tokens in the cache with the new one, H n_heads, K n_kv_heads, G = H / K, D head_dim, V vocab_size.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from types import FunctionType
 from typing import Any
 
@@ -28,14 +28,10 @@ from llm.model.linear import PackedLinear
 class CompiledDecoder:
     """A GPT with a compiled decode step, which `generate` and `stream` take in place of the GPT.
 
-    Equal up to rounding, and much faster. Only a single row is compiled: prefill and batches run the model itself.
-    On a CPU it takes up to half a minute, less the next time, as PyTorch keeps the code. On a CUDA device a graph is
-    captured for each KV cache. From then on the model must keep its layers, their dtype and their device: nothing
-    checks for changes. Raises `InputError` where the model cannot be compiled.
-
-    >>> decoder = CompiledDecoder(model)  # doctest: +SKIP
-    >>> generate(decoder, [tokenizer.encode("Once")], max_new_tokens=3)  # doctest: +SKIP
-    [[310, 257, 640]]
+    Tokens of a single row are computed in one call: equal up to rounding, and much faster. Prefill and batches run the
+    model itself. Compiling takes up to half a minute on a CPU, less the next time, as PyTorch keeps the code. On a CUDA
+    device a graph is captured for each KV cache. The model must then keep its layers, their dtype and their device, as
+    nothing checks for changes. Raises `InputError` where the model cannot be compiled.
     """
 
     def __init__(self, gpt: GPT) -> None:
@@ -43,7 +39,7 @@ class CompiledDecoder:
         self._decode = _CudaGraphStep(gpt) if gpt.tok_emb.weight.device.type == "cuda" else _CompiledStep(gpt)
 
     def __call__(self, idx: Tensor, cache: KVCache | None = None, pad: Tensor | None = None) -> Tensor:
-        """Return the logits [B, T, V] as `GPT.forward`."""
+        """Return the logits [B, T, V], as `GPT.forward` does."""
         places = 0 if cache is None else min(cache.max_length, self.gpt.config.context_length)
         # The compiler takes a length of 1 for a constant. A full cache is an error that the model raises.
         if idx.numel() != 1 or torch.is_grad_enabled() or cache is None or not 1 <= cache.length < places:
@@ -57,13 +53,13 @@ class CompiledDecoder:
 
 
 class _CompiledStep:
-    """The decode step of a single row as one compiled function."""
+    """The decode step of a single row, from the next token [1, 1] to logits [1, 1, V], as one compiled function."""
 
     def __init__(self, model: GPT) -> None:
         first = model.blocks[0]
         assert isinstance(first, TransformerBlock)
-        self.model, self.block, self.weights = model, _DecodeBlock(first), _stack_weights(model.blocks)
-        self.function = _compile(_decode_one_token)
+        block, weights = _DecodeBlock(first), _stack_weights(model.blocks)
+        self.decode = partial(_compile(_decode_one_token), model, block, weights)
         try:
             with torch.inference_mode(), eval_mode(model), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", ".* `functools.lru_cache`")  # `rotary_frequencies` may be traced
@@ -72,15 +68,13 @@ class _CompiledStep:
                 keys, values = cache.slice(0, 0, 3)
                 torch._dynamo.mark_dynamic(keys, 2)  # S is no constant
                 torch._dynamo.mark_dynamic(values, 2)
-                self.function(model, self.block, self.weights, idx, idx.new_zeros(1), keys, values)
+                self.decode(idx, idx.new_zeros(1), keys, values)
         except RuntimeError as error:  # the compiler's many classes derive from it
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise InputError(f"the step could not be compiled, for which a C++ compiler is needed: {reason}") from error
 
     def __call__(self, idx: Tensor, cache: KVCache, pad: Tensor) -> Tensor:
-        """Return the logits [1, 1, V] of the next token [1, 1]."""
-        keys, values = cache.slice(0, 0, cache.length + 1)  # [layers, K, S, D]
-        return self.function(self.model, self.block, self.weights, idx, pad, keys, values)
+        return self.decode(idx, pad, *cache.slice(0, 0, cache.length + 1))
 
 
 def _compile(function: Any) -> Any:
@@ -147,8 +141,7 @@ def _decode_one_token(
 
     first = torch.zeros((), dtype=torch.long, device=idx.device)
     _, x = while_loop(is_left, next_block, (first, model.embed(idx, positions)))
-    logits: Tensor = model.lm_head(model.final_norm(x))
-    return logits
+    return model.lm_head(model.final_norm(x))
 
 
 def _attend_one_query(q: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:
@@ -179,7 +172,6 @@ class _CudaGraphStep:
         self.replay: Callable[[], Tensor]
 
     def __call__(self, idx: Tensor, cache: KVCache, pad: Tensor) -> Tensor:
-        """Return the logits [1, 1, V] of the next token [1, 1]."""
         self.idx.copy_(idx)
         self.pad.copy_(pad)
         self.position.fill_(cache.length)
@@ -222,5 +214,4 @@ def _decode_at(model: GPT, idx: Tensor, pad: Tensor, position: Tensor, cache: KV
         values.index_copy_(1, position, v[0])
         y = F.scaled_dot_product_attention(q, keys[None], values[None], attn_mask=mask, enable_gqa=True)
         x = block.finish(x, y.transpose(1, 2).reshape(1, 1, -1))
-    logits: Tensor = model.lm_head(model.final_norm(x))
-    return logits
+    return model.lm_head(model.final_norm(x))

@@ -1,9 +1,8 @@
 """GPT: a decoder-only transformer, from token ids to logits, with a key-value cache for generation.
 
-With learned positions, layernorm, gelu and biases it is GPT-2 (Radford et al. 2019); the other options of the same
-config give the modern block: rotary positions (Su et al. 2021), RMSNorm (Zhang and Sennrich 2019), SwiGLU
-(Shazeer 2020) or squared ReLU (So et al. 2021), grouped-query attention (Ainslie et al. 2023), QK-norm (Henry et al.
-2020).
+With learned positions, layernorm, gelu and biases it is GPT-2 (Radford et al. 2019). Other options give the modern
+block: rotary positions (Su et al. 2021), RMSNorm (Zhang and Sennrich 2019), SwiGLU (Shazeer 2020) or squared ReLU (So
+et al. 2021), grouped-query attention (Ainslie et al. 2023), QK-norm (Henry et al. 2020).
 
 Shapes: B batch, T tokens of this call, S tokens attended to (cached ones included), C emb_dim, H n_heads, K n_kv_heads,
 D head_dim, F ffn_dim, V vocab_size.
@@ -78,13 +77,7 @@ class CausalSelfAttention(nn.Module):
             y = causal_attention(q, k, v)  # [B, H, T, D]
         else:
             y = F.scaled_dot_product_attention(
-                q,
-                k,
-                v,
-                attn_mask=mask,
-                is_causal=causal,
-                dropout_p=dropout,
-                enable_gqa=self.config.n_kv_heads != self.config.n_heads,
+                q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout, enable_gqa=q.shape[1] != k.shape[1]
             )  # [B, H, T, D]
         return y.transpose(1, 2).reshape(B, T, -1)
 

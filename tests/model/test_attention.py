@@ -1,4 +1,4 @@
-"""Causal attention in parts against PyTorch's own."""
+"""Causal attention in blocks against PyTorch's own."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_output_and_gradients_are_those_of_torch(tokens: int, kv_heads: int, mon
     torch.testing.assert_close(found, torch.autograd.grad(expected, inputs, grad), atol=1e-6, rtol=0)
 
 
-def test_nothing_of_the_square_is_kept() -> None:
+def test_no_scores_are_stored_for_the_backward_pass() -> None:
     *inputs, _ = problem(100)
     kept: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
@@ -43,7 +43,7 @@ def test_nothing_of_the_square_is_kept() -> None:
     assert kept and max(kept) == inputs[0].numel() < 100 * 100
 
 
-def test_a_model_uses_it_in_bf16_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_uses_it_in_bf16_only(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[torch.dtype] = []
     monkeypatch.setattr(model, "causal_attention", lambda q, k, v: seen.append(q.dtype) or causal_attention(q, k, v))
     gpt, idx = GPT(gpt_config()).eval(), torch.randint(0, 61, (4, 8), generator=torch.Generator().manual_seed(0))

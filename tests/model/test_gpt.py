@@ -1,4 +1,4 @@
-"""The model against transformers, and against what has to hold for every form of it."""
+"""The model against transformers, and the properties of every architecture."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def assert_same_logits(config: GPTConfig, weights: dict[str, Tensor], theirs: tr
         torch.testing.assert_close(ours(idx), expected, atol=1e-5, rtol=0)
 
 
-def test_gpt2_form_is_transformers_gpt2() -> None:
+def test_gpt2_equals_transformers() -> None:
     shape = transformers.GPT2Config(vocab_size=97, n_positions=24, n_embd=32, n_layer=3, n_head=4)
     theirs = randomize(transformers.GPT2LMHeadModel(shape), std=0.2)
     config = gpt_config(
@@ -123,12 +123,12 @@ OUR_LLAMA_SHAPE = LLAMA_FORM | {
 }
 
 
-def test_modern_form_is_transformers_llama() -> None:
+def test_llama_equals_transformers() -> None:
     theirs = randomize(transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA_SHAPE)), std=0.2)
     assert_same_logits(gpt_config(**OUR_LLAMA_SHAPE, head_dim=8), llama_weights(theirs), theirs)
 
 
-def test_modern_form_with_qk_norm_is_transformers_qwen3() -> None:
+def test_qwen3_equals_transformers() -> None:
     shape = transformers.Qwen3Config(**LLAMA_SHAPE, head_dim=12)  # wider heads than emb_dim / n_heads
     theirs = randomize(transformers.Qwen3ForCausalLM(shape), std=0.2)
     assert_same_logits(gpt_config(**OUR_LLAMA_SHAPE, head_dim=12, qk_norm=True), llama_weights(theirs), theirs)
@@ -165,7 +165,7 @@ def test_gpt2_124m_has_its_parameters(tied: bool, parameters: int) -> None:
 
 
 @every_form
-def test_an_untrained_model_knows_nothing(form: dict[str, Any]) -> None:
+def test_the_initial_loss_is_near_the_log_of_the_vocabulary(form: dict[str, Any]) -> None:
     torch.manual_seed(0)
     model = GPT(gpt_config(**form, vocab_size=500)).eval()
     idx = ids(8, 17, vocab_size=500)
@@ -173,7 +173,7 @@ def test_an_untrained_model_knows_nothing(form: dict[str, Any]) -> None:
     assert loss.item() == pytest.approx(math.log(500), abs=0.05)
 
 
-def test_what_is_added_to_the_residual_stream_starts_smaller() -> None:
+def test_projections_into_the_residual_stream_start_smaller() -> None:
     torch.manual_seed(0)
     model = GPT(gpt_config(emb_dim=64, ffn_dim=256, n_heads=16, n_kv_heads=16, n_layers=8))
     for name, p in model.named_parameters():
@@ -248,7 +248,7 @@ def test_cache_equals_no_cache(form: dict[str, Any]) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
-def test_left_padding_changes_nothing(data: st.DataObject) -> None:
+def test_left_padding_does_not_change_logits(data: st.DataObject) -> None:
     """Rows of any lengths, right-aligned, in pieces of any lengths, equal each row alone without padding."""
     form = data.draw(st.sampled_from(list(FORMS.values())))
     lengths = data.draw(st.lists(st.integers(1, 16), min_size=1, max_size=4))
@@ -274,7 +274,7 @@ def test_left_padding_changes_nothing(data: st.DataObject) -> None:
     assert logits.isfinite().all()
 
 
-def test_the_cache_keeps_chosen_rows_in_the_chosen_order() -> None:
+def test_a_reordered_cache_gives_the_logits_of_its_rows() -> None:
     model, idx = model_of(SHIPPED_FORM), ids(4, 16)
     kept = [3, 1]
     with torch.no_grad():
@@ -285,8 +285,8 @@ def test_the_cache_keeps_chosen_rows_in_the_chosen_order() -> None:
         torch.testing.assert_close(logits, model(idx[kept])[:, 10:], atol=1e-5, rtol=1e-5)
 
 
-def test_what_the_cache_holds_can_be_shifted() -> None:
-    """To the right and back by more: what left at the left is padding, so that positions stay what they were."""
+def test_a_shifted_cache_gives_equal_logits() -> None:
+    """Only padding leaves at the left, so that positions stay equal."""
     model, idx = model_of(SHIPPED_FORM), ids(2, 16)
     with torch.no_grad():
         expected = model(idx[:, :6], pad=torch.tensor([2, 3]))
@@ -299,7 +299,7 @@ def test_what_the_cache_holds_can_be_shifted() -> None:
         torch.testing.assert_close(logits, expected[:, 5:], atol=1e-5, rtol=1e-5)
 
 
-def test_what_does_not_fit_is_an_error() -> None:
+def test_too_many_tokens_for_the_context_or_the_cache_are_refused() -> None:
     model = model_of({})
     with pytest.raises(ValueError, match="17 tokens exceed the context length 16"):
         model(ids(1, 17))
@@ -314,7 +314,7 @@ def test_what_does_not_fit_is_an_error() -> None:
 
 
 @every_form
-def test_the_upper_blocks_go_on_from_what_the_lower_ones_made(form: dict[str, Any]) -> None:
+def test_upper_blocks_continue_from_cached_hidden_states(form: dict[str, Any]) -> None:
     model = model_of(form, n_layers=3)
     idx = ids(2, 9)
     with torch.no_grad():

@@ -42,8 +42,8 @@ def test_product_and_gradients_equal_the_plain_formula(size: tuple[int, ...], ha
 
 
 @pytest.mark.skipif(not ONEDNN, reason="this PyTorch has no oneDNN")
-def test_few_rows_and_trainings_in_fp32_on_a_cpu_have_onednn_and_nothing_else_has() -> None:
-    """So that the other tests are not passed by the usual way alone."""
+def test_onednn_computes_few_rows_and_trainings_in_fp32_only() -> None:
+    """Otherwise the other tests could pass without it."""
     with torch.profiler.profile() as profile:
         linear(random(2, 48), random(31, 48))
         linear(random(2, 48).requires_grad_(), random(31, 48)).sum().backward()
@@ -57,7 +57,7 @@ def test_few_rows_and_trainings_in_fp32_on_a_cpu_have_onednn_and_nothing_else_ha
     assert not [event for event in profile.events() if event.name == "mkldnn::_linear_pointwise"]
 
 
-def test_what_lies_in_memory_with_gaps_is_read_right() -> None:
+def test_strided_inputs_give_the_plain_formula() -> None:
     x, weight = random(6, 5, 96)[:, -1, ::2], random(62, 96)[::2, ::2]
     torch.testing.assert_close(linear(x, weight), x @ weight.T, atol=3e-5, rtol=1e-5)
     turned = random(48, 31).T
@@ -78,7 +78,7 @@ def test_the_bits_do_not_depend_on_the_number_of_threads() -> None:
     assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
 
 
-def test_only_the_gradients_that_are_asked_for_are_computed() -> None:
+def test_only_required_gradients_are_computed() -> None:
     layer = Linear(48, 31).requires_grad_(False)
     x = random(3, 48).requires_grad_()
     layer(x).sum().backward()
@@ -86,7 +86,7 @@ def test_only_the_gradients_that_are_asked_for_are_computed() -> None:
     assert layer.weight.grad is None
 
 
-def test_it_starts_as_its_parent_and_holds_the_same_tensors() -> None:
+def test_initial_weights_equal_those_of_nn_linear() -> None:
     torch.manual_seed(3)
     ours = Linear(48, 31)
     torch.manual_seed(3)
@@ -113,7 +113,7 @@ def test_packed_weights_give_the_plain_formula(size: tuple[int, ...], has_bias: 
 
 
 def test_a_packed_model_predicts_the_same() -> None:
-    """Where oneDNN computes it, and otherwise as it did."""
+    """Layers that oneDNN does not compute stay plain."""
     torch.manual_seed(0)
     model = GPT(gpt_config(vocab_size=64, context_length=32)).eval()
     idx = torch.randint(64, (3, 20))

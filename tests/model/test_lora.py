@@ -1,4 +1,4 @@
-"""Adapters: what they add and what they leave alone, merged, saved alone, and through the three trainings."""
+"""Adapters: their output, merged, saved alone, and through the three trainings."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def folder_of(model: GPT | GPTClassifier, kind: str = "base") -> Checkpoint:
 
 
 def train_adapters(model: nn.Module, seed: int = 1) -> None:
-    """As if trained: every A, B and head has other values now."""
+    """Change every A, B and head, like a training."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -95,7 +95,7 @@ def test_the_layer_is_its_definition() -> None:
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
 @pytest.mark.parametrize("kind", ["base", "classifier"])
-def test_new_adapters_change_nothing_and_merged_ones_what_they_did_before(kind: str, form: dict[str, Any]) -> None:
+def test_new_adapters_change_no_logits_and_merged_ones_keep_them(kind: str, form: dict[str, Any]) -> None:
     model = new_model(kind, **form)
     before, parameters = logits(model), [name for name, _ in model.named_parameters()]
     add_lora(model, lora_params())
@@ -110,7 +110,7 @@ def test_new_adapters_change_nothing_and_merged_ones_what_they_did_before(kind: 
     assert [name for name, _ in model.named_parameters()] == parameters
 
 
-def test_a_starts_as_a_linear_layer_does_and_follows_the_seed() -> None:
+def test_a_is_initialized_like_a_linear_layer_from_the_seed() -> None:
     def factor(seed: int) -> Tensor:
         torch.manual_seed(seed)
         return LoRALinear(nn.Linear(64, 8), lora_params(rank=50)).A.detach()
@@ -159,7 +159,7 @@ def test_only_the_named_layers_get_an_adapter() -> None:
     assert set(adapters(model)) == {f"blocks.{i}.{name}" for i in (0, 1) for name in ("attn.v_proj", "ffn.gate_proj")}
 
 
-def test_targets_that_a_form_does_not_have() -> None:
+def test_targets_missing_from_the_model_are_ignored_or_refused() -> None:
     model = new_model()  # GPT-2's form: no gate
     add_lora(model, lora_params(targets=["gate_proj", "up_proj"]))
     assert set(adapters(model)) == {"blocks.0.ffn.up_proj", "blocks.1.ffn.up_proj"}
@@ -201,7 +201,7 @@ def test_only_adapters_and_the_head_get_gradients(target: str) -> None:
 
 
 def adapted(base: Checkpoint, kind: str, lora: LoRAParams) -> Checkpoint:
-    """A model made from the base and as if trained; the base itself is left alone."""
+    """Return a copy of the base with trained adapters."""
     gpt = copy.deepcopy(base.model)
     assert isinstance(gpt, GPT)
     model = GPTClassifier(gpt, 3) if kind == "classifier" else gpt
@@ -274,7 +274,7 @@ def test_another_base_is_refused(tmp_path: Path, other: Callable[[], Checkpoint]
     assert "\n" not in str(error.value)
 
 
-def test_every_weight_of_a_base_counts_and_no_adapter_does() -> None:
+def test_the_digest_of_a_base_covers_every_weight_and_no_adapter() -> None:
     model = new_model()
     assert isinstance(model, GPT)
     digests = {base_digest(model)}
@@ -417,7 +417,7 @@ def test_each_stage_trains_adapters_and_writes_them_merged_and_alone(
 
 
 @pytest.mark.parametrize(("template", "system"), [("chatml", "Be kind."), ("alpaca", None)])
-def test_what_a_base_is_told_first_is_kept_with_its_template(place: Path, template: str, system: str | None) -> None:
+def test_the_system_prompt_of_a_base_is_kept_with_its_template(place: Path, template: str, system: str | None) -> None:
     save_checkpoint(place / "models/base", folder_of(new_model(context_length=256), "instruct"))
     params = shipped_params()
     section = params.finetune_instruct.model_copy(update={"template": template, "scratch_control": False})

@@ -52,7 +52,7 @@ def test_no_chunk_holds_more_logits_than_allowed(monkeypatch: pytest.MonkeyPatch
     assert sum(shape[0] for shape in shapes) == 50
 
 
-def test_what_is_frozen_gets_no_gradient() -> None:
+def test_frozen_inputs_get_no_gradient() -> None:
     hidden, weight, targets = problem()
     linear_cross_entropy(hidden, weight.detach(), targets).backward()
     assert hidden.grad is not None
@@ -68,13 +68,13 @@ def test_huge_logits_stay_finite() -> None:
     assert value.isfinite() and hidden.grad is not None and hidden.grad.isfinite().all()
 
 
-def test_no_positions_cost_nothing() -> None:
+def test_no_positions_give_zero_loss() -> None:
     _, weight, _ = problem()
     value = linear_cross_entropy(torch.empty(0, 6, dtype=torch.float64), weight, torch.empty(0, dtype=torch.long))
     assert value.item() == 0
 
 
-def test_autocast_makes_the_products_in_half_precision() -> None:
+def test_autocast_multiplies_in_half_precision() -> None:
     hidden, weight, targets = (t.float() if t.is_floating_point() else t for t in problem())
     hidden, weight = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
     exact = linear_cross_entropy(hidden, weight, targets)
