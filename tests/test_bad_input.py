@@ -719,7 +719,7 @@ MODEL_FOLDERS: dict[str, Case] = {
     ),
     "weights a pickle": Case(write(OURS, b"\x80\x04cos\nsystem\n"), SCORE, r"cannot be read as safetensors"),
     "tensor missing": Case(
-        weights(OURS, lambda w: w.pop(Q)), SCORE, rf"tensor {Q} is missing; the file does not belong to"
+        weights(OURS, lambda w: w.pop(Q)), SCORE, rf"tensor {Q} is missing; config\.json asks for it"
     ),
     "tensor left over": Case(
         weights(OURS, lambda w: w.update(new=w[Q].clone())), SCORE, r"tensor new has no place in the model \(1 left"
@@ -840,7 +840,7 @@ FOREIGN_FOLDERS: dict[str, Case] = {
     ),
     "weights cut": Case(cut(THEIRS, 20_000), IMPORT, r"theirs/model\.safetensors: cannot be read as safetensors"),
     "tensor missing": Case(
-        weights(THEIRS, lambda w: w.pop(THEIR_Q)), IMPORT, rf"tensor {THEIR_Q} is missing from the weights; config"
+        weights(THEIRS, lambda w: w.pop(THEIR_Q)), IMPORT, rf"tensor {THEIR_Q} is missing; config\.json asks for it"
     ),
     "tensor left over": Case(
         weights(THEIRS, lambda w: w.update(new=w[THEIR_Q].clone())), IMPORT, r"tensor new has no place .*\(1 left"
@@ -958,7 +958,7 @@ GGUF: dict[str, Case] = {
     "another architecture": Case(
         replace("it.gguf", struct.pack("<Q", 5) + b"llama", struct.pack("<Q", 5) + b"mamba"),
         IMPORT_GGUF,
-        r"it\.gguf: architecture 'mamba' is not supported, only gpt2",
+        r"it\.gguf: general\.architecture 'mamba' is not known; known are gpt2",
     ),
     "layers without end": Case(
         replace("it.gguf", b"llama.block_count\x04\0\0\0\x02\0\0\0", b"llama.block_count\x04\0\0\0\xff\xff\xff\0"),

@@ -6,7 +6,7 @@ import contextlib
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,19 @@ def check_layers(path: Path, n_tensors: int, config: GPTConfig) -> None:
         )
 
 
+def check_tensors(
+    where: Path, wanted: Mapping[str, Sequence[int]], found: Mapping[str, StoredTensor], config: str
+) -> None:
+    """Raise `InputError` unless the stored tensors have the names and shapes that `config` asks for."""
+    for name, shape in wanted.items():
+        if name not in found:
+            raise InputError(f"{where}: tensor {name} is missing; {config} asks for it")
+        if [*found[name].shape] != [*shape]:
+            raise InputError(f"{where}: tensor {name} has shape {[*found[name].shape]}, {config} asks for {[*shape]}")
+    if extra := sorted(found.keys() - wanted.keys()):
+        raise InputError(f"{where}: tensor {extra[0]} has no place in the model ({len(extra)} left over)")
+
+
 def load_weights(
     model: GPT | GPTClassifier,
     path: Path,
@@ -50,19 +63,13 @@ def load_weights(
     device: torch.device,
     dtype: torch.dtype | None,
 ) -> None:
-    """Fill a model on the meta device strictly: each tensor used once, shapes equal, else `InputError`.
+    """Fill a model on the meta device; raise `InputError` unless each tensor is used once.
 
     Tensor by tensor, with the file closed in between: the memory it is mapped to never adds up to a second model. The
     largest come first, while the memory is still empty.
     """
-    expected = {name: list(tensor.shape) for name, tensor in stored_tensors(model).items()}
-    for name, shape in expected.items():
-        if name not in found:
-            raise InputError(f"{path}: tensor {name} is missing; the file does not belong to this config.json")
-        if list(found[name].shape) != shape:
-            raise InputError(f"{path}: tensor {name} has shape {list(found[name].shape)}, config.json asks for {shape}")
-    if extra := sorted(set(found) - set(expected)):
-        raise InputError(f"{path}: tensor {extra[0]} has no place in the model ({len(extra)} left over)")
+    expected = {name: tensor.shape for name, tensor in stored_tensors(model).items()}
+    check_tensors(path, expected, found, "config.json")
     try:
         for name in sorted(expected, key=lambda name: -math.prod(expected[name])):
             with safe_open(path, framework="pt") as file:

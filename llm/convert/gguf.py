@@ -23,15 +23,15 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from llm.checkpoint.folder import Checkpoint, lm_checkpoint
-from llm.checkpoint.weights import assign_tensor, check_layers, stored_tensors, tie_head, without_weights
+from llm.checkpoint.weights import assign_tensor, check_layers, check_tensors, stored_tensors, tie_head, without_weights
 from llm.common.errors import InputError
 from llm.common.files import atomic_file
 from llm.common.gguf_header import GGUFHeader, gguf_package, read_exactly, read_gguf_header
 from llm.common.stored_tensor import StoredTensor
 from llm.config import GPTConfig, explain
-from llm.convert.families.base import Family, fused_names
+from llm.convert.families.base import Family, fused_names, fused_shapes
 from llm.convert.families.metadata import Metadata
-from llm.convert.families.registry import family_of_arch, gguf_family
+from llm.convert.families.registry import FAMILIES, family_with
 from llm.model.gpt import GPT
 from llm.tokenizer.gguf import gguf_tokenizer_fields, parse_gguf_tokenizer
 
@@ -66,7 +66,10 @@ def read_gguf(path: Path, dtype: torch.dtype | None) -> Checkpoint:
         model = GPT(config)
     ours = stored_tensors(model)
     wanted = fused_names(family.gguf_names, ours)
-    _check_tensors(path, header, family, ours, wanted, config)
+    constants = family.gguf_constants(config)
+    weights = {name: stored for name, stored in header.tensors.items() if name not in constants}
+    check_tensors(path, fused_shapes(wanted, ours), weights, "the metadata")
+    _check_types(path, header.tensors)
     dtype = dtype or _stored_dtype(header.tensors)
     with path.open("rb") as file:
         for theirs, parts in wanted.items():
@@ -87,7 +90,7 @@ def _config(path: Path, header: GGUFHeader) -> tuple[Family, GPTConfig]:
     fields = header.fields
     arch = fields.get("general.architecture")
     try:
-        family = family_of_arch(arch)
+        family = family_with("gguf_arch", arch)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     if fields.get("split.count", 1) != 1:
@@ -98,26 +101,10 @@ def _config(path: Path, header: GGUFHeader) -> tuple[Family, GPTConfig]:
         raise InputError(explain(error, str(path))) from None
 
 
-def _check_tensors(
-    path: Path,
-    header: GGUFHeader,
-    family: Family,
-    ours: dict[str, Tensor],
-    wanted: dict[str, list[str]],
-    config: GPTConfig,
-) -> None:
-    """Raise `InputError` unless each tensor of the file has its place in the model, and each parameter a tensor."""
-    gguf, arch = gguf_package(), family.gguf_arch
-    for theirs, parts in wanted.items():
-        if theirs not in header.tensors:
-            raise InputError(f"{path}: tensor {theirs} is missing; the file does not hold a whole {arch} model")
-        found = list(header.tensors[theirs].shape)
-        shape = [sum(ours[name].shape[0] for name in parts), *ours[parts[0]].shape[1:]]
-        if found != shape:
-            raise InputError(f"{path}: tensor {theirs} has shape {found}, the metadata asks for {shape}")
-    if extra := sorted(set(header.tensors) - set(wanted) - set(family.gguf_constants(config))):
-        raise InputError(f"{path}: tensor {extra[0]!r} has no place in a {arch} model ({len(extra)} left over)")
-    for name, stored in header.tensors.items():
+def _check_types(path: Path, tensors: dict[str, StoredTensor]) -> None:
+    """Raise `InputError` for a type that `gguf` cannot dequantize."""
+    gguf = gguf_package()
+    for name, stored in tensors.items():
         kind = gguf.GGMLQuantizationType[stored.dtype]
         try:
             gguf.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
@@ -183,7 +170,7 @@ def export_gguf(checkpoint: Checkpoint, out: Path, kind: FileType) -> None:
         raise InputError(f"{out}: a folder has this name; name a file, such as {out / 'model.gguf'}")
     if not isinstance(checkpoint.model, GPT):
         raise InputError("a classifier has no form in GGUF; export a base or an instruct model")
-    family = gguf_family(checkpoint.config.gpt)
+    family = next(family for family in FAMILIES if family.matches_gguf(checkpoint.config.gpt))
     config = family.gguf_config(checkpoint.config.gpt)
     with without_weights():
         layout = stored_tensors(GPT(config))

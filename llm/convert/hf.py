@@ -19,6 +19,7 @@ from llm.checkpoint.folder import Checkpoint, lm_checkpoint
 from llm.checkpoint.weights import (
     assign_tensor,
     check_layers,
+    check_tensors,
     stored_tensors,
     tensors_in,
     tie_head,
@@ -30,8 +31,8 @@ from llm.common.errors import InputError
 from llm.common.files import read_json_object, replaced_folder, write_atomic
 from llm.common.stored_tensor import StoredTensor
 from llm.config import GPTConfig, explain
-from llm.convert.families.base import Family, HFConfig, fused_names
-from llm.convert.families.registry import family_of_model_type, hf_family
+from llm.convert.families.base import Family, HFConfig, fused_names, fused_shapes
+from llm.convert.families.registry import FAMILIES, family_with
 from llm.download.hub import PICKLED
 from llm.model.gpt import GPT
 from llm.tokenizer.hf import read_tokenizer_json, write_tokenizer_json
@@ -39,6 +40,7 @@ from llm.tokenizer.prompts import end_tokens
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = ("F32", "F16", "BF16")  # as safetensors names them
+HEAD = "lm_head.weight"
 GIVE_FOLDER = "give a folder with config.json, weights and tokenizer"
 
 
@@ -70,7 +72,7 @@ def read_hf_config(path: Path) -> tuple[Family, HFConfig]:
     """Read a `config.json` of transformers; raise `InputError` for one that `GPT` cannot express."""
     content = read_json_object(path, GIVE_FOLDER)
     try:
-        family = family_of_model_type(content.get("model_type"))
+        family = family_with("model_type", content.get("model_type"))
         hf_config = family.hf_config.model_validate(content)
         hf_config.gpt_config()
     except ValidationError as error:
@@ -83,31 +85,26 @@ def read_hf_config(path: Path) -> tuple[Family, HFConfig]:
 def read_weights(
     model: GPT, folder: Path, found: dict[str, StoredTensor], family: Family, dtype: torch.dtype | None
 ) -> None:
-    """Fill a model on the meta device strictly: each tensor used once, shapes equal, else `InputError`."""
+    """Fill a model on the meta device; raise `InputError` unless each tensor is used once."""
     ours, names = stored_tensors(model), family.hf_names
     prefix = names["tok_emb"].split(".")[0] + "."
     if not any(name.startswith(prefix) for name in found):  # saved without the head, as OpenAI's GPT-2 was
         names = {our: their.removeprefix(prefix) for our, their in names.items()}
     wanted = fused_names(names, ours)
-    for theirs, parts in wanted.items():
-        shape = [sum(ours[name].shape[0] for name in parts), *ours[parts[0]].shape[1:]]
+    shapes = fused_shapes(wanted, ours)
+    for theirs in wanted:
         if theirs.endswith(family.conv1d_weights):
-            shape.reverse()
-        if theirs not in found:
-            raise InputError(f"{folder}: tensor {theirs} is missing from the weights; config.json asks for it")
-        _, found_shape, stored_dtype, *_ = found[theirs]
-        if list(found_shape) != shape:
-            raise InputError(f"{folder}: tensor {theirs} has shape {list(found_shape)}, config.json asks for {shape}")
-        if stored_dtype not in DTYPES:
+            shapes[theirs].reverse()
+    known = {name: stored for name, stored in found.items() if not re.search(family.hf_constants, name)}
+    head = known.pop(HEAD, None) if HEAD not in wanted else None  # some files hold the shared tensor twice
+    check_tensors(folder, shapes, known, "config.json")
+    for theirs in wanted:
+        if (stored_dtype := found[theirs].dtype) not in DTYPES:
             raise InputError(f"{folder}: tensor {theirs} is stored as {stored_dtype}; read are {', '.join(DTYPES)}")
-    extra = sorted(name for name in set(found) - set(wanted) if not re.search(family.hf_constants, name))
-    if model.config.tie_embeddings and "lm_head.weight" in extra:  # some files hold the shared tensor twice
-        embedding, head = (mapped_tensor(found[name].path, name) for name in (next(iter(wanted)), "lm_head.weight"))
-        if head.dtype != embedding.dtype or not torch.equal(head, embedding):
-            raise InputError(f"{folder}: tie_word_embeddings is true, but lm_head.weight is not the embedding")
-        extra.remove("lm_head.weight")
-    if extra:
-        raise InputError(f"{folder}: tensor {extra[0]} has no place in the model ({len(extra)} left over)")
+    if head is not None:
+        embedding, copy = (mapped_tensor(found[name].path, name) for name in (next(iter(wanted)), HEAD))
+        if copy.dtype != embedding.dtype or not torch.equal(copy, embedding):
+            raise InputError(f"{folder}: tie_word_embeddings is true, but {HEAD} is not the embedding")
 
     # The largest first: while it is copied, its pages of the file are in memory too, and nothing else yet.
     for theirs, parts in sorted(wanted.items(), key=lambda item: -math.prod(found[item[0]].shape)):
@@ -169,7 +166,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 def hf_config_of(gpt: GPTConfig) -> tuple[Family, HFConfig]:
     """Return transformers' config that says the same as a `GPT`'s; raise `InputError` naming what none can say."""
-    family = hf_family(gpt)
+    family = next(family for family in FAMILIES if family.matches(gpt))
     try:
         hf_config = family.hf_config.from_gpt(gpt)
     except ValidationError as error:

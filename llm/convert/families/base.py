@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict
@@ -187,3 +187,11 @@ def fused_names(names: Mapping[str, str], parameters: Iterable[str]) -> dict[str
         theirs = names[re.sub(r"^blocks\.\d+", "blocks.{}", module)].format(*layer)
         fused.setdefault(f"{theirs}.{leaf}", []).append(name)
     return fused
+
+
+def fused_shapes(fused: Mapping[str, Sequence[str]], weights: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    """Return the shapes of `fused_names`, parameters stacked along the first dimension."""
+    return {
+        theirs: [sum(weights[name].shape[0] for name in parts), *weights[parts[0]].shape[1:]]
+        for theirs, parts in fused.items()
+    }

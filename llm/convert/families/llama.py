@@ -200,16 +200,21 @@ class LlamaHFConfig(RotaryHFConfig):
         return {"attention_bias": gpt.bias, "mlp_bias": gpt.bias}
 
 
-class Llama(Family):
-    """Llama 2 and 3 (Touvron et al. 2023), SmolLM2; the model of every rotary config that no other family takes."""
+class RotaryFamily(Family):
+    """Llama's names and options, which all families derived from it have."""
+
+    hf_names = HF_NAMES
+    hf_constants = r"\.rotary_emb\.inv_freq$"
+    fixed = FIXED
+
+
+class Llama(RotaryFamily):
+    """Llama 2 and 3 (Touvron et al. 2023), SmolLM2, and every rotary config that no other family takes."""
 
     model_type = "llama"
     hf_class = "LlamaForCausalLM"
-    hf_config: ClassVar[type[HFConfig]] = LlamaHFConfig
-    hf_names = HF_NAMES
-    hf_constants = r"\.rotary_emb\.inv_freq$"
-    gguf_arch: ClassVar[str | None] = "llama"
-    fixed: ClassVar[dict[str, Any]] = FIXED
+    hf_config = LlamaHFConfig
+    gguf_arch = "llama"
 
     def matches(self, gpt: GPTConfig) -> bool:
         return gpt.positions == "rotary"

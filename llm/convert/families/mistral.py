@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 
 from llm.config import GPTConfig
-from llm.convert.families.llama import Llama, RotaryHFConfig
+from llm.convert.families.llama import RotaryFamily, RotaryHFConfig
 
 
 class MistralHFConfig(RotaryHFConfig):
@@ -22,13 +22,12 @@ class MistralHFConfig(RotaryHFConfig):
         return {"sliding_window": gpt.sliding_window}
 
 
-class Mistral(Llama):
-    """Mistral (Jiang et al. 2023): Llama with a sliding window."""
+class Mistral(RotaryFamily):
+    """Mistral (Jiang et al. 2023): Llama with a sliding window. llama.cpp has it as llama."""
 
     model_type = "mistral"
     hf_class = "MistralForCausalLM"
     hf_config = MistralHFConfig
-    gguf_arch = None  # llama.cpp's is llama
 
     def matches(self, gpt: GPTConfig) -> bool:
         # transformers' Llama refuses such widths

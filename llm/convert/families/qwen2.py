@@ -6,8 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from llm.common.errors import InputError
 from llm.config import GPTConfig
-from llm.convert.families.base import Family
-from llm.convert.families.llama import Llama, RotaryHFConfig
+from llm.convert.families.llama import RotaryFamily, RotaryHFConfig
 from llm.tokenizer.bpe import Tokenizer
 
 
@@ -33,16 +32,13 @@ class Qwen2HFConfig(QwenHFConfig):
     qkv_bias: ClassVar[bool | None] = True
 
 
-class Qwen2(Family):
+class Qwen2(RotaryFamily):
     """Qwen2 and Qwen2.5 (Yang et al. 2024): Llama with biases for queries, keys and values."""
 
     model_type = "qwen2"
     hf_class = "Qwen2ForCausalLM"
     hf_config = Qwen2HFConfig
-    hf_names = Llama.hf_names
-    hf_constants = Llama.hf_constants
     gguf_arch = "qwen2"
-    fixed = Llama.fixed
 
     def matches(self, gpt: GPTConfig) -> bool:
         return gpt.positions == "rotary" and gpt.qkv_bias and not gpt.bias

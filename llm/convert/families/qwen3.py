@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from llm.config import GPTConfig
-from llm.convert.families.base import Family, not_in_gguf
-from llm.convert.families.llama import Llama
+from llm.convert.families.base import not_in_gguf
+from llm.convert.families.llama import FIXED, RotaryFamily
 from llm.convert.families.qwen2 import QwenHFConfig
 
 
@@ -17,16 +17,14 @@ class Qwen3HFConfig(QwenHFConfig):
     qk_norm: ClassVar[bool] = True
 
 
-class Qwen3(Family):
+class Qwen3(RotaryFamily):
     """Qwen3 (Yang et al. 2025): Llama with norms of queries and keys."""
 
     model_type = "qwen3"
     hf_class = "Qwen3ForCausalLM"
     hf_config = Qwen3HFConfig
-    hf_names = Llama.hf_names
-    hf_constants = Llama.hf_constants
     gguf_arch = "qwen3"
-    fixed = Llama.fixed | {"qk_norm": True}
+    fixed = FIXED | {"qk_norm": True}
     gguf_fixed = dict.fromkeys(("qkv_bias", "bias"), False)
 
     def matches(self, gpt: GPTConfig) -> bool:

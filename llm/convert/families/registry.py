@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from llm.common.errors import InputError
-from llm.config import GPTConfig
 from llm.convert.families.base import Family
 from llm.convert.families.gpt2 import GPT2
 from llm.convert.families.llama import Llama
@@ -11,32 +12,14 @@ from llm.convert.families.mistral import Mistral
 from llm.convert.families.qwen2 import Qwen2
 from llm.convert.families.qwen3 import Qwen3
 
+KEYS = {"model_type": "model_type", "gguf_arch": "general.architecture"}  # in the files
 FAMILIES: list[Family] = [GPT2(), Qwen3(), Qwen2(), Mistral(), Llama()]  # the first that matches a config writes it
 
 
-def family_of_model_type(model_type: object) -> Family:
-    """Return the family of a `model_type` in transformers' config.json."""
+def family_with(name: Literal["model_type", "gguf_arch"], value: object) -> Family:
+    """Return the family of this `model_type` in transformers' config.json, or of this architecture in GGUF."""
     for family in FAMILIES:
-        if family.model_type == model_type:
+        if value is not None and getattr(family, name) == value:
             return family
-    known = ", ".join(sorted(family.model_type for family in FAMILIES))
-    raise InputError(f"model_type {model_type!r} is not known; known are {known}")
-
-
-def family_of_arch(arch: object) -> Family:
-    """Return the family of a `general.architecture` in a GGUF file."""
-    for family in FAMILIES:
-        if family.gguf_arch is not None and family.gguf_arch == arch:
-            return family
-    known = ", ".join(sorted(family.gguf_arch for family in FAMILIES if family.gguf_arch))
-    raise InputError(f"architecture {f'{arch!r:.80}'} is not supported, only {known}")
-
-
-def hf_family(gpt: GPTConfig) -> Family:
-    """Return the family as which a config is written for transformers."""
-    return next(family for family in FAMILIES if family.matches(gpt))
-
-
-def gguf_family(gpt: GPTConfig) -> Family:
-    """Return the family as which a config is written to GGUF."""
-    return next(family for family in FAMILIES if family.matches_gguf(gpt))
+    known = ", ".join(sorted(each for family in FAMILIES if (each := getattr(family, name))))
+    raise InputError(f"{KEYS[name]} {f'{value!r:.80}'} is not known; known are {known}")
