@@ -20,7 +20,7 @@ from llm.inference.request import Decoder
 from llm.inference.sampling import GREEDY, Sampling
 from llm.inference.score import Score, score_tokens
 from llm.model.gpt import GPT
-from llm.tokenizer.prompts import encode_prompt, end_tokens
+from llm.tokenizer.prompts import TEMPLATES, end_tokens
 
 __all__ = ["InputError", "Message", "Model", "Prompt", "Sampling", "Score", "load"]
 
@@ -78,12 +78,10 @@ class Model:
 
     @property
     def kind(self) -> str:
-        """Return base, instruct or classifier."""
         return self.checkpoint.config.kind
 
     @property
     def gpt(self) -> GPT:
-        """Return the language model."""
         self.require(*GPT_KINDS)
         assert isinstance(self.checkpoint.model, GPT)
         return self.checkpoint.model
@@ -201,16 +199,13 @@ class Model:
         else:
             self.require("instruct")
             assert config.template is not None
+            template = TEMPLATES[config.template]
             system, user = split_messages(prompt)
-            if system is not None and config.template == "alpaca":
-                raise InputError("messages: the template alpaca has no place for a system message; leave it out")
-            ids = encode_prompt(
-                tokenizer,
-                config.template,
-                user["content"],
-                user.get("input", ""),
-                config.system if system is None else system["content"],
-            )
+            if system is not None and not template.has_system:
+                name = config.template
+                raise InputError(f"messages: the template {name} has no place for a system message; leave it out")
+            above = config.system if system is None else system["content"]
+            ids = template.encode(tokenizer, user["content"], user.get("input", ""), above)
         context_length = self.gpt.config.context_length
         if len(ids) > context_length:
             log.warning("the prompt has %d tokens, the model reads the last %d", len(ids), context_length)

@@ -31,6 +31,7 @@ import llm.convert.gguf
 import stages.sync
 from llm.checkpoint.adapter import read_adapter
 from llm.checkpoint.folder import Checkpoint, CheckpointConfig, load_checkpoint, save_checkpoint
+from llm.common import markdown
 from llm.common import sanitize as display
 from llm.common.errors import InputError
 from llm.common.files import write_atomic
@@ -515,7 +516,8 @@ EVIL = "a\x1b[2J\x9b31m\x07\r\u202eb\nc"
 
 
 def test_examples() -> None:
-    assert doctest.testmod(display) == (0, 3)
+    assert doctest.testmod(display) == (0, 2)
+    assert doctest.testmod(markdown) == (0, 1)
 
 
 def test_no_control_character_reaches_a_terminal() -> None:

@@ -7,8 +7,7 @@ import json
 import sys
 
 if __name__ == "__main__":
-    from llm.bench.harness import serve
-    from llm.bench.kinds import load_benchmark
+    from llm.bench.harness import load_benchmark, serve
 
     kind, name, sizes = json.loads(sys.argv[1])
     serve(load_benchmark(kind), name, sizes)

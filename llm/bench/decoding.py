@@ -31,8 +31,6 @@ from llm.tokenizer.bpe import END_OF_TEXT, GPT2_PATTERN, Tokenizer
 
 
 class Requests(NamedTuple):
-    """Prompts, and how much is to be generated for each."""
-
     prompts: list[list[int]]
     new: list[int]  # tokens that each row is continued by
 
@@ -54,7 +52,6 @@ def requests(shape: Shape) -> Requests:
 
 
 def generate_ours(shape: Shape, int8: bool = False, packed: bool = False, compiled: bool = False) -> Workload:
-    """Return the workload of this project."""
     if compiled and shape.batch > 1:
         raise Skipped("a single row's decoding is compiled, not that of a batch")
     model = GPT(gpt_config(shape))

@@ -17,9 +17,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -60,6 +59,21 @@ class Benchmark(NamedTuple, Generic[S]):
     forms: Mapping[str, S] = {}  # default sizes by form
 
 
+def load_benchmark(kind: str) -> Benchmark[Any]:
+    """Return the benchmark tokenize, train, finetune or generate, without the imports of the others."""
+    if kind == "tokenize":
+        from llm.bench.tokenizing import TOKENIZE
+
+        return TOKENIZE
+    if kind == "generate":
+        from llm.bench.decoding import GENERATE
+
+        return GENERATE
+    from llm.bench.training import FINETUNE, TRAIN
+
+    return {"train": TRAIN, "finetune": FINETUNE}[kind]
+
+
 # ---- the machine's limits --------------------------------------------------------------------------------------------
 
 
@@ -95,7 +109,6 @@ def memory_limit() -> float:
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """Return the seconds that a call takes."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
@@ -117,20 +130,29 @@ def compare(
         if name not in benchmark.implementations:
             known = ", ".join(benchmark.implementations)
             raise InputError(f"{name}: takes no part in {benchmark.kind}; those who do: {known}")
+    workers: dict[str, Worker] = {}
     limits: list[tuple[float, float]] = []
-    with started_workers(benchmark, sizes, benchmark.implementations if only is None else only) as workers:
-        if not workers:
-            raise InputError(
-                f"bench {benchmark.kind}: no implementation takes part; install one of those skipped above"
-            )
-        for number in range(rounds):
-            if benchmark.cost is not None:
-                limits.append((matrix_limit(), memory_limit()))
-            names = list(workers)
-            for name in names[number % len(names) :] + names[: number % len(names)]:  # another one is first each time
-                rate = workers[name].run_round(least)
-                log.info(f"round {number + 1} of {rounds}, {name}: {rate:,.1f} {benchmark.unit}")
-        memory = {name: worker.memory() for name, worker in workers.items()}
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        try:
+            for name in benchmark.implementations if only is None else only:
+                workers[name] = Worker(benchmark, name, sizes, folder)
+                if workers[name].skipped:
+                    worker = workers.pop(name)
+                    worker.end()
+                    log.info(f"{name}: skipped, {worker.skipped}")
+            if not workers:
+                raise InputError(f"bench {benchmark.kind}: no implementation takes part; install a skipped one")
+            for number in range(rounds):
+                if benchmark.cost is not None:
+                    limits.append((matrix_limit(), memory_limit()))
+                names = list(workers)
+                for name in names[number % len(names) :] + names[: number % len(names)]:  # in another order each time
+                    rate = workers[name].run_round(least)
+                    log.info(f"round {number + 1} of {rounds}, {name}: {rate:,.1f} {benchmark.unit}")
+            memory = {name: worker.memory() for name, worker in workers.items()}
+        finally:
+            for worker in workers.values():
+                worker.end()
     limit = Cost(*(statistics.median(values) for values in zip(*limits, strict=True)))  # a second's worth
     return {
         "kind": benchmark.kind,
@@ -151,34 +173,13 @@ def compare(
     }
 
 
-@contextmanager
-def started_workers(benchmark: Benchmark[Any], sizes: Any, names: Collection[str]) -> Iterator[dict[str, Worker]]:
-    """Start the processes of all that can take part; end them with the block."""
-    workers: dict[str, Worker] = {}
-    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        try:
-            for name in names:
-                worker = Worker(benchmark, name, sizes, folder)
-                if worker.skipped is None:
-                    workers[name] = worker
-                else:
-                    worker.end()
-                    log.info(f"{name}: skipped, {worker.skipped}")
-            yield workers
-        finally:
-            for worker in workers.values():
-                worker.end()
-
-
 def machine() -> dict[str, Any]:
-    """Return the processor's name and the number of threads."""
     import torch
 
     return {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python and PyTorch."""
     import torch
 
     return {"python": platform.python_version(), "torch": torch.__version__}
@@ -303,7 +304,6 @@ def _peak_memory(process: psutil.Process) -> int:
 
 
 def markdown(found: Mapping[str, Any]) -> str:
-    """Return a benchmark's results as a table."""
     results = found["results"]
     peers = [result["median"] for name, result in results.items() if not name.startswith(OURS)]
     limits = found["limits"]
@@ -323,7 +323,6 @@ def markdown(found: Mapping[str, Any]) -> str:
 
 
 def title(found: Mapping[str, Any]) -> str:
-    """Return the kind and sizes of a benchmark's results."""
     return f"`{found['kind']}`: " + ", ".join(
         f"{name} {value:,}" if isinstance(value, int) else f"{name} {value}"
         for name, value in found["shape"].items()

@@ -66,15 +66,11 @@ class TimeToLoss(NamedTuple):
 
 
 class Recipe(NamedTuple):
-    """A model and how it is trained."""
-
     config: GPTConfig
     params: PretrainParams
 
 
 class TrainingResult(NamedTuple):
-    """A training that has ended."""
-
     recipe: Recipe
     curve: list[Row]  # a row for each evaluation
     flop_per_s: float  # of the machine, just before
@@ -85,7 +81,6 @@ class TrainingResult(NamedTuple):
         return self.curve[-1]["bpb"] if self.curve else math.inf
 
     def summary(self) -> dict[str, Any]:
-        """Return a JSON object of recipe and curve."""
         keys = ("optimizer", "lr", "muon_lr", "min_lr_ratio", "warmup_steps", "schedule", "max_steps")
         return {
             "parameters": n_parameters(self.recipe.config),
@@ -116,13 +111,8 @@ def default_sizes(params: Params) -> TimeToLoss:
 
 
 def nanogpt_recipe(sizes: TimeToLoss, params: Params, lr: float) -> Recipe:
-    """Return nanoGPT's recipe at a learning rate."""
     form = GPT2HFConfig(
-        vocab_size=sizes.vocab,
-        n_positions=sizes.context,
-        n_embd=sizes.width,
-        n_layer=sizes.layers,
-        n_head=sizes.heads,
+        vocab_size=sizes.vocab, n_positions=sizes.context, n_embd=sizes.width, n_layer=sizes.layers, n_head=sizes.heads
     )
     changes = {
         "max_steps": sizes.steps,
@@ -177,7 +167,6 @@ def training_params(params: Params, batch_size: int, changes: Mapping[str, Any],
 
 
 def n_parameters(config: GPTConfig) -> int:
-    """Return the number of a model's parameters."""
     with torch.device("meta"):
         return sum(p.numel() for p in GPT(config).parameters())
 
@@ -333,7 +322,6 @@ def precisions(runtime: RuntimeParams) -> Mapping[str, str]:
 
 
 def markdown(found: Mapping[str, Any]) -> str:
-    """Return the results as a table."""
     header = ["", "parameters", "bits per byte", "steps", "tokens", "seconds", "the machine"]
     rows = []
     for name, result in found["results"].items():

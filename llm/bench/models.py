@@ -33,7 +33,6 @@ class Shape(NamedTuple):
 
 
 def open_form(shape: Shape) -> GPT2HFConfig | LlamaHFConfig:
-    """Return the shape as the configuration of an open model."""
     if shape.form == "llama":
         return LlamaHFConfig(
             model_type="llama",
@@ -59,12 +58,10 @@ def open_form(shape: Shape) -> GPT2HFConfig | LlamaHFConfig:
 
 
 def gpt_config(shape: Shape) -> GPTConfig:
-    """Return the configuration of our model."""
     return open_form(shape).gpt_config()
 
 
 def transformers_config(shape: Shape) -> Any:
-    """Return the configuration of transformers' model, without dropout."""
     import transformers
 
     values = open_form(shape).model_dump(exclude_unset=True)
@@ -75,7 +72,6 @@ def transformers_config(shape: Shape) -> Any:
 
 
 def transformers_model(shape: Shape) -> Any:
-    """Return transformers' model with random weights."""
     import transformers
 
     config = transformers_config(shape)
@@ -83,7 +79,6 @@ def transformers_model(shape: Shape) -> Any:
 
 
 def check_shape(shape: Shape) -> None:
-    """Raise `InputError` for a shape that no model has."""
     if shape.width % shape.heads:
         raise InputError(f"width {shape.width} must be a multiple of heads {shape.heads}")
     if shape.prompt + shape.new > shape.context:

@@ -106,7 +106,6 @@ def law(exponent: float, logarithm: float, size: float) -> float:
 
 
 def markdown(found: Mapping[str, Any]) -> str:
-    """Return the results as a table."""
     header = ["width", "parameters", "tokens", "epochs", "seconds", "bits per byte", "the law says"]
     rows = [
         [

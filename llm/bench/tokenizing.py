@@ -41,11 +41,9 @@ class TokenizeSizes(NamedTuple):
     text: str  # the file
 
     def documents(self) -> list[str]:
-        """Return the documents, once."""
         return read_documents(Path(self.text))
 
     def passes(self, documents: Sequence[str]) -> int:
-        """Return the number of repetitions."""
         return math.ceil(1e6 * self.megabytes / utf8_bytes(documents))
 
 
@@ -78,7 +76,6 @@ def write_records(path: Path, documents: Iterable[str]) -> None:
 
 
 def utf8_bytes(texts: Iterable[str]) -> int:
-    """Return the length of all texts in bytes."""
     return sum(len(text.encode()) for text in texts)
 
 
@@ -125,7 +122,6 @@ def tokenize_peer(encoder: Callable[[Tokenizer, Sequence[str]], Encode], sizes: 
 
 
 def tiktoken_encoder(tokenizer: Tokenizer, documents: Sequence[str]) -> Encode:
-    """Return tiktoken's encoder."""
     import tiktoken
 
     ranks = {token: rank for rank, token in enumerate(tokenizer.ranks) if token is not None}
@@ -136,7 +132,6 @@ def tiktoken_encoder(tokenizer: Tokenizer, documents: Sequence[str]) -> Encode:
 
 
 def tokenizers_encoder(tokenizer: Tokenizer, documents: Sequence[str]) -> Encode:
-    """Return the encoder of Hugging Face's tokenizers."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     import tokenizers
 

@@ -46,7 +46,6 @@ def training_workload(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor]
 
 
 def train_ours(shape: Shape) -> Workload:
-    """Return the workload of this project."""
     tune_malloc()
     model = GPT(gpt_config(shape))
 
@@ -58,7 +57,6 @@ def train_ours(shape: Shape) -> Workload:
 
 
 def train_transformers(shape: Shape) -> Workload:
-    """Return the workload of transformers."""
     model = transformers_model(shape)
 
     def loss(idx: Tensor, targets: Tensor) -> Tensor:
@@ -129,13 +127,11 @@ def messages(shape: Shape) -> list[Example]:
 
 
 def last_block_trains(blocks: nn.ModuleList, *others: nn.Module) -> None:
-    """Unfreeze the last block and some other layers."""
     for module in (blocks[-1], *others):
         module.requires_grad_(True)
 
 
 def finetune_ours(shape: Shape) -> Workload:
-    """Return the workload of this project."""
     tune_malloc()
     examples = messages(shape)
     model = GPTClassifier(GPT(gpt_config(shape)), LABELS)

@@ -145,9 +145,8 @@ def run(args: argparse.Namespace) -> None:
 def compare_in_rounds(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """Run tokenize, train, finetune or generate; return the module that reports the results, and these."""
     from llm.bench import harness
-    from llm.bench.kinds import load_benchmark
 
-    benchmark = load_benchmark(args.kind)
+    benchmark = harness.load_benchmark(args.kind)
     sizes = benchmark.forms[args.form] if args.kind == "generate" else benchmark.sizes
     return harness, harness.compare(benchmark, given_sizes(args, sizes), args.rounds, args.seconds, args.only)
 
@@ -169,7 +168,6 @@ def given_sizes(args: argparse.Namespace, sizes: Any) -> Any:
 
 
 def positive(text: str) -> int:
-    """Parse a whole number above 0."""
     number = int(text)
     if number < 1:
         raise ValueError

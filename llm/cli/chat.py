@@ -23,7 +23,6 @@ EXAMPLES = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the command."""
     add_model_dir(parser)
     parser.add_argument("--input", default="", metavar="TEXT", help="a text that the instructions are about")
     add_decoding(parser)

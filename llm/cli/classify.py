@@ -18,7 +18,6 @@ BATCH_SIZE = 32  # no answer depends on it, only speed and memory
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the command."""
     add_model_dir(parser)
     parser.add_argument(
         "texts",

@@ -23,7 +23,6 @@ EXAMPLES = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the command."""
     add_model_dir(parser)
     add = parser.add_argument
     add("out", type=Path, metavar="OUT", help="the folder or file to write")

@@ -21,7 +21,6 @@ EXAMPLES = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the command."""
     add_model_dir(parser)
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="the text to continue")
     add_decoding(parser)

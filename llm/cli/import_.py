@@ -23,7 +23,6 @@ EXAMPLES = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the command."""
     parser.add_argument("source", metavar="SOURCE", help="a folder, a .gguf file or a hub name such as org/name")
     add_model_dir(parser)
     parser.add_argument(

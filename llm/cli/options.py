@@ -41,25 +41,21 @@ def add_command(
 
 
 def add_model_dir(parser: argparse.ArgumentParser) -> None:
-    """Add the model folder that a command reads or writes."""
     parser.add_argument("model_dir", type=Path, metavar="MODEL_DIR", help="a model folder")
 
 
 def add_device(parser: Any) -> None:
-    """Add the device that the model runs on."""
     where = "where the model runs (default: auto, a GPU if there is one)"
     parser.add_argument("--device", choices=DEVICES, default="auto", help=where)
 
 
 def add_int8(parser: Any) -> None:
-    """Add the choice of 8-bit weights."""
     parser.add_argument(
         "--int8", action="store_true", help="round the weights to 8 bits: faster on a CPU, a little less exact"
     )
 
 
 def add_decoding(parser: argparse.ArgumentParser) -> None:
-    """Add the options of commands that generate text."""
     add = parser.add_argument_group("how the text is chosen").add_argument
     add("--max-new-tokens", type=int, default=200, metavar="N", help="generate at most N tokens (default: %(default)s)")
     add(

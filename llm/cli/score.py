@@ -15,14 +15,10 @@ DESCRIPTION = (
     "Prints a JSON object: tokens (scored ones: all but the first), bytes of the text, loss, perplexity, bpb. A text "
     "longer than the context is read in windows of the full context that overlap by half; each token is scored once."
 )
-EXAMPLES = (
-    "python -m llm score models/base book.txt",
-    "git show HEAD:README.md | python -m llm score models/base -",
-)
+EXAMPLES = ("python -m llm score models/base book.txt", "git show HEAD:README.md | python -m llm score models/base -")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the command."""
     add_model_dir(parser)
     parser.add_argument("file", metavar="FILE", help="a UTF-8 text file, read as it is, or - for stdin")
     add_device(parser)

@@ -34,7 +34,6 @@ def checked_text(text: str, name: str) -> str:
 
 
 def decoded(content: bytes, name: str) -> str:
-    """Return the text of a file's content."""
     try:
         return content.decode()
     except UnicodeDecodeError as error:
@@ -43,7 +42,6 @@ def decoded(content: bytes, name: str) -> str:
 
 
 def stdin_lines() -> Iterator[str]:
-    """Yield the lines of stdin without their ends."""
     for number, line in enumerate(sys.stdin.buffer, start=1):
         yield decoded(line, f"stdin, line {number}").rstrip("\r\n")
 

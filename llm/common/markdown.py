@@ -12,10 +12,10 @@ MARKUP = re.compile(r"[\\`*{}\[\]()#+!|<>~&$:@-]|(?<![^\W_])_|_(?![^\W_])|(?<=ww
 
 
 def escape(text: str) -> str:
-    """Return text for a line or a table cell.
+    r"""Return text for a line or a table cell.
 
     >>> print(escape("a_b | <script> [x](javascript:y)"))
-    a_b \\| \\<script\\> \\[x\\]\\(javascript\\:y\\)
+    a_b \| \<script\> \[x\]\(javascript\:y\)
     """
     return MARKUP.sub(r"\\\g<0>", " ".join(NOT_IN_A_LINE.sub(" ", text).split()))
 

@@ -13,19 +13,19 @@ CONTROLS = re.compile(f"[\x00-\x08\x0b-\x1f\x7f-\x9f{BIDI}]")  # all but tab and
 
 
 def visible(text: str) -> str:
-    """Return a text with U+FFFD for each control character but tab and line feed.
+    r"""Return a text with U+FFFD for each control character but tab and line feed.
 
-    >>> visible("one\\x1b[2J\\ttwo\\n")
-    'one\ufffd[2J\\ttwo\\n'
+    >>> visible("one\x1b[2J\ttwo\n")
+    'one�[2J\ttwo\n'
     """
     return CONTROLS.sub("\ufffd", text)
 
 
 def one_line(text: str) -> str:
-    """Return a message with its control characters, line ends and odd spaces as Python writes them.
+    r"""Return a message with its control characters, line ends and odd spaces as Python writes them.
 
-    >>> print(one_line("no column 'a\\x1b[2J\\nb'"))
-    no column 'a\\x1b[2J\\nb'
+    >>> print(one_line("no column 'a\x1b[2J\nb'"))
+    no column 'a\x1b[2J\nb'
     """
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 

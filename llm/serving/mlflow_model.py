@@ -17,7 +17,6 @@ class TextModel(PythonModel):
     """Texts in, a continuation, answer or label out. MLflow checks inputs by the type hints."""
 
     def load_context(self, context: PythonModelContext) -> None:
-        """Load the model folder, on the CPU."""
         self.model = load(context.artifacts["model"], device="cpu")
 
     def predict(

@@ -15,8 +15,7 @@ import torch
 
 from llm.bench import learning, scaling
 from llm.bench.decoding import BYTES_PER_WEIGHT, FORMS, requests
-from llm.bench.harness import OURS, Cost, Skipped, compare, draw, markdown, memory, of_limit
-from llm.bench.kinds import load_benchmark
+from llm.bench.harness import OURS, Cost, Skipped, compare, draw, load_benchmark, markdown, memory, of_limit
 from llm.bench.learning import (
     FIRST_LR,
     NANOGPT,
