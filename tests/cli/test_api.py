@@ -163,6 +163,6 @@ def test_wrong_kind_of_model_is_one_line(place: Path) -> None:
             call()
 
 
-def test_the_library_ships_its_types() -> None:
-    assert (ROOT / "llm" / "py.typed").is_file()
+def test_package_ships_its_types() -> None:
+    assert (ROOT / "llm/py.typed").is_file()
     assert '"py.typed"' in (ROOT / "pyproject.toml").read_text()
