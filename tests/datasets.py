@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from llm.data.shards import TokenShards
 from llm.preprocess.supervised import Row
 from llm.preprocess.text import dedup_key
 
@@ -47,6 +48,18 @@ def read_split(folder: Path, split: str) -> list[int]:
     meta = json.loads((folder / "meta.json").read_text())
     shards = [np.fromfile(folder / name, dtype=meta["dtype"]) for name in meta["splits"][split]["shards"]]
     return [int(number) for shard in shards for number in shard]
+
+
+def write_shards(folder: Path, tokens: list[int], sizes: list[int], dtype: str = "uint16") -> TokenShards:
+    """Write `tokens` as the split `train`, in shards of the given sizes and one with the rest."""
+    cuts = [cut for cut in np.cumsum(sizes).tolist() if 0 < cut < len(tokens)]
+    names = []
+    for i, shard in enumerate(np.split(np.array(tokens, dtype=dtype), cuts) if tokens else []):
+        names.append(f"train-{i:05d}.bin")
+        shard.tofile(folder / names[-1])
+    splits = {"train": {"shards": names, "tokens": len(tokens), "bytes": 3 * len(tokens), "documents": 1}}
+    (folder / "meta.json").write_text(json.dumps({"dtype": dtype, "vocab_size": 1000, "splits": splits}))
+    return TokenShards(folder, "train")
 
 
 def message_rows(texts: Sequence[tuple[str, str]], splits: Sequence[str | None] | None = None) -> list[Row]:

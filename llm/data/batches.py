@@ -1,4 +1,8 @@
-"""Batches of windows, messages and instruction pairs."""
+"""Batches of windows, messages and instruction pairs.
+
+Every `batches(step)` made here is a pure function of the seed and the step: a resume needs no other state of the data.
+Shapes: B rows of a batch, T tokens.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,15 +24,13 @@ IGNORE_INDEX = -100  # a target that does not count
 class Batch(NamedTuple):
     idx: Tensor  # [B, T]
     targets: Tensor  # [B, T] next tokens, or [B] labels
-    rows: list[int]  # which windows or examples these are, for messages
+    rows: list[int]  # the numbers of the windows or examples, for messages
     lengths: Tensor | None = None  # [B] real tokens of each row, where rows are examples
-    cached_hidden: Tensor | None = (
-        None  # [B, T, C] what the first `start_layer` blocks of a model make of idx, where it is kept
-    )
+    cached_hidden: Tensor | None = None  # [B, T, C] output of the first `start_layer` blocks, where it is cached
     start_layer: int = 0
 
     def shard(self, index: int, of: int) -> Batch:
-        """Every `of`th row from `index` on: what one of several processes reads."""
+        """Return every `of`th row from `index` on, the part of one of several processes."""
         if of == 1:
             return self
         if len(self.idx) < of:
@@ -46,7 +49,7 @@ class Batch(NamedTuple):
 
         def moved(tensor: Tensor) -> Tensor:
             if device.type == "cuda":
-                tensor = tensor.pin_memory()  # from other memory a copy waits for the GPU's work before it
+                tensor = tensor.pin_memory()  # from pageable memory a copy waits for the GPU's earlier work
             return tensor.to(device, non_blocking=True)
 
         return self._replace(
@@ -60,7 +63,7 @@ class Batch(NamedTuple):
 def window_batches(
     tokens: TokenShards, context_length: int, batch_size: int, grad_accum_steps: int, seed: int
 ) -> Callable[[int], list[Batch]]:
-    """Training windows: each epoch cuts the tokens at another offset and reads the windows in another order."""
+    """Return the training batches of a step; each epoch cuts the windows at another offset and shuffles them anew."""
     per_epoch = (tokens.n_tokens - 1) // context_length
     if per_epoch == 0:
         raise InputError(
@@ -83,7 +86,8 @@ def window_batches(
             for i in range(micro * batch_size, (micro + 1) * batch_size):
                 offset, order = epoch(i // per_epoch)
                 starts.append(offset + int(order[i % per_epoch]) * context_length)
-            windows = torch.stack([tokens.read(start, context_length + 1) for start in starts])  # [B, T+1]
+            read = np.stack([tokens.read(start, context_length + 1) for start in starts])
+            windows = torch.from_numpy(read)  # [B, T+1]
             result.append(Batch(windows[:, :-1], windows[:, 1:], starts))
         return result
 
@@ -91,7 +95,7 @@ def window_batches(
 
 
 def held_out_windows(tokens: TokenShards, context_length: int, batch_size: int, max_tokens: int) -> Iterator[Batch]:
-    """Windows side by side over the first `max_tokens` of a split; the last one may be padded with ignored targets."""
+    """Yield adjacent windows over the first `max_tokens` of a split; ignored targets pad the last one."""
     end = min(tokens.n_tokens, max_tokens + 1)
     starts = list(range(0, end - 1, context_length))
     for i in range(0, len(starts), batch_size):
@@ -99,14 +103,14 @@ def held_out_windows(tokens: TokenShards, context_length: int, batch_size: int, 
         idx = torch.zeros(len(rows), context_length, dtype=torch.long)  # [B, T]
         targets = torch.full_like(idx, IGNORE_INDEX)
         for b, start in enumerate(rows):
-            window = tokens.read(start, min(context_length + 1, end - start))
+            window = torch.from_numpy(tokens.read(start, min(context_length + 1, end - start)))
             idx[b, : len(window) - 1] = window[:-1]
             targets[b, : len(window) - 1] = window[1:]
         yield Batch(idx, targets, rows)
 
 
 def collate_labels(examples: Sequence[Example], rows: Sequence[int]) -> Batch:
-    """Right-padded messages; the padding is any token, since nothing reads it."""
+    """Collate messages, right-padded with any token, since nothing reads it."""
     chosen = [examples[row] for row in rows]
     lengths = torch.tensor([len(example.ids) for example in chosen])
     idx = torch.zeros(len(chosen), int(lengths.max()), dtype=torch.long)  # [B, T]
@@ -116,7 +120,7 @@ def collate_labels(examples: Sequence[Example], rows: Sequence[int]) -> Batch:
 
 
 def collate_pairs(examples: Sequence[Example], rows: Sequence[int]) -> Batch:
-    """Right-padded pairs; targets are the next tokens, ignored at padding and before `loss_start`."""
+    """Collate right-padded pairs; targets are the next tokens, ignored at padding and before `loss_start`."""
     chosen = [examples[row] for row in rows]
     lengths = torch.tensor([len(example.ids) - 1 for example in chosen])
     idx = torch.zeros(len(chosen), int(lengths.max()), dtype=torch.long)  # [B, T]
@@ -134,9 +138,9 @@ Collate = Callable[[Sequence[Example], Sequence[int]], Batch]
 def example_batches(
     examples: Sequence[Example], collate: Collate, batch_size: int, grad_accum_steps: int, seed: int
 ) -> Callable[[int], list[Batch]]:
-    """Training batches of similar length, in another composition and order each epoch.
+    """Return the training batches of a step, of similar lengths, composed and ordered anew each epoch.
 
-    An epoch shuffles the examples, sorts stretches of a few batches by length and shuffles the batches; the few
+    An epoch shuffles the examples, sorts stretches of a few batches by length and shuffles the batches. The few
     examples that do not fill a batch wait for another epoch.
     """
     if not examples:
@@ -163,7 +167,7 @@ def example_batches(
 
 
 def batches_by_length(examples: Sequence[Example], collate: Collate, batch_size: int) -> Iterator[Batch]:
-    """All examples once, sorted by length so that little is padding, for evaluation."""
+    """Yield all examples once, sorted by length for little padding, for evaluation."""
     order = sorted(range(len(examples)), key=lambda row: len(examples[row].ids))
     for i in range(0, len(order), batch_size):
         yield collate(examples, order[i : i + batch_size])

@@ -1,8 +1,4 @@
-"""What the trainings read: token shards as windows, labelled messages, instruction pairs, and their batches.
-
-Every `batches(step)` made here is a pure function of the seed and the step: a training that stops needs no other memory
-of where it was in the data. Shapes: B rows of a batch, T tokens.
-"""
+"""Read labelled messages and instruction pairs, and encode them as training examples."""
 
 from __future__ import annotations
 
@@ -14,15 +10,12 @@ import torch
 from torch import Tensor
 
 from llm.common.errors import InputError
-from llm.common.files import parse_json
+from llm.common.files import parse_json, read_json
 from llm.config import Template
 from llm.tokenizer.bpe import Tokenizer
 from llm.tokenizer.prompts import encode_prompt, stop_token
 
-# ---- raw text --------------------------------------------------------------------------------------------------------
-
-
-# ---- examples --------------------------------------------------------------------------------------------------------
+TOKENIZE = "run the tokenize stage again"
 
 
 class Message(NamedTuple):
@@ -38,14 +31,14 @@ class Pair(NamedTuple):
 
 
 def read_lines(path: Path) -> list[Any]:
-    """What the tokenize stage has written, a JSON value a line."""
+    """Read JSON Lines of the tokenize stage."""
     try:
         with path.open(encoding="utf-8") as file:
             return [parse_json(line) for line in file]
     except FileNotFoundError:
-        raise InputError(f"{path}: missing; run the tokenize stage first") from None
+        raise InputError(f"{path}: missing; {TOKENIZE}") from None
     except ValueError as error:
-        raise InputError(f"{path}: damaged ({error}); run the tokenize stage again") from None
+        raise InputError(f"{path}: damaged ({error}); {TOKENIZE}") from None
 
 
 def read_messages(path: Path) -> list[Message]:
@@ -57,15 +50,13 @@ def read_pairs(path: Path) -> list[Pair]:
 
 
 def read_labels(folder: Path) -> list[str]:
-    """All labels, in the order of the classifier's outputs."""
-    [labels] = read_lines(folder / "labels.json")
-    return labels
+    """Return all labels, in the order of the classifier's outputs."""
+    return read_json(folder / "labels.json", TOKENIZE)
 
 
 def read_quotable(tokens: Path) -> list[str]:
     """Return the kinds of data whose texts reports may show."""
-    [kinds] = read_lines(tokens / "quotable.json")
-    return kinds
+    return read_json(tokens / "quotable.json", TOKENIZE)
 
 
 class Example(NamedTuple):
@@ -77,7 +68,7 @@ class Example(NamedTuple):
 
 
 def encode_message(tokenizer: Tokenizer, text: str, max_length: int) -> list[int]:
-    """A message's tokens, cut to `max_length`; never empty, since the classifier reads the last one."""
+    """Return a message's tokens, cut to `max_length`; never empty, since the classifier reads the last one."""
     return tokenizer.encode(text)[:max_length] or [tokenizer.eot]
 
 
@@ -89,7 +80,7 @@ def message_examples(
 
 
 def class_weights(examples: Sequence[Example], n_labels: int) -> Tensor:
-    """Inverse to each label's frequency, 1 on average over the examples: [labels]."""
+    """Return weights inverse to each label's frequency, 1 on average over the examples: [labels]."""
     counts = torch.bincount(torch.tensor([example.label for example in examples]), minlength=n_labels)
     if not counts.all():
         raise InputError(f"messages: label {int(counts.argmin())} has no training message, so no class weight")
@@ -104,7 +95,7 @@ def pair_examples(
     max_length: int,
     system: str | None = None,
 ) -> list[Example]:
-    """Prompt, response and stop token of each pair, cut to `max_length` + 1; pairs without room for a response go."""
+    """Encode prompt, response and stop token, cut to `max_length` + 1; drop pairs without room for a response."""
     examples = []
     for pair in pairs:
         prompt = encode_prompt(tokenizer, template, pair.instruction, pair.input, system)

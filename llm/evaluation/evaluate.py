@@ -79,7 +79,7 @@ def evaluate_base(folder: Checkpoint, corpus: Path, params: EvaluateParams, seed
         raise InputError(f"{corpus}: neither test nor val holds text to score; raise tokenize.corpus.test")
     n_tokens = min(held_out.n_tokens, params.test_tokens)
     n_train = min(train.n_tokens, round(params.baseline_bytes * train.n_tokens / max(train.n_bytes, 1)))
-    held_out_ids, train_ids = held_out.read(0, n_tokens).numpy(), train.read(0, n_train).numpy()
+    held_out_ids, train_ids = held_out.read(0, n_tokens), train.read(0, n_train)
     text, train_text = text_bytes(tokenizer, held_out_ids), text_bytes(tokenizer, train_ids)
 
     ngram = NGram(train_ids, params.ngram_order, tokenizer.vocab_size)

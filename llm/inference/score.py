@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from llm.common.errors import InputError
+from llm.data.shards import bits_per_byte
 from llm.inference.request import eval_mode
 from llm.model.gpt import GPT
 
@@ -31,7 +34,7 @@ class Score(NamedTuple):
 
     def bpb(self, n_bytes: int) -> float:
         """Return the bits per byte of a text of `n_bytes` in UTF-8, comparable across tokenizers."""
-        return self.nats / math.log(2) / max(n_bytes, 1)
+        return bits_per_byte(self.nats, n_bytes)
 
 
 MAX_TOKENS = 2**15  # of the windows of a batch
@@ -42,7 +45,7 @@ class TokenSource(Protocol):
 
     n_tokens: int
 
-    def read(self, start: int, length: int) -> Tensor: ...
+    def read(self, start: int, length: int) -> Tensor | NDArray[np.int64]: ...
 
 
 class _InMemory:
@@ -84,7 +87,7 @@ def _score_windows(
     idx = torch.zeros(len(windows), T, dtype=torch.long)  # [B, T]; a short last window is right-padded
     scored = torch.zeros(len(windows), T, dtype=torch.bool)  # [B, T]
     for b, (start, first) in enumerate(windows):
-        window = tokens.read(start, min(T, n_tokens - start))
+        window = torch.as_tensor(tokens.read(start, min(T, n_tokens - start)))
         idx[b, : len(window)] = window
         scored[b, first - start : len(window)] = True
     idx, scored = idx.to(device), scored.to(device)

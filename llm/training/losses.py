@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import Any
@@ -56,7 +55,7 @@ def mean_loss(model: nn.Module, loss_function: LossFunction, batches: Iterable[B
 def lm_metrics(model: GPT, tokens: TokenShards, batches: Iterable[Batch]) -> dict[str, float]:
     """Return the mean loss over windows of `tokens`, also in bits per byte of their text."""
     loss = mean_loss(model, next_token_loss, batches)
-    return {"val/loss": loss, "val/bpb": loss / math.log(2) * tokens.n_tokens / tokens.n_bytes}
+    return {"val/loss": loss, "val/bpb": tokens.bpb(loss)}
 
 
 def label_metrics(
