@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 
 from llm.common.errors import InputError
+from llm.common.log import setup_logging
 from stages.tracking.process import runs_folder
 from stages.tracking.timeline import PICTURE, TABLE, last_pipeline, markdown, read_timeline, write
 
@@ -13,13 +15,14 @@ from stages.tracking.timeline import PICTURE, TABLE, last_pipeline, markdown, re
 def main(arguments: list[str]) -> None:
     """Print the table on stdout; write it and the picture to `.work/`."""
     argparse.ArgumentParser(prog="python -m stages.timeline", description=__doc__).parse_args(arguments)
+    setup_logging()
     pipeline = last_pipeline()
     if pipeline is None:
         raise InputError(f"{runs_folder()}: no stage has run here yet; `dvc repro` runs all")
     line, folder = read_timeline(pipeline), runs_folder().parent
     write(line, folder)
     print(markdown(line), end="")
-    print(f"written to {folder / TABLE} and {folder / PICTURE}", file=sys.stderr)
+    logging.getLogger("llm").info("written to %s and %s", folder / TABLE, folder / PICTURE)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from llm.common.files import read_json_object, write_atomic
 from llm.common.lock import locked
 from stages.tracking import journal_reader, mlflow_client, timeline
-from stages.tracking.journal import Event, is_delivered
+from stages.tracking.journal import Event, is_delivered, iter_events
 from stages.tracking.journal_reader import end_event, is_running, list_journals, start_event
 from stages.tracking.mlflow_client import redact_urls, tracking_uri
 from stages.tracking.process import Process, runs_folder
@@ -198,7 +198,7 @@ class Delivery:
         name = f"{journal.parent.name}/{journal.name}"
         run_id, is_new = self._find_or_create_run(name, start, start["stage"], tags)
         batch: list[Metric] = []
-        for event, next_offset in journal_reader.iter_events(journal, 0 if is_new else offset):
+        for event, next_offset in iter_events(journal, 0 if is_new else offset):
             points = mlflow_client.to_metrics(event)
             if not points or len(batch) + len(points) > BATCH:
                 self._log_metrics(run_id, batch)

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -219,15 +219,23 @@ def link_or_copy(source: str | Path, target: str | Path) -> None:
 # ---- journals of other runs ------------------------------------------------------------------------------------------
 
 
-def read_events(folder: Path) -> list[Event]:
-    """Return all whole lines of a journal; a process may have died in the middle of one."""
-    events = []
-    for line in (folder / "events.jsonl").read_bytes().splitlines():
-        try:
-            events.append(json.loads(line))
-        except ValueError:
-            continue
-    return events
+def iter_events(journal: Path, offset: int = 0) -> Iterator[tuple[Event, int]]:
+    """Yield the whole lines from a byte offset on, each with the offset of the next line."""
+    with (journal / "events.jsonl").open("rb") as file:
+        file.seek(offset)
+        for line in file:
+            if not line.endswith(b"\n"):
+                return
+            offset += len(line)
+            try:
+                yield json.loads(line), offset
+            except ValueError:
+                continue  # cut by a kill or a full disk
+
+
+def read_events(journal: Path) -> list[Event]:
+    """Return the events of a journal."""
+    return [event for event, _ in iter_events(journal)]
 
 
 def read_curves(lines: list[str]) -> dict[str, list[Event]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
@@ -56,20 +55,6 @@ def close_if_killed(journal: Path) -> None:
         end = {"time": int(path.stat().st_mtime * 1000), "event": "end", "status": "KILLED"}
         with path.open("ab") as file:
             file.write(f"\n{json.dumps(end)}\n".encode())
-
-
-def iter_events(journal: Path, offset: int) -> Iterator[tuple[Event, int]]:
-    """Yield the whole lines from a byte offset on, each with the offset of the next line."""
-    with (journal / "events.jsonl").open("rb") as file:
-        file.seek(offset)
-        for line in file:
-            if not line.endswith(b"\n"):
-                return
-            offset += len(line)
-            try:
-                yield json.loads(line), offset
-            except ValueError:
-                continue  # its process died in the middle of it
 
 
 def pipeline_status(pipeline: Path) -> tuple[str, int]:
