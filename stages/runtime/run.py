@@ -63,11 +63,9 @@ class Run:
     ) -> None:
         self.stage = stage
         self.params = params
-        self.state_dir = state_dir  # survives a kill, and only the same inputs find it again; removed after success
-        self.stable_dir = (
-            stable_dir  # survives success too; a pretraining of another length finds it (`pre_decay_inputs`)
-        )
-        self.prefix = ""  # of the names of the metrics
+        self.state_dir = state_dir  # checkpoints, which only the same inputs find again; removed after success
+        self.stable_dir = stable_dir  # checkpoints before the decay, kept for a longer pretraining
+        self.prefix = ""  # of the metrics' names
         self.stop_requested = False
         self.phase = journal.clock  # `with run.phase("saving"):` says what the time in it goes to; it begins with data
         self._journal = journal

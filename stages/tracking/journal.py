@@ -87,26 +87,26 @@ class Journal:
                 journal._warn(f"no delivery: {error}")
         return journal
 
-    def resume(self, state_dir: Path, pre_decay_dir: Path | None = None, pre_decay_steps: int = 0) -> None:
+    def resume(self, state_dir: Path, stable_dir: Path | None = None, stable_steps: int = 0) -> None:
         """Read the curves of this training's earlier runs, and list this run for later ones.
 
         A resumed training logs only what follows its checkpoint. The points before are copied as soon as the step is
         known at which a metric continues, so that its curve is whole and has each step once.
 
-        A training without a list of its own resumes from the pre-decay checkpoint, and from the list there. Runs that
-        continue this one from there have its curves up to `pre_decay_steps`.
+        A training without a list of its own resumes from the checkpoint before the decay, and from the list there.
+        Runs that continue this one from there have its curves up to `stable_steps`.
         """
-        own_list, pre_decay_list = state_dir / "journals", pre_decay_dir and pre_decay_dir / "journals"
+        own_list, stable_list = state_dir / "journals", stable_dir and stable_dir / "journals"
         try:
-            source = pre_decay_list if pre_decay_list is not None and not own_list.exists() else own_list
+            source = stable_list if stable_list is not None and not own_list.exists() else own_list
             lines = source.read_text(encoding="utf-8").splitlines() if source.exists() else []
             self._earlier_curves = read_curves(lines)
             own = str(self.folder.resolve())
             with own_list.open("a", encoding="utf-8") as file:
                 file.write("".join(f"{line}\n" for line in ([own] if source == own_list else [*lines, own])))
-            if pre_decay_list is not None:
-                limited = [line if "\t" in line else f"{line}\t{pre_decay_steps}" for line in [*lines, own]]
-                pre_decay_list.write_text("".join(f"{line}\n" for line in limited), encoding="utf-8")
+            if stable_list is not None:
+                limited = [line if "\t" in line else f"{line}\t{stable_steps}" for line in [*lines, own]]
+                stable_list.write_text("".join(f"{line}\n" for line in limited), encoding="utf-8")
         except (OSError, ValueError) as error:
             self._warn(f"the record of the interrupted run is not taken over: {error}")
 
