@@ -1,6 +1,6 @@
-"""Several processes that train one model together: each reads a part of every batch, and all make the same steps.
+"""Data parallelism: each rank reads a shard of every batch, and all make the same steps.
 
-Before `start` there is one process, for which the other functions do nothing.
+Without `init_distributed` there is one rank, for which the other functions do nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 def rank() -> int:
-    """The number of this process; 0 leads: it alone prints, logs and writes."""
+    """Return this process's rank; rank 0 alone prints, logs and writes."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -27,9 +27,9 @@ def world_size() -> int:
 
 
 def init_distributed() -> None:
-    """Meets the other processes and shares the machine with those on it: its GPUs, or else its cores.
+    """Join the process group, and take a GPU or a share of the cores of this machine.
 
-    The environment says who they are, in torchrun's words: RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR
+    The environment describes the group as torchrun does: RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR
     and MASTER_PORT.
     """
     local, here = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -41,12 +41,12 @@ def init_distributed() -> None:
 
 
 def replicate(module: nn.Module) -> nn.Module:
-    """The module, with the weights of rank 0; its gradients will be the means over all processes."""
+    """Return the module with the weights of rank 0, whose gradients are averaged over all ranks."""
     return module if world_size() == 1 else DistributedDataParallel(module)
 
 
 def all_reduce(values: Tensor) -> Tensor:
-    """The sums over all processes."""
+    """Return the sums over all ranks."""
     if world_size() > 1:
         values = values.clone()
         dist.all_reduce(values)
@@ -54,7 +54,7 @@ def all_reduce(values: Tensor) -> Tensor:
 
 
 def sharded_map(function: Callable[[Tensor], Tensor], items: Tensor) -> Tensor:
-    """`function(items)` [n, .] where that treats each item by itself: every process computes some and has all."""
+    """Return `function(items)` [n, .], which maps each item by itself: each rank computes a shard and gets all."""
     if world_size() == 1:
         return function(items)
     results = torch.empty_like(items)
@@ -69,14 +69,14 @@ def sharded_map(function: Callable[[Tensor], Tensor], items: Tensor) -> Tensor:
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether the flag is set in any process."""
+    """Return whether the flag is set on any rank."""
     return flag if world_size() == 1 else bool(all_reduce(torch.tensor(float(flag))))
 
 
 def broadcast_state(
     state: tuple[dict[str, Tensor], dict[str, Any]] | None,
 ) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """What rank 0 has, tensors and values that JSON can say; the others need not read its disk."""
+    """Return the state of rank 0 (tensors, and values for JSON) on every rank."""
     if world_size() == 1:
         return state
     parts = (b"", b"") if state is None else (save(state[0]), json.dumps(state[1]).encode())
