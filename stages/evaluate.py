@@ -14,15 +14,10 @@ from llm.checkpoint.folder import Checkpoint, load_checkpoint
 from llm.common.device import pick_device
 from llm.common.files import write_atomic
 from llm.data.examples import read_quotable
-from llm.evaluation import report
-from llm.evaluation.evaluate import (
-    BaseResult,
-    ClassifierResult,
-    InstructResult,
-    evaluate_base,
-    evaluate_classifiers,
-    evaluate_instruct,
-)
+from llm.evaluation import pictures, report, tables
+from llm.evaluation.base_model import BaseResult, evaluate_base
+from llm.evaluation.classification import ClassifierResult, evaluate_classifiers
+from llm.evaluation.instruction_following import InstructResult, evaluate_instruct
 from stages.runtime.run import Run, main, resource_error
 
 logger = logging.getLogger("llm")
@@ -68,21 +63,21 @@ def evaluate(run: Run) -> None:
 
 def write_reports(run: Run, base: BaseResult, classifiers: ClassifierResult, instruct: InstructResult) -> None:
     quotable = read_quotable(TOKENS)
-    run.write_metrics(report.metrics(base, classifiers, instruct))
-    for name, content in report.plot_files(base, classifiers, instruct).items():
+    run.write_metrics(tables.metrics(base, classifiers, instruct))
+    for name, content in tables.plot_files(base, classifiers, instruct).items():
         write_atomic(REPORTS / "plots" / name, content)
-    for name, content in report.predictions(base, classifiers, instruct).items():
+    for name, content in tables.predictions(base, classifiers, instruct).items():
         write_atomic(REPORTS / "predictions" / name, content)
 
     FIGURES.mkdir(parents=True, exist_ok=True)
-    pictures: dict[str, Callable[[Path], None]] = {
-        "training": partial(report.draw_trainings, REPORTS / "plots"),
-        "bpb": partial(report.draw_bits_per_byte, base),
-        "classifiers": partial(report.draw_classifiers, classifiers),
-        "confusion_roc": partial(report.draw_confusion_roc, classifiers),
-        "instructions": partial(report.draw_instructions, instruct),
+    drawings: dict[str, Callable[[Path], None]] = {
+        "training": partial(pictures.draw_trainings, REPORTS / "plots"),
+        "bpb": partial(pictures.draw_bpb, base),
+        "classifiers": partial(pictures.draw_classifiers, classifiers),
+        "confusion_roc": partial(pictures.draw_confusion_roc, classifiers),
+        "instructions": partial(pictures.draw_instructions, instruct),
     }
-    for name, draw in pictures.items():
+    for name, draw in drawings.items():
         optional(f"picture {name}", partial(draw, FIGURES / f"{name}.png"))
 
     def write_report() -> None:

@@ -15,8 +15,10 @@ import yaml
 from llm.common.errors import InputError
 from llm.config import KINDS, parse_params
 from llm.data.examples import read_quotable
-from llm.evaluation import report
-from llm.evaluation.evaluate import BaseResult, ClassifierResult, Completion, InstructResult
+from llm.evaluation import report, tables
+from llm.evaluation.base_model import BaseResult, Completion
+from llm.evaluation.classification import ClassifierResult
+from llm.evaluation.instruction_following import InstructResult
 from llm.preprocess import data_card as datacard
 from llm.preprocess.supervised import SplitRows
 from stages import download, evaluate
@@ -214,9 +216,9 @@ def test_the_report_quotes_only_what_may_be_quoted(quotable: tuple[str, ...], qu
 
 
 def test_files_that_dvc_plots_and_metrics_hold_no_texts() -> None:
-    plots = "".join(report.plot_files(*quoting_results()).values())
-    assert marked((plots + json.dumps(report.metrics(*quoting_results()))).encode()) == []
-    kept = "".join(report.predictions(*quoting_results()).values())
+    plots = "".join(tables.plot_files(*quoting_results()).values())
+    assert marked((plots + json.dumps(tables.metrics(*quoting_results()))).encode()) == []
+    kept = "".join(tables.predictions(*quoting_results()).values())
     assert marked(kept.encode()) == list(KINDS), "the owner finds all of them here"
 
 
@@ -247,7 +249,7 @@ def test_an_evaluation_without_the_list_of_quotable_data_writes_nothing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=r"quotable\.json: missing"):
-        evaluate.write(cast(Run, SimpleNamespace()), *quoting_results())
+        evaluate.write_reports(cast(Run, SimpleNamespace()), *quoting_results())
     (tmp_path / "quotable.json").write_text('["corpus"]\n')
     assert read_quotable(tmp_path) == ["corpus"]
     assert not Path("reports").exists()

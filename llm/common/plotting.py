@@ -1,4 +1,4 @@
-"""How all pictures look, and how one is made so that the same content gives the same bytes."""
+"""Style of all pictures, and how to save one so that the same content gives the same bytes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-OURS, BASE, CONTROL, OTHER, INK = "#1f5fa8", "#8db8e2", "#e08a2c", "#a9b2bd", "#2b2f36"
+BLUE, LIGHT_BLUE, ORANGE, GREY, INK = "#1f5fa8", "#8db8e2", "#e08a2c", "#a9b2bd", "#2b2f36"
 STYLE: dict[str, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
@@ -37,7 +37,7 @@ STYLE: dict[str, Any] = {
 
 
 def style() -> AbstractContextManager[None]:
-    """matplotlib's own defaults with ours on top, whatever the user's settings are."""
+    """Apply our style on matplotlib's defaults, ignoring the user's settings."""
     from matplotlib import rc_context, rcParamsDefault
 
     settings: dict[Any, Any] = {key: value for key, value in rcParamsDefault.items() if not key.startswith("backend")}
@@ -51,7 +51,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """The same picture gives the same bytes."""
+    """Save without metadata: the same picture gives the same bytes."""
     figure.savefig(path, format="png", metadata={"Software": None})
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from llm.config import Template
 from llm.tokenizer.bpe import Tokenizer
 from llm.tokenizer.prompts import encode_prompt, stop_token
 
+Row = TypeVar("Row")
 TOKENIZE = "run the tokenize stage again"
 
 
@@ -57,6 +58,14 @@ def read_labels(folder: Path) -> list[str]:
 def read_quotable(tokens: Path) -> list[str]:
     """Return the kinds of data whose texts reports may show."""
     return read_json(tokens / "quotable.json", TOKENIZE)
+
+
+def first_filled(splits: Mapping[str, Sequence[Row]], folder: Path) -> tuple[str, Sequence[Row]]:
+    """Return the name and the rows of the first split that has any."""
+    for name, rows in splits.items():
+        if rows:
+            return name, rows
+    raise InputError(f"{folder}: neither {' nor '.join(splits)} holds a row to evaluate on; add data")
 
 
 class Example(NamedTuple):

@@ -1,7 +1,6 @@
-"""What a language model has to beat: n-grams and a compressor on text, classical classifiers on messages.
+"""Baselines: n-grams and a compressor on text, classical classifiers on messages.
 
-All of them learn from the training part alone. Nothing is chosen on the test part: the strength of a regularisation is
-chosen on the validation part.
+All of them learn from train alone. The strength of a regularisation is chosen on val, nothing on test.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ class NGram:
             n_histories, keys, grams = len(keys), longer_keys, longer
 
     def nats(self, tokens: Ints) -> Floats:
-        """What each token but the first costs in nats, [N-1], read on from the tokens in front of it."""
+        """Return the loss of each token but the first in nats, [N-1], given the tokens in front of it."""
         p = np.full(len(tokens), 1 / self.vocab_size)
         history = np.zeros(len(tokens), dtype=np.int64)  # -1: never seen in training
         for n, (keys, share, backoff) in enumerate(self.orders, start=1):
@@ -76,7 +75,7 @@ class NGram:
 
 
 def _numbered(keys: Ints) -> tuple[Ints, Ints]:
-    """The different keys in order, and for each key its place among them."""
+    """Return the different keys in order, and for each key its place among them."""
     unique, places = np.unique(keys, return_inverse=True)
     return unique, places
 
@@ -91,9 +90,9 @@ def _discounted(keys: Ints, counts: Ints, n_histories: int, vocab_size: int) -> 
 
 
 def _discounts(counts: Ints) -> Floats:
-    """What is taken off counts of 0, 1, 2, and 3 or more: Chen and Goodman's estimate from how many there are of each.
+    """Return the discounts of counts of 0, 1, 2, and 3 or more: Chen and Goodman's estimate.
 
-    Where a tiny or an artificial corpus leaves the estimate undefined or outside [0, count], 0.75 takes its place.
+    Where a tiny or an artificial corpus leaves the estimate undefined or outside [0, count], 0.75 replaces it.
     """
     n1, n2, n3, n4 = (float((counts == k).sum()) for k in (1, 2, 3, 4))
     y = n1 / (n1 + 2 * n2) if n1 else 0.0
@@ -103,7 +102,7 @@ def _discounts(counts: Ints) -> Floats:
 
 
 def xz_bytes(train: bytes, test: bytes) -> int:
-    """Bytes that `test` adds to a file with `train` in front of it, compressed by xz's LZMA2 at its strongest.
+    """Return the bytes that `test` adds behind `train` under xz's LZMA2 at its strongest.
 
     The dictionary is large enough to reach back over all of `train`.
     """
@@ -142,7 +141,7 @@ FEATURES = {
 
 
 def hand_made_features(texts: Sequence[str]) -> Floats:
-    """Log counts of what spam filters were first written with, and the share of capitals and digits: [N, features]."""
+    """Return the features of early spam filters: log counts, and the shares of capitals and digits, [N, features]."""
     counts = np.array([[len(p.findall(text)) for p in FEATURES.values()] for text in texts], dtype=np.float64)
     names = list(FEATURES)
     length = np.maximum(counts[:, names.index("characters")], 1)
@@ -153,7 +152,7 @@ def hand_made_features(texts: Sequence[str]) -> Floats:
 def classical_classifiers(
     train: Sequence[Message], val: Sequence[Message], texts: Sequence[str], labels: Sequence[str]
 ) -> dict[str, Floats]:
-    """Probabilities [N, K] for `texts` by each classical method, trained on `train`.
+    """Return probabilities [N, K] for `texts` by each classical method, trained on `train`.
 
     majority     the shares of the labels in train: always the most frequent one
     filter       logistic regression on hand-made features

@@ -1,8 +1,4 @@
-"""How good a model is: bits per byte of text, a classification report, overlap of answers, all with honest intervals.
-
-Shapes: N tokens of a text or rows of a test set, B windows of a batch, T tokens of a window, C emb_dim, V vocab_size,
-K labels.
-"""
+"""Metrics of classifiers and of answers, with 95 % intervals. Shapes: N rows of a test set, K labels."""
 
 from __future__ import annotations
 
@@ -18,9 +14,6 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 
-# ---- text ------------------------------------------------------------------------------------------------------------
-
-
 # ---- labels ----------------------------------------------------------------------------------------------------------
 
 
@@ -33,7 +26,7 @@ class Interval(NamedTuple):
 
 
 def wilson(successes: int, n: int) -> Interval:
-    """Wilson's score interval (1927), 95 %: sound for few trials and for shares near 0 and 1, unlike p +- 2 sd."""
+    """Return Wilson's 95 % score interval (1927), sound for few trials and for shares near 0 and 1."""
     if n == 0:
         return Interval(0.0, 0.0, 1.0)
     z = 1.959963984540054
@@ -68,7 +61,7 @@ class ClassificationReport(NamedTuple):
 
 
 def classification_report(actual: Ints, probabilities: Floats, labels: Sequence[str]) -> ClassificationReport:
-    """Scores probabilities [N, K] against the actual label numbers [N]; the prediction is the likeliest label."""
+    """Score probabilities [N, K] against the actual label numbers [N]; the prediction is the likeliest label."""
     from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
     numbers = list(range(len(labels)))
@@ -103,7 +96,7 @@ def _roc_auc(actual: Ints, probabilities: Floats, n_labels: int) -> float | None
 
 
 def roc_points(actual: Ints, probabilities: Floats) -> tuple[Floats, Floats]:
-    """False and true positive rates of the ROC curve: of the last label of two, else of all (row, label) decisions."""
+    """Return the rates of false and true positives: of the last label of two, else of all (row, label) decisions."""
     from sklearn.metrics import roc_curve
 
     n_labels = probabilities.shape[1]
@@ -119,7 +112,7 @@ def roc_points(actual: Ints, probabilities: Floats) -> tuple[Floats, Floats]:
 
 
 class AnswerReport(NamedTuple):
-    """How close answers come to the expected ones: exact match as a share, ROUGE-L (F) and chrF from 0 to 1 and 100."""
+    """Overlap of answers with the expected ones: exact match as a share, ROUGE-L (F, 0 to 1), chrF (0 to 100)."""
 
     rows: int
     exact_match: Interval
@@ -128,12 +121,12 @@ class AnswerReport(NamedTuple):
 
 
 def fold(text: str) -> str:
-    """The text with runs of white space as one space and none at its ends: what exact match compares."""
+    """Collapse white space, as exact match does before it compares."""
     return " ".join(text.split())
 
 
 def answer_report(answers: Sequence[str], expected: Sequence[str]) -> AnswerReport:
-    """Exact match, ROUGE-L (rouge-score; words of any script) and corpus chrF (sacrebleu) of answers."""
+    """Compute exact match, ROUGE-L (rouge-score; words of any script) and corpus chrF (sacrebleu) of answers."""
     from rouge_score.rouge_scorer import RougeScorer
     from sacrebleu.metrics.chrf import CHRF
 
@@ -151,14 +144,14 @@ def answer_report(answers: Sequence[str], expected: Sequence[str]) -> AnswerRepo
 
 
 class _Words:
-    """rouge-score's own tokenizer drops everything but a-z and 0-9."""
+    """A tokenizer for any script; rouge-score's own drops everything but a-z and 0-9."""
 
     def tokenize(self, text: str) -> list[str]:
         return re.findall(r"\w+", text.lower())
 
 
 def by_task(answers: Sequence[str], expected: Sequence[str], tasks: Sequence[str]) -> dict[str, AnswerReport]:
-    """One report for each task, sorted by name; empty where the source names no tasks."""
+    """Return one report for each task, sorted by name; empty where the source names no tasks."""
     rows: dict[str, list[int]] = {}
     for i, task in enumerate(tasks):
         rows.setdefault(task, []).append(i)
@@ -171,7 +164,7 @@ def by_task(answers: Sequence[str], expected: Sequence[str], tasks: Sequence[str
 
 
 def numbers(report: ClassificationReport | AnswerReport) -> dict[str, Any]:
-    """A report flat, for a metrics file."""
+    """Flatten a report for a metrics file."""
     if isinstance(report, AnswerReport):
         return {
             "exact_match": report.exact_match.value,

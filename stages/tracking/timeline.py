@@ -14,16 +14,16 @@ from typing import NamedTuple
 from llm.common.errors import InputError
 from llm.common.files import atomic_file, write_atomic
 from llm.common.markdown import escape, table
-from llm.common.plotting import BASE, CONTROL, OURS, new_figure, save, style
+from llm.common.plotting import BLUE, LIGHT_BLUE, ORANGE, new_figure, save, style
 from stages.tracking.journal_reader import end_event, is_running, list_journals, start_event
 from stages.tracking.process import runs_folder
 
 TABLE, PICTURE = "timeline.md", "timeline.png"
 PHASES = {  # name in the journal: description, colour
     "start-up": ("Python, imports", "#6d7783"),
-    "data": ("reading, checking and making data", BASE),
-    "training": ("steps", OURS),
-    "evaluation": ("on held-out data, samples", CONTROL),
+    "data": ("reading, checking and making data", LIGHT_BLUE),
+    "training": ("steps", BLUE),
+    "evaluation": ("on held-out data, samples", ORANGE),
     "saving": ("checkpoints, models, reports, pictures", "#5b9a68"),
     "tracking": ("the journal, and waiting for its delivery at the end", "#b5527c"),
     "control": ("waiting for the from-scratch baseline that trains beside", "#8f7cc0"),

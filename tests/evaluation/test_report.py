@@ -1,4 +1,4 @@
-"""The evaluations on tiny models, and the report: what it says, that it is the same twice, that text stays text."""
+"""The report, its tables and pictures: the same twice, and text stays text."""
 
 from __future__ import annotations
 
@@ -10,207 +10,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-from llm.checkpoint.folder import Checkpoint, CheckpointConfig
-from llm.common.errors import InputError
-from llm.config import KINDS, EvaluateParams
+from llm.config import KINDS
 from llm.data.examples import Pair
-from llm.evaluation import report
-from llm.evaluation.evaluate import (
-    BaseResult,
-    ClassifierResult,
-    Completion,
-    Example,
-    InstructResult,
-    ResponseLoss,
-    evaluate_base,
-    evaluate_classifiers,
-    evaluate_instruct,
-    response_loss,
-    text_bytes,
-)
+from llm.evaluation import pictures, report, tables
+from llm.evaluation.base_model import BaseResult, Completion
+from llm.evaluation.classification import ClassifierResult
+from llm.evaluation.instruction_following import Example, InstructResult, ResponseLoss
 from llm.evaluation.metrics import answer_report, by_task, classification_report, roc_points
 from llm.inference.score import Score
-from llm.model.classifier import GPTClassifier
-from llm.model.gpt import GPT
-from llm.tokenizer.bpe import Tokenizer
-from llm.tokenizer.prompts import encode_prompt
 from stages import evaluate as stage
-from tests.helpers import SHIPPED_FORM, gpt_config
 
 EVIL = "</details><script>alert(1)</script> ![x](http://e.com/x.png) | `a` ```` $x$ \x1b[31m\u202e"
-TEXTS = ["the cat sat on the mat", "a dog ran to the cat", "the mat is red", "a red dog sat", "the cat ran"] * 8
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return Tokenizer.train(TEXTS, 280)
-
-
-def make_gpt(tokenizer: Tokenizer) -> GPT:
-    torch.manual_seed(0)
-    config = gpt_config(**SHIPPED_FORM, context_length=256, vocab_size=tokenizer.vocab_size)
-    return GPT(config).eval()
-
-
-def make_folder(tokenizer: Tokenizer, kind: str = "base", labels: list[str] | None = None) -> Checkpoint:
-    gpt = make_gpt(tokenizer)
-    model = GPTClassifier(gpt, len(labels)).eval() if labels else gpt
-    config = CheckpointConfig(kind=kind, gpt=gpt.config, labels=labels, max_length=32 if labels else None)
-    return Checkpoint(model, tokenizer, config)
-
-
-def params(**changes: object) -> EvaluateParams:
-    values: dict[str, object] = {
-        "test_tokens": 1000,
-        "ngram_order": 3,
-        "baseline_bytes": 10**6,
-        "max_new_tokens": 4,
-        "batch_size": 3,
-        "report_samples": 2,
-        "prompts": ["the cat", ""],
-    }
-    return EvaluateParams.model_validate(values | changes)
-
-
-def write_corpus(folder: Path, tokenizer: Tokenizer, splits: dict[str, list[str]]) -> None:
-    folder.mkdir()
-    meta = {}
-    for split, texts in splits.items():
-        ids = [t for text in texts for t in [*tokenizer.encode(text), tokenizer.eot]]
-        np.array(ids, dtype="<u2").tofile(folder / f"{split}-00000.bin")
-        n_bytes = sum(len(text.encode()) for text in texts)
-        meta[split] = {"shards": [f"{split}-00000.bin"] if ids else [], "tokens": len(ids), "bytes": n_bytes}
-    content = {"dtype": "uint16", "vocab_size": tokenizer.vocab_size, "splits": meta}
-    (folder / "meta.json").write_text(json.dumps(content))
-
-
-def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
-    path.parent.mkdir(exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-# ---- evaluations -----------------------------------------------------------------------------------------------------
-
-
-def test_base_is_scored_on_the_bytes_without_separators(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    test = ["the dog ran to the mat", "café"]
-    write_corpus(tmp_path / "corpus", tokenizer, {"train": TEXTS, "val": ["the cat"], "test": test})
-    result = evaluate_base(make_folder(tokenizer), tmp_path / "corpus", params(), seed=1)
-    assert result.split == "test"
-    assert result.n_bytes == sum(len(text.encode()) for text in test)
-    assert result.baseline_bytes == result.train_bytes == sum(map(len, TEXTS))
-    n_tokens = sum(len(tokenizer.encode(text)) + 1 for text in test)  # separators are predicted
-    assert result.gpt.tokens == result.ngram.tokens == n_tokens - 1
-    assert result.gpt.loss == pytest.approx(math.log(tokenizer.vocab_size), rel=0.05)  # an untrained model guesses
-    assert result.ngram.loss < 0.9 * result.gpt.loss
-    assert [c.prompt for c in result.completions] == ["the cat", ""]
-    assert result.bpb()["xz"] == pytest.approx(8 * result.xz_bytes / result.n_bytes)
-
-
-def test_base_takes_val_without_a_test_part_and_limits_what_is_read(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    write_corpus(tmp_path / "corpus", tokenizer, {"train": TEXTS, "val": ["the cat sat on the mat"], "test": []})
-    result = evaluate_base(
-        make_folder(tokenizer), tmp_path / "corpus", params(test_tokens=4, baseline_bytes=100, prompts=[]), seed=1
-    )
-    assert result.split == "val"
-    assert result.gpt.tokens == 3
-    assert 50 < result.baseline_bytes < 200
-    assert "no test part" in report.part(result.split)
-
-
-def test_nothing_held_out_is_an_error(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    write_corpus(tmp_path / "corpus", tokenizer, {"train": TEXTS, "val": [], "test": []})
-    with pytest.raises(InputError, match="neither test nor val"):
-        evaluate_base(make_folder(tokenizer), tmp_path / "corpus", params(), seed=1)
-
-
-def test_text_bytes_cuts_at_separators_only(tokenizer: Tokenizer) -> None:
-    written = "the <|endoftext|> cat"  # somebody's text, no separator
-    ids = np.array([*tokenizer.encode(written), tokenizer.eot, *tokenizer.encode("a dog")])
-    assert text_bytes(tokenizer, ids) == [written.encode(), b"a dog"]
-
-
-def test_classifiers_share_one_test_part(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    rows = [{"text": text, "label": "dog" if "dog" in text else "cat"} for text in TEXTS]
-    folder = tmp_path / "messages"
-    for split, part in (("train", rows), ("val", rows[:5]), ("test", rows[:10])):
-        write_rows(folder / f"{split}.jsonl", part)
-    (folder / "labels.json").write_text('["cat", "dog"]')
-    classifier = make_folder(tokenizer, "classifier", ["cat", "dog"])
-    result = evaluate_classifiers({"gpt": classifier}, folder, 4)
-    assert list(result.reports) == ["gpt", "majority", "filter", "naive_bayes", "tfidf"]
-    assert {r.rows for r in result.reports.values()} == {10}
-    assert result.reports["tfidf"].accuracy.value == 1.0
-    right = sum(a == p for a, p in zip(result.actual, result.predicted(), strict=True))
-    assert result.reports["gpt"].accuracy.value == right / 10
-
-    (folder / "labels.json").write_text('["dog", "cat"]')
-    with pytest.raises(InputError, match="train it again"):
-        evaluate_classifiers({"gpt": classifier}, folder, 4)
-
-
-def test_answers_stay_with_their_pairs(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Batches are sorted by length inside; a model that repeats its prompt's last word shows whether that is undone."""
-    words = ["cat", "a red dog on the mat", "mat", "dog sat on the red mat", "red"]
-    rows = [{"instruction": "say", "input": w, "output": w, "task": f"t{len(w) % 2}"} for w in words]
-    write_rows(tmp_path / "instructions" / "test.jsonl", rows)
-    write_rows(tmp_path / "instructions" / "val.jsonl", [])
-
-    def echo(model: GPT, prompts: list[list[int]], **options: object) -> list[list[int]]:
-        inputs = [tokenizer.decode(p).split("### Input:\n")[1].split("\n")[0] for p in prompts]
-        return [tokenizer.encode(f" {text}\n") for text in inputs]
-
-    monkeypatch.setattr("llm.evaluation.evaluate.generate", echo)
-    result = evaluate_instruct({"gpt": make_folder(tokenizer)}, "alpaca", tmp_path / "instructions", params())
-    assert result.reports["gpt"].exact_match.value == 1.0
-    assert {task: r.rows for task, r in result.tasks["gpt"].items()} == {"t0": 2, "t1": 3}
-    assert [(e.pair.input, e.answers["gpt"]) for e in result.examples] == [(w, w) for w in words]
-    assert [result.examples[i].pair.task for i in result.shown] == ["t0", "t1"]  # spread over the tasks
-
-
-def test_a_base_that_knows_a_template_is_asked_in_it(
-    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for split in ("test", "val"):
-        write_rows(tmp_path / f"{split}.jsonl", [{"instruction": "say", "input": "", "output": "cat", "task": ""}])
-    asked: list[str] = []
-
-    def listen(model: GPT, prompts: list[list[int]], **options: object) -> list[list[int]]:
-        asked.extend(tokenizer.decode(prompt) for prompt in prompts)
-        return [[] for _ in prompts]
-
-    monkeypatch.setattr("llm.evaluation.evaluate.generate", listen)
-    plain = make_folder(tokenizer)
-    config = plain.config.model_copy(update={"template": "chatml", "system": "the cat knows"})
-    folders = {"gpt": plain, "base": Checkpoint(plain.model, tokenizer, config)}
-    result = evaluate_instruct(folders, "alpaca", tmp_path, params())
-    assert asked[0] == tokenizer.decode(encode_prompt(tokenizer, "alpaca", "say"))
-    assert asked[1] == tokenizer.decode(encode_prompt(tokenizer, "chatml", "say", system="the cat knows"))
-    assert result.losses["gpt"] != result.losses["base"]
-
-
-def test_response_loss_is_that_of_each_response_read_alone(tokenizer: Tokenizer) -> None:
-    folder = make_folder(tokenizer)
-    assert isinstance(folder.model, GPT)
-    pairs = [Pair("say", "", "the cat sat", ""), Pair("what is red?", "the mat", "the red dog on the mat é", "")]
-    nats, n_tokens = 0.0, 0
-    for pair in pairs:
-        prompt = encode_prompt(tokenizer, "alpaca", pair.instruction, pair.input)
-        response = [*tokenizer.encode(pair.output), tokenizer.eot]
-        with torch.no_grad():
-            logits = folder.model(torch.tensor([prompt + response]))[0]
-        nats -= float(logits.log_softmax(-1)[len(prompt) - 1 : -1].gather(1, torch.tensor(response)[:, None]).sum())
-        n_tokens += len(response)
-    loss = response_loss(folder, "alpaca", pairs, params())
-    assert (loss.tokens, loss.characters) == (n_tokens, sum(len(pair.output) for pair in pairs))
-    assert loss.nats == pytest.approx(nats, rel=1e-5)
-    assert loss.per_token == pytest.approx(nats / n_tokens, rel=1e-5)
-    assert loss.per_character == pytest.approx(nats / loss.characters, rel=1e-5)
-
-
-# ---- the report ------------------------------------------------------------------------------------------------------
 
 
 def results(labels: list[str]) -> tuple[BaseResult, ClassifierResult, InstructResult]:
@@ -259,7 +70,7 @@ def results(labels: list[str]) -> tuple[BaseResult, ClassifierResult, InstructRe
 
 
 def test_metrics_are_nested_one_level() -> None:
-    sections = report.metrics(*results(["ham", "spam"]))
+    sections = tables.metrics(*results(["ham", "spam"]))
     assert sections["base"]["bpb"] == pytest.approx(500 / math.log(2) / 1000)
     assert sections["base_xz"]["bpb"] == 2.0
     assert sections["classifier"]["accuracy"] == 1.0
@@ -270,7 +81,7 @@ def test_metrics_are_nested_one_level() -> None:
 
 def test_plot_files_hold_what_dvc_plots() -> None:
     files = {
-        name: list(csv.DictReader(io.StringIO(text))) for name, text in report.plot_files(*results(["a", "b"])).items()
+        name: list(csv.DictReader(io.StringIO(text))) for name, text in tables.plot_files(*results(["a", "b"])).items()
     }
     assert len(files["confusion.csv"]) == 60 and set(files["confusion.csv"][0]) == {"actual", "predicted"}
     assert [row["model"] for row in files["bpb.csv"]] == ["GPT", "n-gram model", "xz"]
@@ -283,7 +94,7 @@ def test_predictions_are_complete_and_a_line_each() -> None:
     base, classifiers, instruct = results(["ham", "spam"])
     files = {
         name: [json.loads(line) for line in text.rstrip("\n").split("\n")]
-        for name, text in report.predictions(base, classifiers, instruct).items()
+        for name, text in tables.predictions(base, classifiers, instruct).items()
     }
     first = files["messages.jsonl"][0]
     assert len(files["messages.jsonl"]) == 60 and first["text"] == f"{EVIL} 0"
@@ -326,7 +137,7 @@ def test_no_text_ends_the_script_of_dvcs_page() -> None:
     from dvc_render.vega import VegaRenderer
 
     for name, axes in {"per_task": ("exact_match", "task"), "confusion": ("actual", "predicted")}.items():
-        text = report.plot_files(*results([f"{EVIL}{k}" for k in range(3)]))[f"{name}.csv"]
+        text = tables.plot_files(*results([f"{EVIL}{k}" for k in range(3)]))[f"{name}.csv"]
         rows = [row | {"rev": "workspace"} for row in csv.DictReader(io.StringIO(text))]
         x, y = axes
         page = VegaRenderer(rows, name, template="scatter", x=x, y=y).generate_html()
@@ -360,42 +171,42 @@ def test_the_report_stands_without_controls_and_tasks() -> None:
         base, classifiers, instruct, {"corpus": "c", "messages": "m", "instructions": "i"}, [], KINDS
     )
     assert "without pretraining |\n" in text and "answers to read" not in text
-    assert report.plot_files(base, classifiers, instruct)["per_task.csv"].count("\n") == 3
+    assert tables.plot_files(base, classifiers, instruct)["per_task.csv"].count("\n") == 3
 
 
 @pytest.mark.parametrize("labels", [["ham", "spam"], ["a", "$b$", "c" * 40]])
 def test_pictures_have_the_same_bytes_twice(tmp_path: Path, labels: list[str]) -> None:
     base, classifiers, instruct = results(labels)
     rows = [{"step": step, "train/loss": 3.0 - step, "val/loss": 3.1 - step} for step in range(3)]
-    (tmp_path / "pretrain.csv").write_text(report.to_csv(rows))
+    (tmp_path / "pretrain.csv").write_text(tables.to_csv(rows))
     for run in ("one", "two"):
         folder = tmp_path / run
         folder.mkdir()
-        report.draw_trainings(tmp_path, folder / "training.png")
-        report.draw_bits_per_byte(base, folder / "bpb.png")
-        report.draw_classifiers(classifiers, folder / "classifiers.png")
-        report.draw_confusion_roc(classifiers, folder / "confusion_roc.png")
-        report.draw_instructions(instruct, folder / "instructions.png")
+        pictures.draw_trainings(tmp_path, folder / "training.png")
+        pictures.draw_bpb(base, folder / "bpb.png")
+        pictures.draw_classifiers(classifiers, folder / "classifiers.png")
+        pictures.draw_confusion_roc(classifiers, folder / "confusion_roc.png")
+        pictures.draw_instructions(instruct, folder / "instructions.png")
     for path in sorted((tmp_path / "one").iterdir()):
         content = path.read_bytes()
         assert content.startswith(b"\x89PNG") and b"Software" not in content
         assert content == (tmp_path / "two" / path.name).read_bytes()
 
 
-def test_an_extra_that_fails_is_one_line_and_the_rest_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
+def test_failure_of_an_optional_step_is_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
     def fails() -> None:
         raise OSError("no\nspace")
 
-    stage.extra("picture roc", fails)
+    stage.optional("picture roc", fails)
     assert capsys.readouterr().err == "evaluate: picture roc left out: OSError: no\n"
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), MemoryError()])
-def test_what_would_succeed_with_more_room_is_no_extra_to_leave_out(error: Exception) -> None:
+def test_lack_of_disk_or_memory_in_an_optional_step_is_an_error(error: Exception) -> None:
     """The stage's outputs would be kept without it for good."""
 
     def fails() -> None:
         raise error
 
     with pytest.raises(type(error)):
-        stage.extra("picture roc", fails)
+        stage.optional("picture roc", fails)

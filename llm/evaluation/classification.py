@@ -1,0 +1,68 @@
+"""Evaluate the classifiers on held-out messages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llm.checkpoint.folder import Checkpoint
+from llm.common.errors import InputError
+from llm.data.examples import first_filled, read_labels, read_messages
+from llm.evaluation.baselines import classical_classifiers
+from llm.evaluation.metrics import (
+    ClassificationReport,
+    classification_report,
+    roc_points,
+)
+from llm.inference.classify import classify_texts
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+
+class ClassifierResult(NamedTuple):
+    """Results by classifier: gpt, scratch (the from-scratch baseline), then the classical ones."""
+
+    split: str
+    train_rows: int
+    labels: list[str]
+    reports: dict[str, ClassificationReport]
+    roc: dict[str, tuple[Floats, Floats]]
+    texts: list[str]
+    actual: list[str]
+    probabilities: dict[str, Floats]  # [messages, labels]
+
+    def predicted(self, name: str = "gpt") -> list[str]:
+        """Return a classifier's label for each message."""
+        return [self.labels[k] for k in self.probabilities[name].argmax(axis=1)]
+
+
+def evaluate_classifiers(folders: Mapping[str, Checkpoint], messages: Path, batch_size: int) -> ClassifierResult:
+    """Evaluate the classifiers in `folders`, `gpt` first, and the classical ones on the same held-out messages."""
+    labels = read_labels(messages)
+    train, val = read_messages(messages / "train.jsonl"), read_messages(messages / "val.jsonl")
+    split, test = first_filled({"test": read_messages(messages / "test.jsonl"), "val": val}, messages)
+    texts = [message.text for message in test]
+    actual = np.array([labels.index(message.label) for message in test])
+
+    probabilities: dict[str, Floats] = {}
+    for name, folder in folders.items():
+        if folder.config.labels != labels:
+            raise InputError(f"{messages}: has labels {labels}, the classifier {folder.config.labels}; train it again")
+        probabilities[name] = classify_texts(folder, texts, batch_size).double().numpy()
+    probabilities |= classical_classifiers(train, val, texts, labels)
+    reports = {name: classification_report(actual, p, labels) for name, p in probabilities.items()}
+    return ClassifierResult(
+        split=split,
+        train_rows=len(train),
+        labels=labels,
+        reports=reports,
+        roc={name: roc_points(actual, p) for name, p in probabilities.items() if reports[name].roc_auc is not None},
+        texts=texts,
+        actual=[message.label for message in test],
+        probabilities=probabilities,
+    )

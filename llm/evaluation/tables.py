@@ -1,0 +1,137 @@
+"""Metrics, the CSV files that DVC plots, and predictions, as functions of the results alone."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from llm.evaluation.base_model import BaseResult
+from llm.evaluation.classification import ClassifierResult
+from llm.evaluation.instruction_following import InstructResult
+from llm.evaluation.metrics import numbers
+
+TEXT_MODELS = {"gpt": "GPT", "ngram": "n-gram model", "xz": "xz"}
+CLASSIFIERS = {
+    "gpt": "GPT",
+    "scratch": "GPT without pretraining",
+    "majority": "majority class",
+    "filter": "hand-made filter",
+    "naive_bayes": "naive Bayes",
+    "tfidf": "TF-IDF + logistic regression",
+}
+ANSWERERS = {"gpt": "GPT", "base": "GPT before finetuning", "scratch": "GPT without pretraining"}
+TRAININGS = {
+    "pretrain": "Pretraining",
+    "finetune_classify": "Finetuning: labels",
+    "finetune_instruct": "Finetuning: instructions",
+}
+
+
+def metrics(base: BaseResult, classifiers: ClassifierResult, instruct: InstructResult) -> dict[str, Any]:
+    """Return all figures, nested one level, for the metrics file."""
+    bits = base.bpb()
+    sections: dict[str, Any] = {
+        "base": {
+            "loss": base.gpt.loss,
+            "perplexity": base.gpt.perplexity,
+            "bpb": bits["gpt"],
+            "tokens": base.gpt.tokens,
+            "bytes": base.n_bytes,
+        },
+        "base_ngram": {
+            "loss": base.ngram.loss,
+            "perplexity": base.ngram.perplexity,
+            "bpb": bits["ngram"],
+        },
+        "base_xz": {"bpb": bits["xz"]},
+    }
+    for name, report in classifiers.reports.items():
+        section = "classifier" if name == "gpt" else f"classifier_{name}"
+        sections[section] = {"messages": report.rows, **numbers(report)}
+    for name, answers in instruct.reports.items():
+        section = "instruct" if name == "gpt" else f"instruct_{name}"
+        loss = instruct.losses[name]
+        sections[section] = {
+            "pairs": answers.rows,
+            **numbers(answers),
+            "loss": loss.loss,
+            "loss_per_char": loss.loss_per_char,
+        }
+    if instruct.tasks["gpt"]:
+        sections["instruct_tasks"] = {task: report.exact_match.value for task, report in instruct.tasks["gpt"].items()}
+    return sections
+
+
+def plot_files(base: BaseResult, classifiers: ClassifierResult, instruct: InstructResult) -> dict[str, str]:
+    """Return the CSV files that DVC plots, by name."""
+    text = [{"model": TEXT_MODELS[name], "bpb": bits} for name, bits in base.bpb().items()]
+    labels = [{"classifier": CLASSIFIERS[name], **numbers(report)} for name, report in classifiers.reports.items()]
+    answers = [{"model": ANSWERERS[name], **numbers(report)} for name, report in instruct.reports.items()]
+    tasks = [
+        {"model": ANSWERERS[name], "task": task, "pairs": report.rows, **numbers(report)}
+        for name, reports in instruct.tasks.items()
+        for task, report in (reports or {"all": instruct.reports[name]}).items()
+    ]
+    confusion = [
+        {"actual": actual, "predicted": predicted}
+        for actual, predicted in zip(classifiers.actual, classifiers.predicted(), strict=True)
+    ]
+    roc = [
+        {"false_positive_rate": float(x), "true_positive_rate": float(y)}
+        for x, y in zip(*classifiers.roc.get("gpt", ([0.0, 1.0], [0.0, 1.0])), strict=True)
+    ]
+    files = {
+        "bpb": text,
+        "classifiers": labels,
+        "confusion": confusion,
+        "roc": roc,
+        "instructions": answers,
+        "per_task": tasks,
+    }
+    return {f"{name}.csv": to_csv(rows) for name, rows in files.items()}
+
+
+def predictions(base: BaseResult, classifiers: ClassifierResult, instruct: InstructResult) -> dict[str, str]:
+    """Return the JSON lines files with each prompt's completions and each held-out item's predictions, by name."""
+    predicted = {name: classifiers.predicted(name) for name in classifiers.probabilities}
+    messages = [
+        {
+            "text": text,
+            "label": label,
+            "predicted": {name: labels[i] for name, labels in predicted.items()},
+            "probabilities": {
+                label: round(float(p), 6)
+                for label, p in zip(classifiers.labels, classifiers.probabilities["gpt"][i], strict=True)
+            },
+        }
+        for i, (text, label) in enumerate(zip(classifiers.texts, classifiers.actual, strict=True))
+    ]
+    completions = [completion._asdict() for completion in base.completions]
+    pairs = [{**example.pair._asdict(), "answers": example.answers} for example in instruct.examples]
+    return {
+        f"{name}.jsonl": "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
+        for name, rows in (("completions", completions), ("messages", messages), ("instructions", pairs))
+    }
+
+
+def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return rows as CSV, numbers with 6 significant digits.
+
+    DVC copies texts into the scripts of its page, where a `<` could end one: another sign replaces it.
+    """
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    file = io.StringIO()
+    writer = csv.DictWriter(file, columns, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({column: _csv_cell(value) for column, value in row.items()})
+    return file.getvalue()
+
+
+def _csv_cell(value: Any) -> Any:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return value.replace("<", "‹") if isinstance(value, str) else value

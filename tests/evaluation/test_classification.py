@@ -1,0 +1,31 @@
+"""Classifiers on one held-out part."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from llm.common.errors import InputError
+from llm.evaluation.classification import evaluate_classifiers
+from llm.tokenizer.bpe import Tokenizer
+from tests.evaluation.models import TEXTS, make_folder, write_rows
+
+
+def test_classifiers_share_one_test_part(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    rows = [{"text": text, "label": "dog" if "dog" in text else "cat"} for text in TEXTS]
+    folder = tmp_path / "messages"
+    for split, part in (("train", rows), ("val", rows[:5]), ("test", rows[:10])):
+        write_rows(folder / f"{split}.jsonl", part)
+    (folder / "labels.json").write_text('["cat", "dog"]')
+    classifier = make_folder(tokenizer, "classifier", ["cat", "dog"])
+    result = evaluate_classifiers({"gpt": classifier}, folder, 4)
+    assert list(result.reports) == ["gpt", "majority", "filter", "naive_bayes", "tfidf"]
+    assert {r.rows for r in result.reports.values()} == {10}
+    assert result.reports["tfidf"].accuracy.value == 1.0
+    right = sum(a == p for a, p in zip(result.actual, result.predicted(), strict=True))
+    assert result.reports["gpt"].accuracy.value == right / 10
+
+    (folder / "labels.json").write_text('["dog", "cat"]')
+    with pytest.raises(InputError, match="train it again"):
+        evaluate_classifiers({"gpt": classifier}, folder, 4)
