@@ -1,6 +1,6 @@
 """Evaluate the three models on held-out data: `models/`, `data/tokens/` to `reports/`; registers them.
 
-The figures are written first. What comes after them, the pictures and the registration, can fail without losing them.
+The figures are written first. The pictures and the registration come later and can fail without losing them.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def write_reports(run: Run, base: BaseResult, classifiers: ClassifierResult, ins
 
 
 def optional(name: str, action: Callable[[], None]) -> None:
-    """Run what is good to have; a failure is a warning.
+    """Run an optional action; a failure is a warning.
 
     A lack of disk or memory is an error: the same succeeds later, so the stage must not count as done without it.
     """

@@ -1,4 +1,4 @@
-"""A small pipeline: a copy of the repository with little data, tiny models and few steps, and what it has made."""
+"""A small pipeline: a copy of the repository with little data, tiny models and few steps, and its outputs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 
 def tiny_copy(folder: Path) -> Path:
-    """The repository's files at `folder`, without results, with one in `n` of the sample's entries and CHANGES."""
+    """Copy the repository to `folder` without results, with one in `n` of the sample's entries and CHANGES."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
     for name in filter(None, listed.split("\0")):
         if name != "dvc.lock" and not name.startswith("reports/"):
@@ -71,7 +71,7 @@ def environment() -> dict[str, str]:
 
 
 def execute(folder: Path, *command: str) -> str:
-    """What the command says, stdout then stderr; it has to succeed."""
+    """Run a command that has to succeed; return its stdout, then stderr."""
     done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}{done.stderr}"
     return done.stdout + done.stderr
@@ -82,7 +82,7 @@ def dvc_stages(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def outputs(folder: Path, *stages: str) -> list[Path]:
-    """What `dvc.yaml` declares as made by these stages, by all stages if none is named."""
+    """Return the outputs of these stages in `dvc.yaml`, of all stages if none is named."""
     found: list[Path] = []
     for name, stage in dvc_stages(folder).items():
         for kind in ("outs", "metrics", "plots"):

@@ -51,7 +51,7 @@ TRAININGS = {  # by stage, the names of its training states below `.work/<stage>
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A repository in which `dvc repro` has run once."""
+    """Return a repository in which `dvc repro` has run once."""
     folder = tiny_copy(tmp_path_factory.mktemp("pipeline-in-a-place-of-its-own"))
     said = execute(folder, "dvc", "repro")
     assert re.findall(r"Running stage '(.*)'", said) == list(dvc_stages(folder)), "each runs once, in this order"
@@ -145,7 +145,7 @@ def test_another_copy_in_another_place_makes_the_same_bytes(pipeline: Path, tmp_
 
 
 def interrupt(folder: Path, stage: str, number: signal.Signals, ready: Callable[[], bool]) -> int:
-    """Sends the signal to a running stage once `ready()`; returns its exit status."""
+    """Send the signal to a running stage once `ready()`; return its exit status."""
     log = folder / ".work" / "stage.log"
     while True:
         for path in outputs(folder, stage):  # as DVC does before it runs a stage
@@ -163,7 +163,7 @@ def interrupt(folder: Path, stage: str, number: signal.Signals, ready: Callable[
 
 
 def saved_step(folder: Path, stage: str, training: str) -> int:
-    """The last step whose state is saved, -1 if none is."""
+    """Return the step of the last checkpoint, -1 without one."""
     found = (folder / ".work" / stage).glob(f"*/{training}/step-*")
     return max((int(path.name.removeprefix("step-")) for path in found if path.suffix == ""), default=-1)
 
@@ -211,7 +211,7 @@ def test_longer_wsd_pretraining_resumes_from_the_pre_decay_checkpoint(pipeline: 
     wsd = {"schedule": "wsd", "warmup_steps": 5, "decay_steps": 10, "dropout": 0.1}
 
     def pretrain(**changes: int | float) -> tuple[str, dict[Path, bytes], list[str]]:
-        """What it says and makes, and the states that are there afterwards."""
+        """Return the stage's messages, its outputs and the checkpoints left."""
         change_params(pipeline, {"pretrain": wsd | changes})
         said = execute(pipeline, "python", "-m", "stages.pretrain")
         states = sorted(path.name for path in (pipeline / ".work/pretrain").glob("*/step-*"))
@@ -243,7 +243,7 @@ def test_longer_wsd_pretraining_resumes_from_the_pre_decay_checkpoint(pipeline: 
 
 @pytest.fixture
 def two(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Within it a training stage runs as two processes; what it makes is put away afterwards."""
+    """Let a training stage run on two ranks; restore the outputs afterwards."""
     before = contents(outputs(pipeline))
     monkeypatch.setenv("LLM_NPROC", "2")
     yield
@@ -336,7 +336,7 @@ def test_two_ranks_stop_together_and_resume(pipeline: Path) -> None:
 
 
 def running(folder: Path) -> list[psutil.Process]:
-    """The processes of stages in this folder."""
+    """Return the running processes of stages in this folder."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
@@ -346,7 +346,7 @@ def running(folder: Path) -> list[psutil.Process]:
 
 
 def execute_changed(folder: Path, stage: str, code: str) -> subprocess.CompletedProcess[str]:
-    """Runs a stage whose every process has run this code before anything else."""
+    """Run a stage whose every process runs this code first."""
     changed = folder / "changed"
     changed.mkdir()
     (changed / "sitecustomize.py").write_text(code)

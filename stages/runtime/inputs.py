@@ -96,7 +96,7 @@ def data_digests(inputs: Inputs) -> dict[str, str]:
 
 
 def check_unchanged(before: Inputs, after: Inputs) -> None:
-    """Raise `InputError` for inputs that changed meanwhile: DVC would record them as what made the outputs."""
+    """Raise `InputError` for inputs that changed meanwhile: DVC would record the later ones with the outputs."""
     old = {path: state.md5 for path, state in before.files.items()} | flatten(before.params)
     new = {path: state.md5 for path, state in after.files.items()} | flatten(after.params)
     changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))

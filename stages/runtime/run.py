@@ -67,7 +67,7 @@ class Run:
         self.stable_dir = stable_dir  # checkpoints before the decay, kept for a longer pretraining
         self.prefix = ""  # of the metrics' names
         self.stop_requested = False
-        self.phase = journal.clock  # `with run.phase("saving"):` says what the time in it goes to; it begins with data
+        self.phase = journal.clock  # `with run.phase("saving"):` counts its time; begins with data
         self._journal = journal
 
     def child(self, name: str, prefix: str = "") -> Run:

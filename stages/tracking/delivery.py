@@ -74,11 +74,11 @@ def follow(pipeline: Path, invocation: Process) -> int:
             deadline = time.monotonic() + pause
             while time.monotonic() < deadline and not (pause > POLL_INTERVAL and invocation.is_gone()):
                 time.sleep(POLL_INTERVAL)
-    return 1 if problem else deliver_all()  # what earlier pipelines could not deliver
+    return 1 if problem else deliver_all()  # earlier pipelines too
 
 
 def try_to_deliver(delivery: Delivery, pipeline: Path) -> str | None:
-    """Draw a pipeline's time line and deliver it all; return what `record_problem` does, None for success."""
+    """Draw a pipeline's time line and deliver both; return the error in one line, None for success."""
     try:
         timeline.update(pipeline)
     except Exception as error:

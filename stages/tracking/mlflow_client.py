@@ -147,5 +147,5 @@ def to_dataset_input(event: Event) -> Any:
 
 
 def valid_name(key: str) -> str:
-    """Replace what MLflow's names may not have: all but letters, digits and `_-. :/`."""
+    """Replace the characters that MLflow's names may not have: all but letters, digits and `_-. :/`."""
     return re.sub(r"[^\w\-. :/]", "_", key)

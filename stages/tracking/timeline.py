@@ -131,7 +131,7 @@ def markdown(line: TimeLine) -> str:
             "",
             f"{escape(line.title)} (`{line.pipeline}`): {whole:.1f} seconds until the end of the last stage.",
             "",
-            f"![What each stage spent its time on]({PICTURE})",
+            f"![Time of each stage by phase]({PICTURE})",
             "",
             *table(["seconds", "begins after", *phases, "all"], rows),
             f"{'; '.join(explained)}. Before and between the stages: DVC.",
@@ -173,9 +173,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             text = f"{row.end - row.begin:.1f} s"
             axes.annotate(text, (row.end / unit, y), xytext=(5, 0), textcoords="offset points", va="center", fontsize=9)
         axes.set_yticks(range(len(rows)), [label(row) for row in rows])
-        axes.set(
-            title=f"When each stage ran, and what it spent its time on ({name})", xlim=(0, 1.08 * max(whole, 1) / unit)
-        )
+        axes.set(title=f"Time of each stage by phase ({name})", xlim=(0, 1.08 * max(whole, 1) / unit))
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
         if phases:

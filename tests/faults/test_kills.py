@@ -47,7 +47,7 @@ KINDS = {"SIGKILL": -9, "SIGTERM": 143, "SIGINT": 130, "memory": 1, "disk": 1}  
 
 
 class Pipeline:
-    """A small pipeline whose stages run in copies of one process, and what each of them makes undisturbed."""
+    """A small pipeline whose stages run in copies of one process, and the undisturbed outputs of each."""
 
     def __init__(self, folder: Path, form: str) -> None:
         self.folder = tiny_copy(folder)
@@ -68,7 +68,7 @@ class Pipeline:
         self._worker.communicate()
 
     def run(self, stage: str, **more: Any) -> dict[str, Any]:
-        """The stage's status, what it said, and how many seconds it took."""
+        """Run a stage; return its status, its output and its seconds."""
         assert self._worker.stdin is not None and self._worker.stdout is not None
         print(json.dumps({"stage": stage, "folder": str(self.folder), **more}), file=self._worker.stdin, flush=True)
         answer: dict[str, Any] = json.loads(self._worker.stdout.readline())
@@ -89,7 +89,7 @@ class Pipeline:
         return contents(outputs(self.folder, stage))
 
     def clear(self, stage: str) -> None:
-        """As DVC does before it runs a stage; and nothing is downloaded yet."""
+        """Remove the stage's outputs, as DVC does before it runs a stage, and the downloads."""
         for path in outputs(self.folder, stage):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         shutil.rmtree(self.folder / ".work/downloads", ignore_errors=True)
@@ -98,7 +98,7 @@ class Pipeline:
         return {path.parent for path in self.folder.glob(".work/runs/*/*/events.jsonl")}
 
     def logged_steps(self, stage: str, journals: set[Path]) -> dict[str, int]:
-        """For each training in these journals, by its name in messages, the last step."""
+        """Return the last step of each training in these journals, by its name in messages."""
         curves = [event for journal in journals for event in read_events(journal) if event["event"] == "metrics"]
         name = stage.removeprefix("finetune-").replace("classify", "classifier")
         return {
@@ -108,7 +108,7 @@ class Pipeline:
         }
 
     def leftovers(self) -> list[Path]:
-        """What only an unfinished run has."""
+        """Return the files that only an unfinished run has."""
         inside = [self.folder / name for name in ("data", "models", "reports")]
         found = [path for place in inside for path in place.rglob("*") if path.suffix in (".partial", ".old", ".tmp")]
         return found + [path for stage in STAGES for path in (self.folder / ".work" / stage).glob("*/")]
@@ -116,7 +116,7 @@ class Pipeline:
 
 @pytest.fixture(scope="module", params=FORMS if KILLS else [next(iter(FORMS))])
 def pipeline(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pipeline]:
-    """A pipeline that has run once; its corpus comes from a server."""
+    """Return a pipeline that has run once; its corpus comes from a server."""
     pipeline = Pipeline(tmp_path_factory.mktemp("faults"), request.param)
     shared = tmp_path_factory.mktemp("served")
     stories = pipeline.folder / "data/sample/stories.txt"
@@ -141,7 +141,7 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 
 
 def draw(pipeline: Pipeline, chance: random.Random, stage: str, kind: str) -> dict[str, Any]:
-    """A fault after some seconds, or somewhere in one of the calls of a place that the stage comes to."""
+    """Draw a fault after some seconds, or inside a call of a place that the stage enters."""
     places = sorted(pipeline.calls[stage])
     if KILLS and kind != "memory" and chance.random() < 0.4:  # every day only what does not depend on the clock
         return {"kind": kind, "after": chance.uniform(0, pipeline.seconds[stage])}

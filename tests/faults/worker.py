@@ -47,7 +47,7 @@ HEAVY = (
 
 
 def wrap(place: str, around: Callable[[Callable[[], Any]], Any]) -> None:
-    """From now on `around(call)` stands for each call of the place's function."""
+    """Replace each call of the place's function by `around(call)`."""
     path, _, name = PLACES[place].rpartition(".")
     module, _, owner = path.rpartition(".")
     holder: Any = (
@@ -63,7 +63,7 @@ def wrap(place: str, around: Callable[[Callable[[], Any]], Any]) -> None:
 
 
 def record(place: str, found: dict[str, list[int]]) -> None:
-    """Notes for each call of the place's function how many calls are made in it."""
+    """Record the number of calls inside each call of the place's function."""
 
     def around(call: Callable[[], Any]) -> Any:
         calls = 0
@@ -84,7 +84,7 @@ def record(place: str, found: dict[str, list[int]]) -> None:
 
 
 def strike_inside(kind: str, place: str, entry: int, call: int) -> None:
-    """The fault strikes at the `call`-th call in the `entry`-th call of the place's function (both from 0)."""
+    """Strike at the `call`-th call in the `entry`-th call of the place's function (both from 0)."""
     entries, calls = 0, 0
 
     def count(frame: FrameType, event: str, argument: object) -> None:
@@ -107,7 +107,7 @@ def strike_inside(kind: str, place: str, entry: int, call: int) -> None:
 
 
 def strike(process: int, kind: str) -> None:
-    """A signal by its name; `disk`: from now on no file can grow, as on a full disk."""
+    """Send a signal by its name; with `disk` no file can grow from now on, as on a full disk."""
     if kind == "disk":
         resource.prlimit(process, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
     else:
@@ -115,7 +115,7 @@ def strike(process: int, kind: str) -> None:
 
 
 def run(job: dict[str, Any]) -> int:
-    """The status with which the stage's own process would end."""
+    """Run a stage; return the exit status of a process of its own."""
     os.chdir(job["folder"])
     stage = job["stage"]
     name = stage.replace("-", "_")
@@ -145,7 +145,7 @@ def run(job: dict[str, Any]) -> int:
 
 
 def answer(job: dict[str, Any]) -> dict[str, Any]:
-    """Runs a job in a copy of this process: its status, what it said, how long it took."""
+    """Run a job in a copy of this process; return its status, output and seconds."""
     reader, writer = os.pipe()
     fault, start = job.get("fault", {}), time.monotonic()
     child = os.fork()

@@ -41,7 +41,7 @@ from tests.stages.test_journal import record
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The address of a database that processes in two repositories raced to create: none may fail."""
+    """Return the URI of a database that processes in two repositories raced to create: none may fail."""
     uri = f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db"
     places = [tmp_path_factory.mktemp("repository") for _ in range(2)]
     racing = [places[0], places[1], places[1]]
@@ -61,7 +61,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def delivery(store: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Delivery]:
-    """A delivery to the store, into an experiment of this test alone."""
+    """Return a delivery to the store, into an experiment of this test alone."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", place.name)
     yield Delivery()
@@ -82,7 +82,7 @@ def all_runs(uri: str, experiment: str = "llm") -> list[Run]:
 
 
 def snapshot(uri: str, experiment: str) -> dict[str, Any]:
-    """All that MLflow knows of an experiment's runs, by the names we gave them."""
+    """Return the content of an experiment's runs in MLflow, by their tag `llm.run`."""
     client, content = MlflowClient(uri), {}
     for run in all_runs(uri, experiment):
         history = {
@@ -209,7 +209,7 @@ run.main("demo", demo)
 
 
 class FaultyServer(http.server.BaseHTTPRequestHandler):
-    """Answers as the first part of the path says."""
+    """A server that answers as the first part of the path says."""
 
     def do_GET(self) -> None:
         body = b"{}"
@@ -242,7 +242,7 @@ class FaultyServer(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def bad_stores(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """Addresses of tracking servers and databases, by what is wrong with them."""
+    """Yield URIs of tracking servers and databases, by their fault."""
     folder = tmp_path_factory.mktemp("stores")
     (folder / "file").touch()
     with (
@@ -264,7 +264,7 @@ def bad_stores(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, s
 
 
 def small_files() -> None:
-    """As on a disk with little room: enough for a journal, not for a database."""
+    """Limit the size of files: enough for a journal, not for a database."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))
 
 
@@ -331,7 +331,7 @@ def test_faulty_store_neither_disturbs_a_stage_nor_loses_events(
 
 
 def wait_for_lock(pipeline: Path) -> None:
-    """Until the process that the stage started has ended."""
+    """Wait until the delivery that the stage started has ended."""
     from llm.common.lock import locked
 
     with locked(pipeline / "lock", timeout=300) as holder:
@@ -352,7 +352,7 @@ def test_experiment_that_another_clone_creates_first_is_used(
 
 
 def dead_journal(place: Path, name: str) -> Journal:
-    """That of a stage whose process is gone without a word."""
+    """Return the journal of a stage that was killed."""
     journal = Journal(place / ".work/runs" / name / "pretrain-1")
     gone = Process(2**22, 1, socket.gethostname())
     journal.write(event="start", stage="pretrain", title=name, process=gone._asdict(), params={}, tags={})

@@ -19,7 +19,7 @@ START = {"seed": 123, "model.n_layers": 6}
 
 
 def record(stage: str = "pretrain", steps: int = 30, **params: Any) -> Journal:
-    """A stage's journal, open."""
+    """Return a stage's open journal."""
     journal = Journal.start(stage, START | params, "sample")
     for step in range(0, steps, 10):
         journal.metrics({"train/loss": 5 - step / 10, "lr": 0.1}, step)

@@ -13,7 +13,7 @@ from tests.conftest import ROOT
 
 
 def execute(folder: Path, code: str) -> subprocess.CompletedProcess[str]:
-    """Runs the code as a program that can start itself again."""
+    """Run the code as a program that can start itself again."""
     program = folder / "program.py"
     program.write_text(f"import os, time\nfrom pathlib import Path\nfrom stages.runtime import processes\n{code}")
     env = os.environ | {"PYTHONPATH": str(ROOT)}

@@ -36,7 +36,7 @@ stages:
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A repository with one stage, `demo`."""
+    """Make a repository with the stage `demo`."""
     (tmp_path / "params.yaml").write_text(SHIPPED, encoding="utf-8")
     (tmp_path / "dvc.yaml").write_text(DVC_YAML)
     (tmp_path / "code.py").write_text("a = 1\n")
@@ -49,7 +49,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def script(body: str) -> list[str]:
-    """A command that runs `body` as the stage `demo`; it can use `run`."""
+    """Return a command that runs `body`, which can use `run`, as the stage `demo`."""
     lines = "".join(f"    {line}\n" for line in body.splitlines())
     code = (
         "import errno, os, signal, sys, time\nfrom pathlib import Path\nfrom llm.common.errors import InputError\n"
@@ -68,7 +68,7 @@ def execute(body: str) -> subprocess.CompletedProcess[str]:
 
 
 def begin(body: str) -> subprocess.Popen[str]:
-    """Starts the stage and returns when it has printed its first line."""
+    """Start the stage and return when it has printed its first line."""
     process = subprocess.Popen(
         script(body), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

@@ -35,7 +35,7 @@ HERE = Process.from_psutil(psutil.Process())
 def stage(
     name: str, begin: float, seconds: dict[str, float], status: str = "", process: Process = GONE, pipeline: str = "p"
 ) -> Path:
-    """The record of a stage that began so many seconds after its pipeline; without a status it has no end."""
+    """Write the journal of a stage that began so many seconds after its pipeline; without a status it has no end."""
     journal = runs_folder() / pipeline / f"{name}-1"
     journal.mkdir(parents=True)
     start, end = BEGAN + begin, BEGAN + begin + sum(seconds.values())
@@ -209,7 +209,7 @@ def store(place: Path, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
 
 
 def delivered(client: MlflowClient, place: Path) -> dict[str, dict[str, bytes]]:
-    """The files of each run in MLflow, by our names."""
+    """Return the files of each run in MLflow, by its tag `llm.run`."""
     experiment = client.get_experiment_by_name("llm")
     assert experiment is not None
     found = {}
