@@ -899,9 +899,9 @@ FOREIGN_FOLDERS: dict[str, Case] = {
         IMPORT,
         r"its SentencePiece tokenizer\.model cannot be",
     ),
-    "tokenizer cut": Case(cut(THEIR_TOKENIZER, 100), IMPORT, r"tokenizer\.json: not a JSON file .*fetch it again"),
+    "tokenizer cut": Case(cut(THEIR_TOKENIZER, 100), IMPORT, r"tokenizer\.json: not valid JSON .*fetch it again"),
     "tokenizer deep": Case(
-        write(THEIR_TOKENIZER, DEEP), IMPORT, r"tokenizer\.json: not a JSON file \(too many brackets"
+        write(THEIR_TOKENIZER, DEEP), IMPORT, r"tokenizer\.json: not valid JSON \(too many brackets"
     ),
     "tokenizer of nothing": Case(
         write(THEIR_TOKENIZER, "{}"), IMPORT, r"theirs/tokenizer\.json: .*fetch it again|no tokenizer"

@@ -66,7 +66,7 @@ def gguf_package() -> ModuleType:
 
 
 class _Parser:
-    """Reads a header from front to back; raises `InputError` before it would read beyond the end of the file."""
+    """Reader of a header from front to back, which raises `InputError` before the end of the file."""
 
     def __init__(self, path: Path, file: BufferedReader) -> None:
         self.path = path

@@ -9,7 +9,7 @@ from llm.tokenizer.bpe import GPT2_PATTERN, MAX_SPACES, Tokenizer
 
 
 class PreTokenizer(NamedTuple):
-    """How a family of tokenizers splits a text before merging.
+    """The rules by which a family of tokenizers splits a text before merging.
 
     The published `steps` are regular expressions for Oniguruma, each applied to the pieces that the one before left;
     what an expression does not match is a piece too. `pattern` is one expression for tiktoken that splits the same way,

@@ -17,6 +17,12 @@ from llm.convert.families.metadata import WINDOW, Metadata, rope_fields
 from llm.tokenizer.bpe import Tokenizer
 
 ROPE_FREQS = "rope_freqs.weight"  # llama.cpp's, for the rope scaling of Llama 3
+SIZES = {
+    "block_count": "n_layers",
+    "context_length": "context_length",
+    "embedding_length": "emb_dim",
+    "feed_forward_length": "ffn_dim",
+}
 NORM_EPS = {"layernorm": "attention.layer_norm_epsilon", "rmsnorm": "attention.layer_norm_rms_epsilon"}
 GGUF_NAMES = {
     "tok_emb": "token_embd",
@@ -47,10 +53,20 @@ class HFConfig(BaseModel, ABC):
     quantization_config: None = None
     vocab_size: Positive
     model_type: str
+    options: ClassVar[dict[str, str]]  # keys with the value of an option of GPT
 
     @abstractmethod
     def gpt_config(self) -> GPTConfig:
         """Return the config of the `GPT` that computes the same."""
+
+    def shared_options(self) -> dict[str, Any]:
+        """Return the options of `GPT` that a key says."""
+        return {option: getattr(self, key) for key, option in self.options.items()}
+
+    @classmethod
+    def shared_keys(cls, gpt: GPTConfig) -> dict[str, Any]:
+        """Return the keys that say an option of `GPT`."""
+        return {key: getattr(gpt, option) for key, option in cls.options.items()}
 
     @classmethod
     @abstractmethod
@@ -99,8 +115,9 @@ class Family(ABC):
         """Return the config that a GGUF file describes; raise `InputError` for what `GPT` cannot express."""
         metadata.check_keys()
         size, number = metadata.size, metadata.number
-        emb_dim, n_heads = size("embedding_length"), size("attention.head_count")
-        head_dim = size("attention.key_length", emb_dim // n_heads)
+        sizes = {option: size(key) for key, option in SIZES.items()}
+        n_heads = size("attention.head_count")
+        head_dim = size("attention.key_length", sizes["emb_dim"] // n_heads)
         for key in ("attention.value_length", "rope.dimension_count"):
             if size(key, head_dim) != head_dim:
                 raise metadata.unsupported(f"{metadata.arch}.{key} = {size(key)} beside whole heads of {head_dim}")
@@ -109,20 +126,16 @@ class Family(ABC):
         q_proj, out_proj = (self.gguf_names[f"blocks.{{}}.attn.{name}"].format(0) for name in ("q_proj", "out_proj"))
         config = GPTConfig(
             vocab_size=tensors["token_embd.weight"].shape[0],
-            context_length=size("context_length"),
-            emb_dim=emb_dim,
-            n_layers=size("block_count"),
             n_heads=n_heads,
             n_kv_heads=size("attention.head_count_kv", n_heads),
             head_dim=head_dim,
-            ffn_dim=size("feed_forward_length"),
             rope_theta=number("rope.freq_base", 10000.0),
             norm_eps=number(NORM_EPS[self.fixed["norm"]]),
             qkv_bias=f"{q_proj}.bias" in tensors,
             bias=f"{out_proj}.bias" in tensors,
             tie_embeddings="output.weight" not in tensors,
             sliding_window=size(WINDOW) if metadata.has(WINDOW) else None,
-            **self.fixed,
+            **(sizes | self.fixed),
         )
         return config.model_copy(update={"rope_scaling": self.read_rope_scaling(metadata, tensors, config)})
 
@@ -148,11 +161,8 @@ class Family(ABC):
 
     def gguf_fields(self, gpt: GPTConfig) -> dict[str, Any]:
         """Return the metadata of a config."""
-        values: dict[str, Any] = {
-            "block_count": gpt.n_layers,
-            "context_length": gpt.context_length,
-            "embedding_length": gpt.emb_dim,
-            "feed_forward_length": gpt.ffn_dim,
+        values: dict[str, Any] = {key: getattr(gpt, option) for key, option in SIZES.items()}
+        values |= {
             "vocab_size": gpt.vocab_size,
             "attention.head_count": gpt.n_heads,
             "attention.head_count_kv": gpt.n_kv_heads,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import model_validator
 
@@ -24,6 +24,15 @@ HF_NAMES = {
     "final_norm": "transformer.ln_f",
     "lm_head": "lm_head",
 }
+OPTIONS = {
+    "vocab_size": "vocab_size",
+    "n_positions": "context_length",
+    "n_embd": "emb_dim",
+    "n_layer": "n_layers",
+    "n_head": "n_heads",
+    "layer_norm_epsilon": "norm_eps",
+    "tie_word_embeddings": "tie_embeddings",
+}
 FIXED: dict[str, Any] = {"positions": "learned", "norm": "layernorm", "activation": "gelu", "qk_norm": False}
 
 
@@ -42,6 +51,7 @@ class GPT2HFConfig(HFConfig):
     scale_attn_weights: Literal[True] = True
     scale_attn_by_inverse_layer_idx: Literal[False] = False
     add_cross_attention: Literal[False] = False
+    options: ClassVar[dict[str, str]] = OPTIONS
 
     @model_validator(mode="after")
     def _heads(self) -> Self:
@@ -51,36 +61,19 @@ class GPT2HFConfig(HFConfig):
 
     def gpt_config(self) -> GPTConfig:
         return GPTConfig(
-            vocab_size=self.vocab_size,
-            context_length=self.n_positions,
-            emb_dim=self.n_embd,
-            n_layers=self.n_layer,
-            n_heads=self.n_head,
             n_kv_heads=self.n_head,
             head_dim=self.n_embd // self.n_head,
             ffn_dim=self.n_inner or 4 * self.n_embd,
             rope_theta=10000.0,  # unused
-            norm_eps=self.layer_norm_epsilon,
             qkv_bias=True,
             bias=True,
-            tie_embeddings=self.tie_word_embeddings,
-            **FIXED,
+            **(self.shared_options() | FIXED),
         )
 
     @classmethod
     def from_gpt(cls, gpt: GPTConfig) -> Self:
-        return cls(
-            model_type="gpt2",
-            vocab_size=gpt.vocab_size,
-            n_positions=gpt.context_length,
-            n_embd=gpt.emb_dim,
-            n_layer=gpt.n_layers,
-            n_head=gpt.n_heads,
-            n_inner=gpt.ffn_dim,
-            activation_function="gelu_new",
-            layer_norm_epsilon=gpt.norm_eps,
-            tie_word_embeddings=gpt.tie_embeddings,
-        )
+        values = {"model_type": "gpt2", "n_inner": gpt.ffn_dim, "activation_function": "gelu_new"}
+        return cls.model_validate(cls.shared_keys(gpt) | values)
 
 
 class GPT2(Family):

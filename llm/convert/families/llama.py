@@ -20,6 +20,16 @@ from llm.convert.families.metadata import Metadata, decimal
 from llm.model.rotary import rotary_frequencies
 
 RopeType = Literal["default", "linear", "llama3", "yarn"]
+OPTIONS = {
+    "vocab_size": "vocab_size",
+    "max_position_embeddings": "context_length",
+    "hidden_size": "emb_dim",
+    "num_hidden_layers": "n_layers",
+    "num_attention_heads": "n_heads",
+    "intermediate_size": "ffn_dim",
+    "rms_norm_eps": "norm_eps",
+    "tie_word_embeddings": "tie_embeddings",
+}
 FIXED: dict[str, Any] = {"positions": "rotary", "norm": "rmsnorm", "activation": "swiglu", "qk_norm": False}
 
 HF_NAMES = {
@@ -118,6 +128,7 @@ class RotaryHFConfig(HFConfig):
     max_window_layers: NonNegative = 28
     layer_types: list[Literal["full_attention", "sliding_attention"]] | None = None
 
+    options: ClassVar[dict[str, str]] = OPTIONS
     qk_norm: ClassVar[bool] = False
     qkv_bias: ClassVar[bool | None] = None  # None: attention_bias and mlp_bias say it
 
@@ -143,39 +154,23 @@ class RotaryHFConfig(HFConfig):
         rope = self.rope_scaling or self.rope_parameters or HFRopeScaling()
         original = self.original_max_position_embeddings or rope.original_max_position_embeddings
         return GPTConfig(
-            vocab_size=self.vocab_size,
-            context_length=self.max_position_embeddings,
-            emb_dim=self.hidden_size,
-            n_layers=self.num_hidden_layers,
-            n_heads=self.num_attention_heads,
             n_kv_heads=self.num_key_value_heads or self.num_attention_heads,
             head_dim=self.head_dim or self.hidden_size // self.num_attention_heads,
-            ffn_dim=self.intermediate_size,
             rope_theta=rope.rope_theta or self.rope_theta,
             rope_scaling=rope.rope_scaling(original or self.max_position_embeddings),
-            norm_eps=self.rms_norm_eps,
             qkv_bias=self.attention_bias if self.qkv_bias is None else self.qkv_bias,
             bias=self.mlp_bias and self.qkv_bias is None,
-            tie_embeddings=self.tie_word_embeddings,
             sliding_window=self.sliding_window if "sliding_attention" in self._kinds_of_attention() else None,
-            **FIXED | {"qk_norm": self.qk_norm},
+            **(self.shared_options() | FIXED | {"qk_norm": self.qk_norm}),
         )
 
     @classmethod
     def from_gpt(cls, gpt: GPTConfig) -> Self:
-        values: dict[str, Any] = {
+        values: dict[str, Any] = cls.shared_keys(gpt) | {
             "model_type": cls.model_fields["model_type"].default,
-            "vocab_size": gpt.vocab_size,
-            "max_position_embeddings": gpt.context_length,
-            "hidden_size": gpt.emb_dim,
-            "num_hidden_layers": gpt.n_layers,
-            "num_attention_heads": gpt.n_heads,
             "num_key_value_heads": gpt.n_kv_heads,
             "head_dim": gpt.head_dim,
-            "intermediate_size": gpt.ffn_dim,
             "hidden_act": "silu",
-            "rms_norm_eps": gpt.norm_eps,
-            "tie_word_embeddings": gpt.tie_embeddings,
             "rope_theta": gpt.rope_theta,
         }
         if gpt.rope_scaling is not None:  # as transformers 4 and 5 both read it
