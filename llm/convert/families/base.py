@@ -120,7 +120,7 @@ class Family(ABC):
         head_dim = size("attention.key_length", sizes["emb_dim"] // n_heads)
         for key in ("attention.value_length", "rope.dimension_count"):
             if size(key, head_dim) != head_dim:
-                raise metadata.unsupported(f"{metadata.arch}.{key} = {size(key)} beside whole heads of {head_dim}")
+                raise metadata.unsupported(f"{metadata.arch}.{key} = {size(key)}", f"only a whole head, {head_dim}")
         if "token_embd.weight" not in tensors:
             raise InputError(f"{metadata.path}: tensor token_embd.weight is missing; take a file of a whole model")
         q_proj, out_proj = (self.gguf_names[f"blocks.{{}}.attn.{name}"].format(0) for name in ("q_proj", "out_proj"))

@@ -53,9 +53,9 @@ class Metadata(NamedTuple):
             )
         return decimal(value)
 
-    def unsupported(self, problem: str) -> InputError:
+    def unsupported(self, problem: str, instead: str = "take another model") -> InputError:
         """Return the error for something that `GPT` cannot express."""
-        return InputError(f"{self.path}: {problem} is not supported in {self.arch}; take another model")
+        return InputError(f"{self.path}: {problem} is not supported in {self.arch}; {instead}")
 
     def check_keys(self) -> None:
         """Raise `InputError` for a key of the architecture that is not understood."""
