@@ -1016,7 +1016,7 @@ COMMAND_LINES: dict[str, Case] = {
     "a base model cannot chat": Case(
         None,
         "llm chat models/base",
-        r"wrong kind of model \(expected instruct, got base\); name one such as models/instruct",
+        r"wrong kind of model \(expected instruct, got base\)",
     ),
     "a base model cannot label": Case(
         None, "llm classify models/base text", r"wrong kind of model \(expected classifier, got base\)"

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import sys
 
-from llm.cli.options import add_decoding, add_model_dir, load_for_decoding
+from llm.cli.options import add_decoding, add_model_dir, decoding_options, load_options
 from llm.cli.terminal import checked_text, stdin_lines, typed_lines, write
 
 SUMMARY = "answer instructions"
@@ -30,22 +30,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Answer one instruction a line; each stands alone."""
+    from llm.api import load
+
     context = checked_text(args.input, "--input")
-    model, options = load_for_decoding(args, "instruct")
+    model = load(args.model_dir, **load_options(args))
+    model.require("instruct")
+    options = decoding_options(args)
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     if interactive:
         with contextlib.suppress(ImportError):  # Windows has none
             import readline  # noqa: F401  (line editing and history for input())
         logging.getLogger("llm").info("One instruction a line. Ctrl-C ends an answer, Ctrl-D the chat.")
-    answered = 0
     for line in typed_lines() if interactive else stdin_lines():
         if not (instruction := line.strip()):
             continue
         message = {"role": "user", "content": instruction, "input": context}
         try:
-            write(model.stream([message], seed=args.seed + answered, **options))  # another seed if it is asked again
+            write(model.stream([message], **options))
         except KeyboardInterrupt:
             if not interactive:
                 raise
             print()
-        answered += 1
+        options["seed"] += 1  # asked again, it may answer otherwise

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 
-from llm.cli.options import add_decoding, add_model_dir, load_for_decoding
+from llm.cli.options import add_decoding, add_model_dir, decoding_options, load_options
 from llm.cli.terminal import checked_text, write
 from llm.common.errors import InputError
 
@@ -28,8 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the prompt and its continuation."""
+    from llm.api import load
+
     prompt = checked_text(args.prompt, "--prompt")
     if not prompt:
         raise InputError("--prompt is empty; give some text to continue")
-    model, options = load_for_decoding(args, "base", "instruct")
-    write(itertools.chain([prompt], model.stream(prompt, seed=args.seed, **options)))
+    model = load(args.model_dir, **load_options(args))
+    model.require("base", "instruct")
+    write(itertools.chain([prompt], model.stream(prompt, **decoding_options(args))))

@@ -5,13 +5,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llm.common.device import DEVICES
 from llm.common.errors import InputError
-
-if TYPE_CHECKING:
-    from llm.api import Model
 
 
 class CommandHelp(argparse.HelpFormatter):
@@ -90,20 +87,18 @@ def add_decoding(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def load_for_decoding(args: argparse.Namespace, *kinds: str) -> tuple[Model, dict[str, Any]]:
-    """Return the model of one of these kinds, and the options of its `stream` but for the seed."""
-    from llm.api import Sampling, load
+def load_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments of `llm.load` that the options of `add_decoding` give."""
+    return {"device": args.device, "int8": args.int8, "compiled": args.compile, "draft": args.draft}
 
-    model = load(args.model_dir, device=args.device, int8=args.int8, compiled=args.compile, draft=args.draft)
-    model.require(*kinds)
-    sampling = Sampling(
-        repetition_penalty=args.repetition_penalty,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        min_p=args.min_p,
-    )
-    return model, {"max_new_tokens": args.max_new_tokens, "sampling": sampling}
+
+def decoding_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments of `Model.stream` that the options of `add_decoding` give."""
+    from llm.inference.sampling import Sampling
+
+    names = ("repetition_penalty", "temperature", "top_k", "top_p", "min_p")
+    sampling = Sampling(**{name: getattr(args, name) for name in names})
+    return {"max_new_tokens": args.max_new_tokens, "sampling": sampling, "seed": args.seed}
 
 
 def check_output(out: Path, source: str | Path, kind: str = "model folder", holds: str = "config.json") -> None:
