@@ -151,8 +151,9 @@ class Model:
         max_new_tokens: int = MAX_NEW_TOKENS,
         sampling: Sampling = GREEDY,
         seed: int = 0,
+        batch_size: int | None = None,
     ) -> list[str]:
-        """Return the text that `generate` gives for each prompt; prompt i is sampled with seed + i.
+        """Return the text that `generate` gives for each prompt, `batch_size` at a time; prompt i has seed + i.
 
         >>> model.generate_batch(["One morning", "One morning the baker"])
         [' the baker sold bread at the harbour.', ' sold bread at the harbour.']
@@ -164,6 +165,7 @@ class Model:
             sampling=sampling,
             seed=seed,
             stop=self._stop(),
+            batch_size=batch_size,
         )
         return [self.checkpoint.tokenizer.decode(ids) for ids in answers]
 

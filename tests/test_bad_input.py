@@ -802,10 +802,10 @@ FOREIGN_FOLDERS: dict[str, Case] = {
         remove(THEIR_CONFIG), IMPORT, r"config\.json: missing; give a folder with config\.json, weights and tokenizer"
     ),
     "config cut": Case(
-        cut(THEIR_CONFIG, 100), IMPORT, r"theirs/config\.json: not valid JSON .*make or copy the file again"
+        cut(THEIR_CONFIG, 100), IMPORT, r"theirs/config\.json: not valid JSON .*give a folder with config\.json"
     ),
     "config a list": Case(
-        write(THEIR_CONFIG, "[]"), IMPORT, r"config\.json: expected an object, found list; make or copy"
+        write(THEIR_CONFIG, "[]"), IMPORT, r"config\.json: expected a JSON object, found list; give a folder"
     ),
     "config deep": Case(write(THEIR_CONFIG, DEEP), IMPORT, r"config\.json: not valid JSON \(too many brackets"),
     "unknown model": Case(
@@ -1121,6 +1121,7 @@ def place(sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(sound, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LLM_TRACKING", "off")
+    monkeypatch.setenv("LLM_LOG_LEVEL", "error")  # other messages are no part of a case
     return tmp_path
 
 
