@@ -464,9 +464,7 @@ TEXTS: dict[str, Case] = {
         "finetune-classify",
         r"val\.jsonl: damaged .*run the tokenize stage again",
     ),
-    "no tokens of the corpus": Case(
-        None, "pretrain", r"corpus/meta\.json: no readable token shards of split train.*run tokenize"
-    ),
+    "no tokens of the corpus": Case(None, "pretrain", r"corpus/meta\.json: missing; run tokenize"),
 }
 
 TABLES: dict[str, Case] = {

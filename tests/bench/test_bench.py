@@ -1,4 +1,4 @@
-"""The contests at a tiny size: who takes part, what is counted, what the table says. No speed is asserted."""
+"""The benchmarks at a tiny size: who takes part, what counts, the table. No speed is asserted."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ BENCHMARKS = [kind for kind in KINDS if kind not in TRAININGS]
 
 
 @pytest.mark.parametrize("kind", BENCHMARKS)
-def test_all_that_are_installed_run_in_rounds(
+def test_installed_implementations_run_in_rounds(
     kind: str, tiny: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     benchmark = load_benchmark(kind)
@@ -112,7 +112,7 @@ def test_rows_of_a_batch_have_different_lengths() -> None:
     assert (len(prompt), n) == (9, 6)
 
 
-def test_transformers_is_compiled_where_that_is_possible(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_transformers_is_compiled_if_possible(monkeypatch: pytest.MonkeyPatch) -> None:
     transformers = pytest.importorskip("transformers")
     calls: list[int] = []
 
@@ -139,7 +139,7 @@ def test_transformers_is_compiled_where_that_is_possible(monkeypatch: pytest.Mon
         make(shape)
 
 
-def test_our_own_step_is_compiled_where_that_is_possible(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_our_decoding_is_compiled_if_possible(monkeypatch: pytest.MonkeyPatch) -> None:
     implementations = load_benchmark("generate").implementations
     ours = [make for name, make in implementations.items() if name.startswith(OURS) and "compiled" in name]
     compiled: list[torch.nn.Module] = []
@@ -158,7 +158,7 @@ def test_our_own_step_is_compiled_where_that_is_possible(monkeypatch: pytest.Mon
             make(shape._replace(batch=2))
 
 
-def test_who_cannot_take_part_is_skipped_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+def test_implementation_that_cannot_take_part_is_skipped_by_name(capsys: pytest.CaptureFixture[str]) -> None:
     benchmark = load_benchmark("generate")
     names = [OURS, "transformers, continuous", "llama.cpp, F32"]
     found = compare(benchmark, TINY._replace(batch=1), 1, 0.0, only=names)
@@ -169,7 +169,7 @@ def test_who_cannot_take_part_is_skipped_by_name(capsys: pytest.CaptureFixture[s
     ]
 
 
-def test_the_forms_are_those_of_the_open_models() -> None:
+def test_forms_have_the_parameters_of_the_open_models() -> None:
     """GPT-2 124M and SmolLM2-135M have so many parameters."""
     expected = {"gpt2": 124_439_808, "llama": 134_515_008}
     for name, shape in FORMS.items():
@@ -188,10 +188,10 @@ def test_peers_encode_to_the_same_tokens(tiny: dict[str, Any]) -> None:
         assert list(encoder(tokenizer, documents)(documents)) == expected, encoder.__name__
 
 
-def test_we_encode_every_document_as_often_as_counted(
+def test_our_workload_encodes_every_document_in_every_pass(
     tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a turn has written before it is removed: tokens that decode to all the text."""
+    """Keep the shards that a run removes: their tokens decode to all the text."""
     monkeypatch.setattr("shutil.rmtree", lambda path: None)
     monkeypatch.setattr("tempfile.mkdtemp", lambda: str(tmp_path))
     sizes = tiny["tokenize"]
@@ -221,12 +221,14 @@ def test_memory_counts_the_child_processes(tiny: dict[str, Any]) -> None:
         ({"vocab": 100_000}, "vocab_size: the training text is too small for 100000 tokens"),
     ],
 )
-def test_what_a_contestant_finds_wrong_is_one_line(changed: dict[str, Any], message: str, tiny: dict[str, Any]) -> None:
+def test_input_error_of_an_implementation_is_one_line(
+    changed: dict[str, Any], message: str, tiny: dict[str, Any]
+) -> None:
     with pytest.raises(InputError, match=message):
         compare(load_benchmark("tokenize"), tiny["tokenize"]._replace(**changed), 1, 0.0, only=[OURS])
 
 
-def test_the_corpus_of_a_download_is_a_text_too(tmp_path: Path) -> None:
+def test_downloaded_corpus_is_read_as_documents(tmp_path: Path) -> None:
     records = [(0, "One.\n\n\n"), (0, "Still one."), (1, " \n"), (2, "Two.")]
     path = tmp_path / "corpus.jsonl"
     path.write_text("".join(json.dumps({"doc": doc, "text": text}) + "\n" for doc, text in records))
@@ -241,7 +243,7 @@ def test_the_corpus_of_a_download_is_a_text_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"), [(b"\xff", "not valid UTF-8"), (b" \n", "empty; name a file with text")]
 )
-def test_a_text_that_is_none_is_one_line(content: bytes, message: str, tmp_path: Path) -> None:
+def test_unreadable_text_is_one_line(content: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / "text").write_bytes(content)
     with pytest.raises(InputError, match=message):
         read_documents(tmp_path / "text")
@@ -255,7 +257,7 @@ def test_another_implementation_is_first_each_round(capsys: pytest.CaptureFixtur
     assert [line.split(": ")[0].split(", ", 1)[1] for line in said] == [*names, *reversed(names)]
 
 
-def test_contestants_train_models_of_one_size() -> None:
+def test_implementations_train_models_of_one_size() -> None:
     for shape in (TINY, TINY._replace(heads=4, kv_heads=2, ffn=24, form="llama")):
         sizes = {
             "ours": sum(p.numel() for p in GPT(gpt_config(shape)).parameters()),
@@ -264,7 +266,7 @@ def test_contestants_train_models_of_one_size() -> None:
         assert len(set(sizes.values())) == 1, sizes
 
 
-def test_the_share_of_the_limit() -> None:
+def test_share_of_the_limit_follows_from_the_cost() -> None:
     """A layer of width 16 has 12 * 256 weights in its matrices; the vocabulary 50 * 16."""
     weights = 2 * 12 * 256 + 50 * 16
     limit = Cost(flop=1e6, n_bytes=2e6)
@@ -289,7 +291,7 @@ def test_the_share_of_the_limit() -> None:
         ({"vocab": 10**8}, "vocab_size: input should be less than or equal to 16777216"),
     ],
 )
-def test_a_shape_that_no_model_has_is_one_line(changed: dict[str, int], message: str) -> None:
+def test_impossible_shape_is_one_line(changed: dict[str, int], message: str) -> None:
     with pytest.raises(InputError, match=message):
         compare(load_benchmark("train"), TINY._replace(**changed), 1, 0.01)
 
@@ -335,7 +337,7 @@ def test_option_of_another_kind_is_refused_by_the_parser(
     assert said.endswith(f"; see python -m llm bench {kind} --help\n")
 
 
-def test_only_those_named_take_part() -> None:
+def test_only_named_implementations_take_part() -> None:
     found = compare(load_benchmark("finetune"), TINY, 1, 0.0, only=[OURS])
     assert list(found["results"]) == [OURS]
     with pytest.raises(InputError, match="nobody: takes no part in finetune; those who do: this project, transformers"):
@@ -360,7 +362,7 @@ def test_only_those_named_take_part() -> None:
         ("learn --text nowhere.txt", "nowhere.txt: not found"),
     ],
 )
-def test_what_a_command_line_cannot_mean_is_one_line(
+def test_impossible_sizes_and_params_are_one_line(
     command: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["bench", *command.split()]) == 1
@@ -380,12 +382,12 @@ def time_to_loss(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> TimeT
 
 @pytest.fixture
 def params() -> Params:
-    """Those of the clone, with short evaluations."""
+    """Return the params of the clone, with short evaluations."""
     params = shipped_params()
     return params.model_copy(update={"pretrain": params.pretrain.model_copy(update={"eval_tokens": 256})})
 
 
-def test_ours_trains_until_it_is_as_good(
+def test_our_training_ends_at_the_target(
     time_to_loss: TimeToLoss, params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By a clock that a step moves by one second and an evaluation by a thousand, which do not count."""
@@ -426,13 +428,13 @@ def test_ours_trains_until_it_is_as_good(
     assert (tmp_path / "curves.png").stat().st_size > 1000
 
 
-def test_ours_may_not_get_as_far(time_to_loss: TimeToLoss, params: Params) -> None:
+def test_training_short_of_the_target_has_no_ratios(time_to_loss: TimeToLoss, params: Params) -> None:
     found = learn(time_to_loss._replace(our_steps=1), params)
     assert found["ratios"] == {} and found["results"][OURS]["step"] == 1
     assert f"{OURS}: did not get as far" in learning.markdown(found)
 
 
-def test_ours_trains_in_bf16_too_where_there_are_units_for_it(
+def test_our_recipe_trains_in_bf16_too_on_a_cpu_with_units_for_it(
     time_to_loss: TimeToLoss, params: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(learning, "has_bf16_units", lambda: True)
@@ -454,7 +456,7 @@ def test_ours_trains_in_bf16_too_where_there_are_units_for_it(
     assert mixed[1]["bpb"] == pytest.approx(plain[1]["bpb"], rel=0.01)
 
 
-def test_our_recipe_is_that_of_the_params() -> None:
+def test_our_recipe_equals_the_params_but_for_the_feed_forward_width() -> None:
     """But for the width of the feed-forward layers, which makes up for what GPT-2's block has more."""
     params = shipped_params()
     time_to_loss = default_sizes(params)
@@ -478,7 +480,7 @@ def test_params_change_as_in_an_experiment() -> None:
 
 
 @pytest.mark.parametrize(("best", "tried"), [(4.0, [1, 2, 4, 8]), (1.0, [1, 2, 0.5]), (0.5, [1, 2, 0.5, 0.25])])
-def test_the_sweep_ends_where_it_gains_no_more(best: float, tried: list[float]) -> None:
+def test_sweep_ends_when_the_loss_rises(best: float, tried: list[float]) -> None:
     asked: list[float] = []
 
     def learned(lr: float) -> TrainingResult:
@@ -493,7 +495,7 @@ def test_the_sweep_ends_where_it_gains_no_more(best: float, tried: list[float]) 
     assert len(found) == len([lr for lr in tried if lr != 8])
 
 
-def test_a_sweep_that_only_explodes_is_one_line() -> None:
+def test_sweep_that_only_diverges_is_one_line() -> None:
     def explodes(lr: float) -> TrainingResult:
         raise DivergenceError("step 3: the loss exploded: lower lr")
 
@@ -540,7 +542,9 @@ def test_law_of_four_models_is_told_before_the_fifth(
     assert (tmp_path / "law.png").stat().st_size > 1000
 
 
-def test_a_law_is_found_again(scaling_sizes: ScalingSizes, params: Params, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_known_power_law_is_recovered(
+    scaling_sizes: ScalingSizes, params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def trained(recipe: learning.Recipe, shards: Path, *more: Any) -> TrainingResult:
         size = learning.n_parameters(recipe.config)
         end = {"step": 1, "tokens": 64, "seconds": 1.0, "val_loss": 1.0, "bpb": 9 * size**-0.25}
@@ -553,7 +557,7 @@ def test_a_law_is_found_again(scaling_sizes: ScalingSizes, params: Params, monke
     assert "what it reached is +0.0 % off" in scaling.markdown(found).replace("-0.0", "+0.0")
 
 
-def test_the_scaling_sizes_ends_with_the_model_of_the_params() -> None:
+def test_largest_model_is_that_of_the_params() -> None:
     params = shipped_params()
     scaling_sizes = scaling.default_sizes(params)
     *smaller, last = recipes(scaling_sizes, params)

@@ -104,7 +104,7 @@ def test_generate_is_greedy_by_default_and_seeded(cli: Cli, folders: Folders) ->
     assert cli(*warm, "1").out == cli(*warm, "1").out != cli(*warm, "2").out
 
 
-def test_what_a_terminal_would_obey_is_shown(cli: Cli, folders: Folders, tmp_path: Path) -> None:
+def test_control_characters_are_made_visible(cli: Cli, folders: Folders, tmp_path: Path) -> None:
     evil = "\x1b]0;title\x07\x9b2J\u202e"
     result = cli("generate", folders.base, "--prompt", f"One{evil}", "--max-new-tokens", "0")
     assert result.out == "One\ufffd]0;title\ufffd\ufffd2J\ufffd\n"
@@ -124,7 +124,7 @@ def test_generate_continues_the_raw_prompt_of_an_instruct_model(cli: Cli, folder
     assert result.out == "It was" + visible(tokenizer.decode(ids)) + "\n"
 
 
-def test_a_prompt_longer_than_the_context_is_named_on_stderr(cli: Cli, folders: Folders) -> None:
+def test_prompt_longer_than_the_context_is_told_on_stderr(cli: Cli, folders: Folders) -> None:
     prompt = TEXT * 60
     result = cli("generate", folders.base, "--prompt", prompt, "--max-new-tokens", "3")
     assert result.status == 0
@@ -149,7 +149,7 @@ def test_chat_answers_each_line_with_the_template(cli: Cli, folders: Folders) ->
     assert len(set(expected)) == 2
 
 
-def test_chat_with_nothing_to_answer(cli: Cli, folders: Folders) -> None:
+def test_chat_without_input_prints_nothing(cli: Cli, folders: Folders) -> None:
     assert cli("chat", folders.instruct) == (0, "", "")
 
 
@@ -337,7 +337,7 @@ def test_import_of_a_base_with_an_adapter(cli: Cli, folders: Folders, tmp_path: 
     assert not (tmp_path / "other").exists()
 
 
-def test_a_begin_token_stands_before_the_prompt(cli: Cli, folders: Folders, tmp_path: Path) -> None:
+def test_bos_token_precedes_the_prompt(cli: Cli, folders: Folders, tmp_path: Path) -> None:
     plain = Tokenizer.load(folders.base)
     tokenizer = Tokenizer(plain.ranks, plain.pattern, plain.special_tokens, bos_token="<|im_start|>")
     folder = saved(tmp_path / "begin", tokenizer, "base")
@@ -350,7 +350,7 @@ def test_a_begin_token_stands_before_the_prompt(cli: Cli, folders: Folders, tmp_
     assert result.out == "One morning" + visible(tokenizer.decode(with_begin)) + "\n"
 
 
-def test_chat_says_what_the_system_is_and_stops_at_every_end(
+def test_chat_uses_the_system_prompt_and_all_stop_tokens(
     cli: Cli, folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer = Tokenizer.load(folders.base)
@@ -371,7 +371,7 @@ def test_chat_says_what_the_system_is_and_stops_at_every_end(
     ]
 
 
-def test_weights_of_8_bits_a_draft_and_a_compiled_step(
+def test_draft_and_compilation_keep_greedy_text_and_int8_nearly_the_score(
     cli: Cli, folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same greedy text with a draft, compiled or not; with 8 bits nearly the same bits per byte, and text."""
@@ -394,7 +394,7 @@ def test_weights_of_8_bits_a_draft_and_a_compiled_step(
     assert refused.err == f"python -m llm generate: {said}\n"
 
 
-def test_an_interrupt_ends_with_130(cli: Cli, folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupt_ends_with_130(cli: Cli, folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
@@ -460,7 +460,7 @@ def test_help_shows_examples_without_loading_torch() -> None:
     subprocess.run([sys.executable, "-c", code, *commands], cwd=ROOT, check=True)
 
 
-def test_a_reader_that_leaves_early_and_utf8_whatever_the_locale(folders: Folders) -> None:
+def test_closed_pipe_ends_with_141_and_output_is_utf8_in_any_locale(folders: Folders) -> None:
     env = {**os.environ, "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "llm", "generate", str(folders.base), "--prompt", "café", "--max-new-tokens"]
     done = subprocess.run([*command, "2"], cwd=ROOT, capture_output=True, env=env, check=True)
