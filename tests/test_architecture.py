@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import yaml
+from dvc.utils.serialize import modify_yaml
 
 from llm.config import Params, Strict, parse_params
 
@@ -342,6 +343,17 @@ def test_runtime_is_no_dependency() -> None:
 
 def test_shipped_params_parse() -> None:
     parse_params(shipped_params())
+
+
+def test_an_experiment_changes_one_line_of_params(tmp_path: Path) -> None:
+    """`-S` has DVC write the whole file anew, in its own style."""
+    lines = (ROOT / "params.yaml").read_text(encoding="utf-8").splitlines()
+    copy = tmp_path / "params.yaml"
+    copy.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with modify_yaml(copy) as values:
+        values["pretrain"]["max_steps"] = 7
+    changed = [new for old, new in zip(lines, copy.read_text(encoding="utf-8").splitlines(), strict=True) if old != new]
+    assert changed == ["  max_steps: 7"]
 
 
 def test_params_have_no_default_in_code() -> None:
