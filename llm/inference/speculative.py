@@ -32,12 +32,6 @@ def speculative_decode(
     context_length = model.gpt.config.context_length
     capacity = min(context_length, len(request.context) + request.remaining)
 
-    def distribution(logits: Tensor, seen: Tensor | None) -> Tensor:
-        """Return the distribution [V] of logits [V]."""
-        if seen is not None:
-            logits = apply_repetition_penalty(logits, seen, sampling.repetition_penalty)
-        return probabilities(logits[None], sampling)[0]
-
     def draw(weights: Tensor) -> int:
         return int(torch.multinomial(weights, 1, generator=request.generator))
 
@@ -48,7 +42,7 @@ def speculative_decode(
         seen = None if request.seen is None else request.seen.clone()
         for _ in range(min(NUM_DRAFT_TOKENS, request.remaining - 1, capacity - len(request.context))):
             logits = _last_logits(draft, cache, request.context + proposed, 1)
-            q.append(distribution(logits[0], seen))
+            q.append(_distribution(logits[0], seen, sampling))
             proposed.append(draw(q[-1]))
             if seen is not None:
                 seen[proposed[-1]] = True
@@ -63,7 +57,7 @@ def speculative_decode(
             proposed, q = propose(draft_cache)
             all_logits = _last_logits(model, cache, request.context + proposed, len(proposed) + 1)  # [proposed + 1, V]
             for i, logits in enumerate(all_logits):
-                p = distribution(logits, request.seen)  # [V]
+                p = _distribution(logits, request.seen, sampling)  # [V]
                 accepted = False
                 if i < len(proposed):
                     chance = torch.rand((), device=p.device, generator=request.generator)
@@ -85,3 +79,10 @@ def _last_logits(decoder: Decoder, cache: KVCache, tokens: list[int], n: int) ->
     idx = torch.tensor([tokens[cache.length :]], device=gpt.tok_emb.weight.device)  # [1, T]
     logits = decoder(idx, cache)[0] if len(idx[0]) == n else gpt.lm_head(gpt.hidden_states(idx, cache)[0, -n:])
     return logits.float()
+
+
+def _distribution(logits: Tensor, seen: Tensor | None, sampling: Sampling) -> Tensor:
+    """Return the distribution [V] of logits [V]."""
+    if seen is not None:
+        logits = apply_repetition_penalty(logits, seen, sampling.repetition_penalty)
+    return probabilities(logits[None], sampling)[0]
