@@ -381,11 +381,12 @@ def test_sigterm_during_an_evaluation_stops_all_ranks(pipeline: Path) -> None:
 
 @pytest.mark.usefixtures("two")
 def test_error_of_all_ranks_is_reported_once(pipeline: Path) -> None:
+    shipped = (pipeline / "params.yaml").read_text(encoding="utf-8")
     change_params(pipeline, {"pretrain": {"trainable": "last_blocks", "last_blocks": 9}})
     try:
         done = execute_changed(pipeline, "pretrain", "")
     finally:
-        change_params(pipeline, {"pretrain": {"trainable": "all", "last_blocks": 2}})
+        (pipeline / "params.yaml").write_text(shipped, encoding="utf-8")
     assert done.returncode == 1
     assert done.stderr == "pretrain: last_blocks: 9, but the model has 2 blocks\n"
 
