@@ -145,11 +145,8 @@ def _decode_one_token(
 
 
 def _attend_one_query(q: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:
-    """Return the attention output [1, 1, H * D] of one query [1, H, 1, D]; it sees `seen` [S] of the keys [K, S, D].
-
-    Written as sums, which the compiler fuses into loops.
-    """
-    K, _, D = keys.shape
+    """Return the attention output [1, 1, H * D] of one query [1, H, 1, D]; it sees `seen` [S] of the keys [K, S, D]."""
+    K, _, D = keys.shape  # below are sums, not products of matrices: the compiler fuses them into loops
     q = (q * D**-0.5).view(K, -1, 1, D)  # [K, G, 1, D]
     weights = (q * keys[:, None]).sum(-1).masked_fill(~seen, -torch.inf).softmax(-1)  # [K, G, S]
     return (weights[..., None] * values[:, None]).sum(2).view(1, 1, -1)

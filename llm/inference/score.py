@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 
 from llm.common.errors import InputError
-from llm.data.shards import bits_per_byte
+from llm.data.shards import TokenShards, bits_per_byte
 from llm.inference.request import eval_mode
 from llm.model.gpt import GPT
 
@@ -37,60 +35,45 @@ class Score(NamedTuple):
         return bits_per_byte(self.nats, n_bytes)
 
 
-MAX_TOKENS = 2**15  # of the windows of a batch
-
-
-class TokenSource(Protocol):
-    """Token ids that need not fit into memory, such as `llm.data.shards.TokenShards`."""
-
-    n_tokens: int
-
-    def read(self, start: int, length: int) -> Tensor | NDArray[np.int64]: ...
-
-
-class _InMemory:
-    def __init__(self, idx: Tensor) -> None:
-        self.idx, self.n_tokens = idx, len(idx)
-
-    def read(self, start: int, length: int) -> Tensor:
-        return self.idx[start : start + length]
+MAX_TOKENS = 2**15  # of a batch of windows
 
 
 @torch.inference_mode()
-def score_tokens(model: GPT, idx: Tensor | TokenSource, batch_size: int = 16, max_tokens: int | None = None) -> Score:
+def score_tokens(model: GPT, idx: Tensor | TokenShards, batch_size: int = 16, max_tokens: int | None = None) -> Score:
     """Score token ids [N], or the first `max_tokens` of them, each once.
 
     The first token has no context and is not scored. A text longer than the context is read in windows of the full
     context that overlap by half: after the first window, each token is predicted from at least half a context.
     """
-    tokens = _InMemory(idx) if isinstance(idx, Tensor) else idx
     T = model.config.context_length
     if T < 2:
         raise InputError("a model with a context_length of 1 predicts nothing from a text; scoring needs 2 or more")
-    n_tokens = min(tokens.n_tokens, max_tokens or tokens.n_tokens)
-    device = next(model.parameters()).device
-    windows = [(0, 1)] if n_tokens > 1 else []  # the start of each, and the first token that it scores
-    while windows and windows[-1][0] + T < n_tokens:
-        windows.append((windows[-1][0] + T // 2, windows[-1][0] + T))
+    total = len(idx) if isinstance(idx, Tensor) else idx.n_tokens
+    n_tokens = min(total, max_tokens or total)
+    spans = [(0, 1)] if n_tokens > 1 else []  # the start of each window, and the first token that it scores
+    while spans and spans[-1][0] + T < n_tokens:
+        spans.append((spans[-1][0] + T // 2, spans[-1][0] + T))
     rows = max(1, min(batch_size, MAX_TOKENS // T))
     nats = 0.0
     with eval_mode(model):
-        for i in range(0, len(windows), rows):
-            nats += _score_windows(model, tokens, windows[i : i + rows], n_tokens, device)
+        for i in range(0, len(spans), rows):
+            windows = []
+            for start, first in spans[i : i + rows]:
+                n = min(T, n_tokens - start)
+                window = idx[start : start + n] if isinstance(idx, Tensor) else torch.as_tensor(idx.read(start, n))
+                windows.append((window, first - start))
+            nats += _score_windows(model, windows)
     return Score(nats, max(n_tokens - 1, 0))
 
 
-def _score_windows(
-    model: GPT, tokens: TokenSource, windows: list[tuple[int, int]], n_tokens: int, device: torch.device
-) -> float:
-    T = min(model.config.context_length, n_tokens - windows[0][0])
-    idx = torch.zeros(len(windows), T, dtype=torch.long)  # [B, T]; a short last window is right-padded
-    scored = torch.zeros(len(windows), T, dtype=torch.bool)  # [B, T]
-    for b, (start, first) in enumerate(windows):
-        window = torch.as_tensor(tokens.read(start, min(T, n_tokens - start)))
+def _score_windows(model: GPT, windows: list[tuple[Tensor, int]]) -> float:
+    """Return the summed loss in nats of windows, each from its first scored token on."""
+    idx = torch.zeros(len(windows), len(windows[0][0]), dtype=torch.long)  # [B, T]; only the last window may be shorter
+    scored = torch.zeros_like(idx, dtype=torch.bool)  # [B, T]
+    for b, (window, first) in enumerate(windows):
         idx[b, : len(window)] = window
-        scored[b, first - start : len(window)] = True
-    idx, scored = idx.to(device), scored.to(device)
+        scored[b, first : len(window)] = True
+    idx, scored = (t.to(model.tok_emb.weight.device) for t in (idx, scored))
     hidden = model.hidden_states(idx[:, :-1])[scored[:, 1:]]  # [N, C]
     targets = idx[scored]  # [N]
     rows = max(1, 2**24 // model.config.vocab_size)  # logits of at most 64 MB at a time

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 
 import torch
 from torch import Tensor
@@ -17,12 +17,7 @@ NUM_DRAFT_TOKENS = 4  # tokens that the draft model proposes before the model ve
 
 @torch.inference_mode()
 def speculative_decode(
-    model: Decoder,
-    draft: Decoder,
-    request: Request,
-    sampling: Sampling,
-    stop: frozenset[int],
-    prefix: PrefixCache | None,
+    model: Decoder, draft: Decoder, request: Request, sampling: Sampling, stop: Set[int], prefix: PrefixCache | None
 ) -> Iterator[int]:
     """Yield the new tokens of a request: the draft model proposes some, the model verifies them in one call.
 
@@ -31,6 +26,12 @@ def speculative_decode(
     """
     context_length = model.gpt.config.context_length
     capacity = min(context_length, len(request.context) + request.remaining)
+
+    def distribution(logits: Tensor, seen: Tensor | None) -> Tensor:
+        """Return the distribution [V] of logits [V]."""
+        if seen is not None:
+            logits = apply_repetition_penalty(logits, seen, sampling.repetition_penalty)
+        return probabilities(logits[None], sampling)[0]
 
     def draw(weights: Tensor) -> int:
         return int(torch.multinomial(weights, 1, generator=request.generator))
@@ -42,7 +43,7 @@ def speculative_decode(
         seen = None if request.seen is None else request.seen.clone()
         for _ in range(min(NUM_DRAFT_TOKENS, request.remaining - 1, capacity - len(request.context))):
             logits = _last_logits(draft, cache, request.context + proposed, 1)
-            q.append(_distribution(logits[0], seen, sampling))
+            q.append(distribution(logits[0], seen))
             proposed.append(draw(q[-1]))
             if seen is not None:
                 seen[proposed[-1]] = True
@@ -57,20 +58,24 @@ def speculative_decode(
             proposed, q = propose(draft_cache)
             all_logits = _last_logits(model, cache, request.context + proposed, len(proposed) + 1)  # [proposed + 1, V]
             for i, logits in enumerate(all_logits):
-                p = _distribution(logits, request.seen, sampling)  # [V]
-                accepted = False
-                if i < len(proposed):
-                    chance = torch.rand((), device=p.device, generator=request.generator)
-                    accepted = bool(chance * q[i][proposed[i]] < p[proposed[i]])
-                    if not accepted and (rest := (p - q[i]).clamp(min=0)).any():  # none is left where p equals q
-                        p = rest
-                token = proposed[i] if accepted else draw(p)
+                p = distribution(logits, request.seen)  # [V]
+                weights = _verify(p, q[i], proposed[i], request.generator) if i < len(proposed) else p
+                token = proposed[i] if weights is None else draw(weights)
                 if token in stop:
                     return
                 request.add(token)
                 yield token
-                if not accepted:
+                if weights is not None:
                     break
+
+
+def _verify(p: Tensor, q: Tensor, token: int, generator: torch.Generator) -> Tensor | None:
+    """Return None for an accepted token, otherwise the weights [V] to draw its replacement with."""
+    chance = torch.rand((), device=p.device, generator=generator)
+    if chance * q[token] < p[token]:
+        return None
+    rest = (p - q).clamp(min=0)
+    return rest if rest.any() else p  # nothing is left where p equals q
 
 
 def _last_logits(decoder: Decoder, cache: KVCache, tokens: list[int], n: int) -> Tensor:
@@ -79,10 +84,3 @@ def _last_logits(decoder: Decoder, cache: KVCache, tokens: list[int], n: int) ->
     idx = torch.tensor([tokens[cache.length :]], device=gpt.tok_emb.weight.device)  # [1, T]
     logits = decoder(idx, cache)[0] if len(idx[0]) == n else gpt.lm_head(gpt.hidden_states(idx, cache)[0, -n:])
     return logits.float()
-
-
-def _distribution(logits: Tensor, seen: Tensor | None, sampling: Sampling) -> Tensor:
-    """Return the distribution [V] of logits [V]."""
-    if seen is not None:
-        logits = apply_repetition_penalty(logits, seen, sampling.repetition_penalty)
-    return probabilities(logits[None], sampling)[0]
