@@ -23,7 +23,7 @@ EXAMPLES = (
 )
 ROUNDS, SECONDS = 5, 5.0
 IN_ROUNDS = (
-    " Those of its peers that are installed do the same, in rounds. The table shows the median of the rounds, its "
+    " Installed peers do the same, in rounds. The table shows the median of the rounds, its "
     "ratio to the best peer, its share of the machine's own limit, measured in the same rounds, and the memory."
 )
 
@@ -84,22 +84,22 @@ KINDS = {
 }
 TRAININGS = ("learn", "scale")  # of params.yaml's recipe, not in rounds
 SIZES = {
-    "megabytes": "of text",
-    "processes": "that encode it together",
+    "megabytes": "length of the text in MB",
+    "processes": "processes that encode together",
     "text": "a text file, or data/raw/corpus.jsonl, in place of the sample",
-    "tokens": "for each parameter",
-    "steps": "of the training that sets the target",
-    "our_steps": "that our schedule is made for (default: as many)",
+    "tokens": "training tokens for each parameter",
+    "steps": "steps of the training that sets the target",
+    "our_steps": "steps of our schedule (default: as many)",
     "layers": "blocks",
-    "width": "emb_dim",
-    "heads": "of the attention",
-    "kv_heads": "of its keys and values (form llama)",
+    "width": "embedding dimension",
+    "heads": "attention heads",
+    "kv_heads": "key-value heads (form llama)",
     "ffn": "width of the feed-forward layers (form llama)",
-    "vocab": "tokens of the vocabulary",
-    "context": "tokens of a row",
-    "batch": "rows",
-    "prompt": "tokens that are continued",
-    "new": "tokens of the continuation",
+    "vocab": "size of the vocabulary",
+    "context": "context length in tokens",
+    "batch": "rows of a batch",
+    "prompt": "tokens of a prompt",
+    "new": "tokens to generate",
 }
 
 
@@ -108,7 +108,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
     for name, kind in KINDS.items():
         command = add_command(kinds, name, kind.summary, kind.description, kind.examples)
-        sizes = command.add_argument_group("sizes, in place of those of the project's own figures")
+        sizes = command.add_argument_group("sizes (default: those of the README's figures)")
         for size in kind.sizes:
             form: dict[str, Any] = {"metavar": "FILE"} if size == "text" else {"metavar": "N", "type": positive}
             sizes.add_argument(f"--{size.replace('_', '-')}", help=SIZES[size], **form)
@@ -125,9 +125,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                 help="a value in place of that of params.yaml, as in `dvc exp run`; may be repeated",
             )
         else:
-            add("--only", action="append", metavar="NAME", help="an implementation; may be repeated (default: all)")
-            add("--rounds", type=positive, default=ROUNDS, metavar="N", help="rounds (default: %(default)s)")
-            add("--seconds", type=float, default=SECONDS, metavar="X", help="of a round (default: %(default)s)")
+            add(
+                "--only",
+                action="append",
+                metavar="NAME",
+                help="run this implementation; may be repeated (default: all)",
+            )
+            add("--rounds", type=positive, default=ROUNDS, metavar="N", help="number of rounds (default: %(default)s)")
+            add(
+                "--seconds",
+                type=float,
+                default=SECONDS,
+                metavar="X",
+                help="least seconds of each in a round (default: %(default)s)",
+            )
         add("--out", type=Path, metavar="DIR", help="where to leave the figures as JSON and a picture")
 
 

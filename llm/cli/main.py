@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command; return its exit status."""
     args = build_parser().parse_args(argv)
     try:
-        setup_logging(args.log_level)
+        setup_logging(getattr(args, "log_level", None))
         args.run(args)
     except BrokenPipeError:  # the reader of the answers left, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing left to fail at exit

@@ -29,11 +29,10 @@ def add_command(
         epilog="examples:\n" + "\n".join(f"  {example}" for example in examples),
         formatter_class=CommandHelp,
     )
-    command.set_defaults(log_level=None)
-    level = command.add_mutually_exclusive_group()
-    for option, value, shown in (("-v", "debug", "all messages, with their time"), ("-q", "warning", "warnings only")):
-        name = {"-v": "--verbose", "-q": "--quiet"}[option]
-        level.add_argument(option, name, dest="log_level", action="store_const", const=value, help=f"show {shown}")
+    level = command.add_mutually_exclusive_group()  # without a default: a command below would put it over that above
+    form: dict[str, Any] = {"dest": "log_level", "action": "store_const", "default": argparse.SUPPRESS}
+    level.add_argument("-v", "--verbose", const="debug", help="show all messages, with their time", **form)
+    level.add_argument("-q", "--quiet", const="warning", help="show warnings only", **form)
     return command
 
 

@@ -21,7 +21,7 @@ import torch
 
 from llm.checkpoint.adapter import save_trained
 from llm.checkpoint.folder import Checkpoint, CheckpointConfig, load_checkpoint, save_checkpoint
-from llm.cli.main import main
+from llm.cli.main import build_parser, main
 from llm.common.sanitize import CONTROLS, visible
 from llm.inference.classify import classify_texts
 from llm.inference.generate import generate
@@ -434,6 +434,11 @@ def test_quiet_and_verbose_select_messages(cli: Cli, folders: Folders, tmp_path:
     assert cli(*export).err == f"{tmp_path / 'theirs'}: written\n"
     assert cli(*export, "-q") == (0, "", "")
     assert cli(*export, "-v").err.endswith(f" INFO {tmp_path / 'theirs'}: written\n")
+
+
+def test_quiet_counts_before_and_after_the_kind_of_a_benchmark() -> None:
+    for words in (["bench", "-q", "train"], ["bench", "train", "-q"]):
+        assert build_parser().parse_args(words).log_level == "warning"
 
 
 def test_log_level_of_the_environment_is_checked(cli: Cli, folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
