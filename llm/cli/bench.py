@@ -125,20 +125,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                 help="a value in place of that of params.yaml, as in `dvc exp run`; may be repeated",
             )
         else:
-            add(
-                "--only",
-                action="append",
-                metavar="NAME",
-                help="run this implementation; may be repeated (default: all)",
-            )
+            add("--only", action="append", metavar="NAME", help="an implementation; may be repeated (default: all)")
             add("--rounds", type=positive, default=ROUNDS, metavar="N", help="number of rounds (default: %(default)s)")
-            add(
-                "--seconds",
-                type=float,
-                default=SECONDS,
-                metavar="X",
-                help="least seconds of each in a round (default: %(default)s)",
-            )
+            add("--seconds", type=float, default=SECONDS, metavar="X", help="length of a round (default: %(default)s)")
         add("--out", type=Path, metavar="DIR", help="where to leave the figures as JSON and a picture")
 
 
