@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from llm.bench.contest import compare
+from llm.bench.harness import compare
 from llm.bench.models import Shape
 from llm.bench.training import TRAIN
 from llm.inference.compiled import CompiledDecoder
@@ -59,9 +59,9 @@ def test_the_text_is_that_of_a_cpu(form: dict[str, Any]) -> None:
     assert generate(decoder, prompts, max_new_tokens=[3, 30, 3]) == [expected[0][:3], expected[1], expected[2][:3]]
 
 
-def test_a_contest_of_training_is_on_the_device() -> None:
+def test_benchmark_of_training_runs_on_the_device() -> None:
     shape = Shape(layers=2, width=64, heads=2, vocab=100, context=32, batch=2)
-    found = compare(TRAIN, shape, 1, 0.1, print, ["this project"])
+    found = compare(TRAIN, shape, 1, 0.1, ["this project"])
     result = found["results"]["this project"]
     assert 0 < result["of_limit"] < 1
     assert result["memory"] < 2**28, "what the device holds, not the process"

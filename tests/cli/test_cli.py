@@ -374,7 +374,7 @@ def test_chat_uses_the_system_prompt_and_all_stop_tokens(
 def test_draft_and_compilation_keep_greedy_text_and_int8_nearly_the_score(
     cli: Cli, folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same greedy text with a draft, compiled or not; with 8 bits nearly the same bits per byte, and text."""
+    """Compare greedy texts, and bits per byte with weights of 8 bits."""
     plain = cli("generate", folders.base, "--prompt", "One")
     assert cli("generate", folders.base, "--prompt", "One", "--draft", folders.base).out == plain.out
     assert cli("generate", folders.base, "--prompt", "One", "--int8").out.startswith("One")
