@@ -29,9 +29,6 @@ BETWEEN = re.compile(r"[\s,]*")  # separates two objects of a JSON file
 Row = tuple[str, Mapping[str, Any]]  # its place, for messages; its columns
 
 
-# ---- text ------------------------------------------------------------------------------------------------------------
-
-
 def decode_text(file: DataFile) -> Iterator[str]:
     """Yield UTF-8 text, without byte order mark, each line end as a line feed."""
     decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")(), translate=True)
@@ -67,9 +64,6 @@ def split_lines(text: Iterable[str], name: str) -> Iterator[str]:
             raise InputError(f"{name}: expected lines, found one of more than {LARGEST_ROW:,} characters; cut it")
     if rest:
         yield rest
-
-
-# ---- rows ------------------------------------------------------------------------------------------------------------
 
 
 def read_rows(file: DataFile, columns: set[str]) -> Iterator[Row]:

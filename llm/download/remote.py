@@ -51,9 +51,6 @@ def open_url(url: str, start: int, version: str) -> AbstractContextManager[Body]
     return (_open_http if urlsplit(url).scheme in ("http", "https") else _open_fsspec)(url, start, version)
 
 
-# ---- http ------------------------------------------------------------------------------------------------------------
-
-
 @contextmanager
 def _open_http(url: str, start: int, version: str) -> Iterator[Body]:
     headers = {"Accept-Encoding": "identity"}  # compressed in transfer, neither Range nor the length would fit the file
@@ -138,9 +135,6 @@ def _cause(error: BaseException) -> str:
     if isinstance(error, OSError) and not isinstance(error, requests.RequestException):
         return f"connection failed ({error.strerror or error_text(error)})"
     return f"connection failed ({type(error).__name__})"
-
-
-# ---- fsspec ----------------------------------------------------------------------------------------------------------
 
 
 @contextmanager

@@ -13,11 +13,7 @@ from llm.checkpoint.folder import Checkpoint
 from llm.common.errors import InputError
 from llm.data.examples import first_filled, read_labels, read_messages
 from llm.evaluation.baselines import classical_classifiers
-from llm.evaluation.metrics import (
-    ClassificationReport,
-    classification_report,
-    roc_points,
-)
+from llm.evaluation.metrics import ClassificationReport, classification_report, roc_points
 from llm.inference.classify import classify_texts
 
 Floats = NDArray[np.float64]

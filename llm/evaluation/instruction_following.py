@@ -14,11 +14,7 @@ from llm.checkpoint.folder import Checkpoint
 from llm.config import EvaluateParams, Template
 from llm.data.batches import batches_by_length, collate_pairs
 from llm.data.examples import Pair, first_filled, pair_examples, read_pairs
-from llm.evaluation.metrics import (
-    AnswerReport,
-    answer_report,
-    by_task,
-)
+from llm.evaluation.metrics import AnswerReport, answer_report, by_task
 from llm.inference.generate import generate
 from llm.model.gpt import GPT
 from llm.tokenizer.prompts import encode_prompt, end_tokens, stop_token

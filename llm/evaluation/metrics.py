@@ -14,9 +14,6 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 
-# ---- labels ----------------------------------------------------------------------------------------------------------
-
-
 class Interval(NamedTuple):
     """A share of successes and its 95 % interval."""
 
@@ -108,9 +105,6 @@ def roc_points(actual: Ints, probabilities: Floats) -> tuple[Floats, Floats]:
     return false_positives, true_positives
 
 
-# ---- answers ---------------------------------------------------------------------------------------------------------
-
-
 class AnswerReport(NamedTuple):
     """Overlap of answers with the expected ones: exact match as a share, ROUGE-L (F, 0 to 1), chrF (0 to 100)."""
 
@@ -166,19 +160,11 @@ def by_task(answers: Sequence[str], expected: Sequence[str], tasks: Sequence[str
 def numbers(report: ClassificationReport | AnswerReport) -> dict[str, Any]:
     """Flatten a report for a metrics file."""
     if isinstance(report, AnswerReport):
-        return {
-            "exact_match": report.exact_match.value,
-            "exact_match_low": report.exact_match.low,
-            "exact_match_high": report.exact_match.high,
-            "rouge_l": report.rouge_l,
-            "chrf": report.chrf,
-        }
-    values = {
-        "accuracy": report.accuracy.value,
-        "accuracy_low": report.accuracy.low,
-        "accuracy_high": report.accuracy.high,
-        "precision": report.precision,
-        "recall": report.recall,
-        "f1": report.f1,
-    }
+        return {**_flat("exact_match", report.exact_match), "rouge_l": report.rouge_l, "chrf": report.chrf}
+    values = _flat("accuracy", report.accuracy)
+    values |= {"precision": report.precision, "recall": report.recall, "f1": report.f1}
     return values | ({} if report.roc_auc is None else {"roc_auc": report.roc_auc})
+
+
+def _flat(name: str, share: Interval) -> dict[str, float]:
+    return {name: share.value, f"{name}_low": share.low, f"{name}_high": share.high}

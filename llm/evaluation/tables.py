@@ -41,11 +41,7 @@ def metrics(base: BaseResult, classifiers: ClassifierResult, instruct: InstructR
             "tokens": base.gpt.tokens,
             "bytes": base.n_bytes,
         },
-        "base_ngram": {
-            "loss": base.ngram.loss,
-            "perplexity": base.ngram.perplexity,
-            "bpb": bits["ngram"],
-        },
+        "base_ngram": {"loss": base.ngram.loss, "perplexity": base.ngram.perplexity, "bpb": bits["ngram"]},
         "base_xz": {"bpb": bits["xz"]},
     }
     for name, report in classifiers.reports.items():
@@ -83,14 +79,8 @@ def plot_files(base: BaseResult, classifiers: ClassifierResult, instruct: Instru
         {"false_positive_rate": float(x), "true_positive_rate": float(y)}
         for x, y in zip(*classifiers.roc.get("gpt", ([0.0, 1.0], [0.0, 1.0])), strict=True)
     ]
-    files = {
-        "bpb": text,
-        "classifiers": labels,
-        "confusion": confusion,
-        "roc": roc,
-        "instructions": answers,
-        "per_task": tasks,
-    }
+    files = {"bpb": text, "classifiers": labels, "confusion": confusion, "roc": roc}
+    files |= {"instructions": answers, "per_task": tasks}
     return {f"{name}.csv": to_csv(rows) for name, rows in files.items()}
 
 

@@ -18,23 +18,12 @@ import numpy as np
 from llm.common.errors import InputError
 from llm.config import SPLITS, TEST, TRAIN, VAL, CorpusSplit
 from llm.preprocess.chunks import cut_at, cut_chunks
-from llm.preprocess.text import (
-    count_characters,
-    dedup_key,
-    key_hash,
-    key_hasher,
-    open_raw,
-    parse_record,
-    text_field,
-)
+from llm.preprocess.text import count_characters, dedup_key, key_hash, key_hasher, open_raw, parse_record, text_field
 from llm.preprocess.workers import Workers, show_progress
 
 BATCH_BYTES = 1_000_000  # of the corpus file that one worker has at a time
 
 Array = np.ndarray[Any, np.dtype[Any]]
-
-
-# ---- survey ----------------------------------------------------------------------------------------------------------
 
 
 class LineBatch(NamedTuple):
@@ -161,9 +150,6 @@ def plan_corpus(path: Path, params: CorpusSplit, seed: int, workers: Workers) ->
         code_points=dict(code_points),
     )
     return split_by_book(plan) if book else split_leak_free(plan, params)
-
-
-# ---- splits ----------------------------------------------------------------------------------------------------------
 
 
 def split_leak_free(plan: Plan, params: CorpusSplit) -> Plan:

@@ -31,9 +31,6 @@ class SplitRows(NamedTuple):
     dropped: dict[str, int]  # duplicates left out of a held-out split
 
 
-# ---- reading ---------------------------------------------------------------------------------------------------------
-
-
 def read_messages(path: Path, labels: Sequence[str]) -> list[Row]:
     rows = []
     for number, record in enumerate(read_records(path), start=1):
@@ -75,9 +72,6 @@ def own_split(record: Mapping[str, Any], where: str) -> str | None:
     if record["split"] not in SPLITS:
         raise InputError(f"{where}: expected split train, val or test, found {record['split']!r}; correct the source")
     return str(record["split"])
-
-
-# ---- splits ----------------------------------------------------------------------------------------------------------
 
 
 def split_rows(rows: Sequence[Row], params: LabelledSplit, seed: int, kind: str) -> SplitRows:
@@ -184,9 +178,6 @@ def check_rows(split: SplitRows, kind: str, labels: Sequence[str] = ()) -> Split
         if not any(row.answer == label for row in split.rows["train"]):
             raise InputError(f"data.{kind}: no record with label {label!r} in train; add records or remove the label")
     return split
-
-
-# ---- writing ---------------------------------------------------------------------------------------------------------
 
 
 def write_rows(folder: Path, split: SplitRows) -> None:

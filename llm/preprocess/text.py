@@ -61,9 +61,6 @@ def count_characters(text: str) -> dict[int, int]:
     return {int(code): int(counts[code]) for code in np.flatnonzero(counts)}
 
 
-# ---- records ---------------------------------------------------------------------------------------------------------
-
-
 def read_records(path: Path) -> Iterator[dict[str, Any]]:
     with open_raw(path) as file:
         for number, line in enumerate(file, start=1):
