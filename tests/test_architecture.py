@@ -315,7 +315,7 @@ def test_an_edit_makes_no_stage_stale_that_it_cannot_change() -> None:
         covered = lambda dep: f"{changed}/".startswith(f"{dep}/")  # noqa: E731
         return {stage for stage, entry in dvc_stages().items() if any(covered(dep) for dep in entry["deps"])}
 
-    assert not stale("llm/model/attention.py") & {"download", "tokenize"}
+    assert not stale("llm/model/cpu_attention.py") & {"download", "tokenize"}
     assert not stale("llm/preprocess/corpus.py") & {"pretrain", "finetune-classify", "finetune-instruct"}
     for unused in ("llm/cli", "llm/bench", "llm/serving", "llm/api.py", "stages/tracking/delivery.py", "README.md"):
         assert not stale(unused), unused
@@ -439,17 +439,25 @@ def test_the_map_names_every_file_and_nothing_else() -> None:
         assert path in entries or any(path.startswith(folder) for folder in folders), f"the map misses {path}"
 
 
-def mapped() -> list[str]:
-    """The paths of the README's map: the first word of each line, under the folder that its indent says."""
+def test_the_map_names_every_module_of_a_package() -> None:
+    for path in [*modules("llm"), *modules("stages")]:
+        folder = f"{path.parent.relative_to(ROOT).as_posix()}/"
+        if folder in mapped() and folder not in ("llm/", "stages/") and not path.stem.startswith("__"):
+            assert re.search(rf"\b{path.stem}\b", mapped()[folder]), f"the line of {folder} misses {path.stem}"
+
+
+def mapped() -> dict[str, str]:
+    """Return the README's map: the path that each line begins with, under the folder of its indent, and the line's text."""
     block = re.search(r"^## Map of files\n.*?^```text\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
     assert block
-    paths: list[str] = []
+    paths: dict[str, str] = {}
     above: list[tuple[int, str]] = []  # indent and path of the folders that the line may stand in
-    for indent, name in re.findall(r"^( *)(\S+)", block[1], re.MULTILINE):
+    for indent, name, text in re.findall(r"^( *)(\S+)(.*)", block[1], re.MULTILINE):
         above = [folder for folder in above if folder[0] < len(indent)]
-        paths.append((above[-1][1] if above else "") + name)
+        path = (above[-1][1] if above else "") + name
+        paths[path] = text
         if name.endswith("/"):
-            above.append((len(indent), paths[-1]))
+            above.append((len(indent), path))
     return paths
 
 

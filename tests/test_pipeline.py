@@ -26,7 +26,7 @@ import pytest
 import torch
 
 from llm.checkpoint.folder import load_checkpoint
-from stages.runtime.baseline import BASELINE, has_room_beside
+from stages.runtime.from_scratch import BASELINE, has_room_beside
 from stages.tracking import timeline
 from tests.pipelines import (
     CHANGES,

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from llm.config import GPTConfig
-from llm.model.attention import causal_attention
+from llm.model.cpu_attention import causal_attention
 from llm.model.kv_cache import KVCache
 from llm.model.linear import Linear
 from llm.model.rotary import apply_rotary_emb, rotary_cos_sin

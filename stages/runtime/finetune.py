@@ -24,7 +24,7 @@ from llm.training.fit import FitResult, TrainingTask, fit
 from llm.training.freeze import cache_frozen_activations, freeze, trained_parameters
 from llm.training.losses import LossFunction
 from llm.training.precision import base_dtype
-from stages.runtime.baseline import baseline_beside, has_room_beside, is_baseline, write_result
+from stages.runtime.from_scratch import baseline_beside, has_room_beside, is_baseline, write_result
 from stages.runtime.run import Run
 
 

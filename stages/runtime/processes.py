@@ -19,7 +19,7 @@ from llm.common import distributed
 from llm.common.errors import InputError
 from llm.common.lock import locked
 from llm.config import parse_params
-from stages.runtime.baseline import BASELINE, baseline_folder, is_baseline
+from stages.runtime.from_scratch import BASELINE, baseline_folder, is_baseline
 from stages.runtime.inputs import read_yaml
 from stages.runtime.run import Body, Run, main
 from stages.tracking.journal import Journal

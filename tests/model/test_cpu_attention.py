@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llm.model import attention
+from llm.model import cpu_attention as attention
 from llm.model import gpt as model
-from llm.model.attention import causal_attention
+from llm.model.cpu_attention import causal_attention
 from llm.model.gpt import GPT
 from tests.helpers import gpt_config, randomize
 
