@@ -447,7 +447,7 @@ def test_the_map_names_every_module_of_a_package() -> None:
 
 
 def mapped() -> dict[str, str]:
-    """Return the README's map: the path that each line begins with, under the folder of its indent, and the line's text."""
+    """Return the paths of the README's map, each under the folder of its indent, with the rest of its line."""
     block = re.search(r"^## Map of files\n.*?^```text\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
     assert block
     paths: dict[str, str] = {}
