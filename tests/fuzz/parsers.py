@@ -187,7 +187,7 @@ def tokenizer_json() -> Parser:
     files = exported(LLAMA_FORM)
     model = json.loads(files["tokenizer.json"])["model"]
     plain = {name: number for name, number in model["vocab"].items() if name not in TOKENIZER.special_tokens}
-    vocab = json.dumps(plain | {TOKENIZER.end: TOKENIZER.eot}).encode()
+    vocab = json.dumps(plain | {TOKENIZER.eot_token: TOKENIZER.eot}).encode()
     merges = ("#version: 0.2\n" + "".join(merge + "\n" for merge in model["merges"])).encode()
     template = b"{% for message in messages %}<|im_start|>{{ message['role'] }}{{ message['content'] }}{% endfor %}"
 
