@@ -402,7 +402,7 @@ def test_our_training_ends_at_the_target(
 
     batches = learning.window_batches
     monkeypatch.setattr(learning, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    monkeypatch.setattr(learning, "mean_loss", moves(1000, learning.mean_loss))
+    monkeypatch.setattr(learning, "lm_metrics", moves(1000, learning.lm_metrics))
     monkeypatch.setattr(learning, "window_batches", lambda *arguments: moves(1, batches(*arguments)))
     found = learn(time_to_loss, params)
 
