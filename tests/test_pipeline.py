@@ -180,8 +180,8 @@ def test_training_killed_at_any_step_resumes_to_the_same_bits(pipeline: Path, st
 
     said = execute(pipeline, "python", "-m", f"stages.{stage.replace('-', '_')}")
     title = stage if training == "." else training
-    continued = re.search(rf"^{title}: continues at step (\d+) of {STEPS}", said, re.MULTILINE)
-    assert continued and int(continued[1]) >= step
+    continued = re.search(rf"\b{title}: continues at step (\d+) of {STEPS}", said)  # perhaps behind the other's bar
+    assert continued and int(continued[1]) >= step, said
     assert contents(outputs(pipeline, stage)) == undisturbed
 
 
