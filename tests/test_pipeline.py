@@ -134,6 +134,7 @@ def test_a_second_repro_runs_nothing(pipeline: Path) -> None:
     assert said.count("didn't change, skipping") == len(dvc_stages(pipeline))
 
 
+@pytest.mark.slow
 def test_another_copy_in_another_place_makes_the_same_bytes(pipeline: Path, tmp_path: Path) -> None:
     other = tiny_copy(tmp_path)
     said = execute(other, "dvc", "repro")
@@ -170,6 +171,7 @@ def saved_step(folder: Path, stage: str, training: str) -> int:
 
 @pytest.mark.parametrize("attempt", range(KILLS))
 @pytest.mark.parametrize("stage", TRAININGS)
+@pytest.mark.slow
 def test_training_killed_at_any_step_resumes_to_the_same_bits(pipeline: Path, stage: str, attempt: int) -> None:
     undisturbed = contents(outputs(pipeline, stage))
     chance = random.Random(f"{stage} {attempt}")
@@ -186,6 +188,7 @@ def test_training_killed_at_any_step_resumes_to_the_same_bits(pipeline: Path, st
 
 
 @pytest.mark.parametrize("stage", ["pretrain"])
+@pytest.mark.slow
 def test_sigterm_saves_a_checkpoint_first(pipeline: Path, stage: str) -> None:
     undisturbed = contents(outputs(pipeline, stage))
     log = pipeline / ".work" / "stage.log"
@@ -205,6 +208,7 @@ def test_sigterm_saves_a_checkpoint_first(pipeline: Path, stage: str) -> None:
     assert contents(outputs(pipeline, stage)) == undisturbed
 
 
+@pytest.mark.slow
 def test_longer_wsd_pretraining_resumes_from_the_pre_decay_checkpoint(pipeline: Path) -> None:
     shipped, before = (pipeline / "params.yaml").read_text(), contents(outputs(pipeline))
     lr = read_params(pipeline)["pretrain"]["lr"]
@@ -263,6 +267,7 @@ def journals(folder: Path) -> set[Path]:
 
 @pytest.mark.usefixtures("two")
 @pytest.mark.parametrize("stage", TRAININGS)
+@pytest.mark.slow
 def test_two_ranks_train_the_same_model_as_one(pipeline: Path, stage: str) -> None:
     alone, before = curve(pipeline, stage), journals(pipeline)
     models = [path for path in outputs(pipeline, stage) if path.parent.name == "models"]
@@ -285,6 +290,7 @@ def test_two_ranks_train_the_same_model_as_one(pipeline: Path, stage: str) -> No
 
 @pytest.mark.usefixtures("two")
 @pytest.mark.parametrize("stage", ["finetune-classify", "finetune-instruct"])
+@pytest.mark.slow
 def test_frozen_activations_are_cached_on_each_rank(
     pipeline: Path, stage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -307,6 +313,7 @@ def test_frozen_activations_are_cached_on_each_rank(
 
 
 @pytest.mark.usefixtures("two")
+@pytest.mark.slow
 def test_torchrun_starts_the_ranks(pipeline: Path) -> None:
     execute(pipeline, "python", "-m", "stages.pretrain")
     started_by_us, before = contents(outputs(pipeline, "pretrain")), journals(pipeline)
@@ -318,6 +325,7 @@ def test_torchrun_starts_the_ranks(pipeline: Path) -> None:
 
 
 @pytest.mark.usefixtures("two")
+@pytest.mark.slow
 def test_two_ranks_stop_together_and_resume(pipeline: Path) -> None:
     stage = "pretrain"
     command = ["python", "-m", "stages.pretrain"]
@@ -363,6 +371,7 @@ def execute_changed(folder: Path, stage: str, code: str) -> subprocess.Completed
 
 
 @pytest.mark.usefixtures("two")
+@pytest.mark.slow
 def test_sigterm_during_an_evaluation_stops_all_ranks(pipeline: Path) -> None:
     """Rank 0 is, in the first one: no rank goes on with the baseline."""
     done = execute_changed(
@@ -380,6 +389,7 @@ def test_sigterm_during_an_evaluation_stops_all_ranks(pipeline: Path) -> None:
 
 
 @pytest.mark.usefixtures("two")
+@pytest.mark.slow
 def test_error_of_all_ranks_is_reported_once(pipeline: Path) -> None:
     shipped = (pipeline / "params.yaml").read_text(encoding="utf-8")
     change_params(pipeline, {"pretrain": {"trainable": "last_blocks", "last_blocks": 9}})
@@ -392,6 +402,7 @@ def test_error_of_all_ranks_is_reported_once(pipeline: Path) -> None:
 
 
 @pytest.mark.usefixtures("two")
+@pytest.mark.slow
 def test_failing_rank_ends_all_with_its_message(pipeline: Path) -> None:
     """Its copy of the base model is damaged, as on a second machine it might be."""
     done = execute_changed(
@@ -419,6 +430,7 @@ def test_invalid_number_of_processes_is_one_line(pipeline: Path, number: str) ->
     )
 
 
+@pytest.mark.slow
 def test_a_killed_baseline_ends_its_stage_and_both_resume(pipeline: Path) -> None:
     stage, training = "finetune-classify", "classifier_scratch"
     undisturbed = contents(outputs(pipeline, stage))
@@ -445,6 +457,7 @@ def test_a_killed_baseline_ends_its_stage_and_both_resume(pipeline: Path) -> Non
 # ---- experiments -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_experiment_changes_one_value_and_its_figures_can_be_compared(pipeline: Path) -> None:
     execute(pipeline, "git", "add", "-A")
     execute(pipeline, "git", "commit", "-qm", "Results")

@@ -129,6 +129,7 @@ def private(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_no_git_object_of_any_experiment_quotes_own_files(private: Path) -> None:
     origin = private.with_name("project.git")
     for place in (private, origin):
@@ -138,6 +139,7 @@ def test_no_git_object_of_any_experiment_quotes_own_files(private: Path) -> None
     assert not private.with_name("project-remote").exists(), "--no-cache uploads nothing to the DVC remote"
 
 
+@pytest.mark.slow
 def test_git_adds_and_stashes_no_own_file(private: Path) -> None:
     assert "data/own" not in execute(private, "git", "status", "--porcelain", "-uall")
     execute(private, "git", "stash", "-u")
@@ -148,6 +150,7 @@ def test_git_adds_and_stashes_no_own_file(private: Path) -> None:
     assert marked(git_objects(private)) == []
 
 
+@pytest.mark.slow
 def test_reports_and_tracked_artifacts_quote_no_private_source(private: Path) -> None:
     quoting = {path.relative_to(private / "reports").as_posix() for path in files_marked(private / "reports")}
     assert {"predictions/messages.jsonl", "predictions/instructions.jsonl"} <= quoting
@@ -163,12 +166,14 @@ def test_reports_and_tracked_artifacts_quote_no_private_source(private: Path) ->
     assert files_marked(runs) == []
 
 
+@pytest.mark.slow
 def test_experiments_without_own_files_say_what_is_missing(private: Path) -> None:
     command = ["dvc", "exp", "run", "--temp", "-f", "download"]
     done = subprocess.run(command, cwd=private, env=environment(), capture_output=True, text=True, timeout=120)
     assert done.returncode and f"{OWN}/books/*.txt: expected a file or a pattern of files" in done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_files_that_dvc_adds_are_found_by_experiments_and_stay_out_of_git(tmp_path: Path) -> None:
     folder = with_own_data(tmp_path / "project")
     origin, remote = with_remotes(folder)

@@ -48,6 +48,7 @@ def words(text: str) -> set[str]:
     return set(re.findall(r"\w+", text))
 
 
+@pytest.mark.slow
 def test_the_script_writes_the_committed_bytes(tmp_path: Path) -> None:
     subprocess.run([sys.executable, SAMPLE / "make_sample.py", "--out", tmp_path], check=True)
     for name in FILES:

@@ -66,6 +66,7 @@ BENCHMARKS = [kind for kind in KINDS if kind not in TRAININGS]
 
 
 @pytest.mark.parametrize("kind", BENCHMARKS)
+@pytest.mark.slow
 def test_installed_implementations_run_in_rounds(
     kind: str, tiny: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

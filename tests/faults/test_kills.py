@@ -177,6 +177,7 @@ def strike(pipeline: Pipeline, chance: random.Random, stage: str, kind: str) -> 
 
 
 @pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.slow
 def test_stage_resumes_to_the_same_bits_after_a_fault(pipeline: Pipeline, stage: str) -> None:
     chance, struck = random.Random(f"{stage} {KILLS}"), Counter[str]()
     for number in range(-(-KILLS // (len(STAGES) * len(FORMS))) or 1):
@@ -188,6 +189,7 @@ def test_stage_resumes_to_the_same_bits_after_a_fault(pipeline: Pipeline, stage:
 
 
 @pytest.mark.parametrize(("lacking", "mended"), [("size=64k", "size=64m"), ("ro", "rw")], ids=["full", "read-only"])
+@pytest.mark.slow
 def test_disk_that_refuses_the_model_costs_no_training(pipeline: Pipeline, lacking: str, mended: str) -> None:
     models = pipeline.folder / "models"
     mount = subprocess.run(["mount", "-t", "tmpfs", "-o", lacking, "none", models], capture_output=True, text=True)

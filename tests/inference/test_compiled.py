@@ -171,6 +171,7 @@ def test_a_compiled_step_does_not_round_the_inputs_of_int8_weights(monkeypatch: 
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the compiler needs g++")
+@pytest.mark.slow
 def test_several_models_are_compiled_in_one_process() -> None:
     """Models of equal and of other sizes, for caches of any size and number of rows."""
 

@@ -39,7 +39,9 @@ def test_greedy_text_does_not_depend_on_the_draft(
             assert len(calls.shapes) < 25, "the draft is the model itself: every token is accepted"
 
 
-@pytest.mark.parametrize("noise", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize(
+    "noise", [0.1, pytest.param(0.0, marks=pytest.mark.slow), pytest.param(1.0, marks=pytest.mark.slow)]
+)
 def test_samples_with_a_draft_follow_the_models_distribution(noise: float) -> None:
     """Pairs of tokens from a model of five: the first one was accepted or replaced."""
     model = make_model(GPT2.model_copy(update={"vocab_size": 5, "n_layers": 1}))

@@ -268,6 +268,7 @@ def small_files() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))
 
 
+@pytest.mark.slow
 def test_faulty_store_neither_disturbs_a_stage_nor_loses_events(
     place: Path, store: str, bad_stores: dict[str, str]
 ) -> None:
