@@ -449,8 +449,8 @@ def test_a_killed_baseline_ends_its_stage_and_both_resume(pipeline: Path) -> Non
     said = (pipeline / ".work" / "stage.log").read_text(encoding="utf-8")
     assert f"{stage}: the from-scratch baseline ended with status -9; its message is above" in said
     said = execute(pipeline, "python", "-m", "stages.finetune_classify")
-    assert re.search(rf"^classifier: continues at step {STEPS} of {STEPS}", said, re.MULTILINE)
-    assert re.search(rf"^{training}: continues at step \d+ of {STEPS}", said, re.MULTILINE)
+    assert re.search(rf"\bclassifier: continues at step {STEPS} of {STEPS}", said)
+    assert re.search(rf"\b{training}: continues at step \d+ of {STEPS}", said)
     assert contents(outputs(pipeline, stage)) == undisturbed
 
 
