@@ -1,4 +1,4 @@
-"""What every test shares: a clean environment, few threads and no network beyond this machine."""
+"""Fixtures of all tests: a clean environment, few threads and no network beyond this machine."""
 
 from __future__ import annotations
 

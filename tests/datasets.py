@@ -71,7 +71,7 @@ def message_rows(texts: Sequence[tuple[str, str]], splits: Sequence[str | None] 
 
 
 def folder_digest(folder: Path) -> str:
-    """Of the names, sizes and bytes of all files."""
+    """Return the digest of the names, sizes and bytes of all files."""
     digest = hashlib.md5()
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         digest.update(f"{path.relative_to(folder)} {path.stat().st_size}\n".encode() + path.read_bytes())

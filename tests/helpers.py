@@ -1,4 +1,4 @@
-"""What several tests build: tiny models, a tiny tokenizer, and parameters whose every value can be changed."""
+"""Builders for several tests: tiny models, a tiny tokenizer, and parameters whose every value can be changed."""
 
 from __future__ import annotations
 

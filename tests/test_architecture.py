@@ -246,7 +246,7 @@ def test_no_pickled_file_is_read_or_written() -> None:
 
 
 def test_no_text_becomes_code() -> None:
-    """What is read is data: no file, parameter or argument is executed, and no shell sees one."""
+    """Inputs are data: no file, parameter or argument is executed, and no shell sees one."""
     builtin = {"eval", "exec", "compile", "__import__"}
     functions = {
         "os.system",
@@ -276,7 +276,7 @@ def test_chat_templates_are_rendered_in_one_place() -> None:
 # ---- words -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("package", FIRST_PARTY)
+@pytest.mark.parametrize("package", [*FIRST_PARTY, "tests"])
 def test_docstrings_open_with_a_verb_or_a_noun(package: str) -> None:
     """Paraphrases hide the field's term: "What a model has computed for its prompt" is a prefix cache."""
     for path in modules(package):

@@ -1,4 +1,4 @@
-"""What a CUDA device computes is what a CPU computes; skipped where there is none."""
+"""A CUDA device computes the results of a CPU; skipped where there is none."""
 
 from __future__ import annotations
 

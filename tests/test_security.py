@@ -429,7 +429,7 @@ def downloads(tmp_path_factory: pytest.TempPathFactory) -> Downloads:
 
 
 def empty_project(folder: Path) -> Path:
-    """What the download stage reads, linked into a folder."""
+    """Link the inputs of the download stage into a folder."""
     for name in ("llm", "stages", "data/sample", "data/own", "dvc.yaml"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).symlink_to(ROOT / name)

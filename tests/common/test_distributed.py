@@ -77,7 +77,7 @@ for stop in json.loads(sys.argv[2]):
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What two processes say of their trainings."""
+    """Return the answers of two ranks about their trainings."""
     folder = tmp_path_factory.mktemp("together")
     (folder / "program.py").write_text(PROGRAM)
     with socket.socket() as free:

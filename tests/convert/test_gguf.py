@@ -146,7 +146,7 @@ class LlamaCpp:
 
 
 def log_probs(model: GPT, prompt: list[int], added: list[int]) -> Tensor:
-    """Of all tokens, at each position of `added`: [T, V]."""
+    """Return the logits of all tokens at each position of `added`: [T, V]."""
     with torch.inference_mode():
         return model(torch.tensor([prompt + added[:-1]]))[0, len(prompt) - 1 :].float().log_softmax(-1)
 

@@ -114,7 +114,7 @@ def ours(folder: Checkpoint, idx: Tensor) -> Tensor:
 
 
 def greedy(model: Any, prompts: list[list[int]], n: int) -> list[list[int]]:
-    """What transformers generates: a batch padded at the left, with its cache."""
+    """Return the tokens that transformers generates for a left-padded batch with its KV cache."""
     width = max(map(len, prompts))
     idx = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
@@ -179,7 +179,7 @@ def test_shards_are_one_model(tmp_path: Path) -> None:
 
 
 def test_files_without_the_head_and_with_old_constants(tmp_path: Path) -> None:
-    """As OpenAI's GPT-2 lies on the hub: no prefix, no head, and the causal masks; and as early Llamas do."""
+    """Checkpoints in the form of GPT-2 and early Llamas on the hub: no prefix, no head, causal masks stored."""
     for family, prefix, constants in (
         ("gpt2", "transformer.", {"h.0.attn.bias": torch.ones(1, 1, 64, 64), "h.1.attn.masked_bias": torch.ones(())}),
         ("llama, tied, one key for all queries", "model.", {"layers.1.self_attn.rotary_emb.inv_freq": torch.ones(4)}),

@@ -233,7 +233,7 @@ def test_a_batch_on_the_cpu_stays_as_it_is() -> None:
 
 
 def test_a_batch_for_a_gpu_is_copied_from_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of each of its tensors the pinned copy is sent, without waiting."""
+    """Each tensor is copied to the device from pinned memory, without waiting."""
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 100)
     monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device, non_blocking: tensor * (-1 if non_blocking else 1))
     sent = Batch(torch.tensor([[1]]), torch.tensor([2]), [0], torch.tensor([3]), torch.tensor([[[4.0]]]), 5).to(

@@ -99,7 +99,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 
 def left_in(cache: Path) -> list[str]:
-    """What a download left behind, but for its locks."""
+    """Return the files that a download left behind, without its locks."""
     return sorted(path.name for path in cache.glob("*") if path.suffix != ".lock")
 
 

@@ -26,7 +26,7 @@ INSTRUCTIONS = InstructionsSource(files=FILES)
 
 @pytest.fixture(params=[7, 1 << 20], ids=["tiny blocks", "one block"])
 def _blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is read must not depend on where the blocks end."""
+    """Read in small blocks: no record may depend on where a block ends."""
     monkeypatch.setattr(archives, "BLOCK", request.param)
     monkeypatch.setattr(formats, "BLOCK", request.param)
 

@@ -245,7 +245,7 @@ def test_empty_prompts_are_refused(model: GPT) -> None:
 
 
 def test_greedy_text_equals_that_of_transformers() -> None:
-    """The same weights in GPT2LMHeadModel: one row, a left-padded batch with an end token, a repetition penalty."""
+    """Compare with GPT2LMHeadModel: one row, a left-padded batch with an end token, a repetition penalty."""
     torch.manual_seed(0)
     theirs = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(

@@ -24,7 +24,7 @@ from tests.helpers import LLAMA_FORM, gpt_config, randomize, tiny_tokenizer
 
 
 class FakeRun:
-    """What the stage uses of a run."""
+    """A run with the parts that the stage uses."""
 
     def __init__(self, **changes: Any) -> None:
         values = yaml.safe_load((Path(__file__).parents[2] / "params.yaml").read_text())

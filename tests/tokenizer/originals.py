@@ -139,7 +139,7 @@ def save_original(folder: Path, family: str, chat_template: str | None = None, *
 
 @lru_cache
 def imported(family: str) -> Tokenizer:
-    """The same tokenizer, read here."""
+    """Return our tokenizer of these files."""
     from tempfile import TemporaryDirectory
 
     with TemporaryDirectory() as folder:
