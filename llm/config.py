@@ -278,6 +278,7 @@ class TrainParams(Strict):
     beta2: Probability
     weight_decay: NonNegativeFloat
     grad_clip: NonNegativeFloat
+    precision: Literal["auto", "fp32", "tf32", "bf16"]  # of matrix products; auto: bf16 on CUDA, else fp32
     dropout: Probability
     trainable: Literal["head", "last_blocks", "lora", "all"]  # head: of a classifier
     last_blocks: NonNegative
@@ -337,7 +338,6 @@ class RuntimeParams(Strict):
     """Params of speed and comfort, which change no compared result: no stage lists this section in `dvc.yaml`."""
 
     device: Literal["auto", "cpu", "cuda", "mps"]
-    precision: Literal["auto", "fp32", "tf32", "bf16"]
     compile: bool
     activation_checkpointing: bool
     workers: NonNegative
@@ -374,6 +374,7 @@ RENAMED = {  # keys of earlier versions, and their present names
     "tokenize.corpus.section_chars": "chunk_chars",
     "tokenize.shard_tokens": "tokens_per_shard",
     "evaluate.answers": "report_samples",
+    "runtime.precision": "training.precision",
 }
 
 

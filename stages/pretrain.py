@@ -42,7 +42,7 @@ def pretrain(run: Run) -> None:
         config = GPTConfig(**params.model.model_dump(), vocab_size=tokenizer.vocab_size)
         content = lm_checkpoint(GPT(config).to(device), tokenizer, template=None, system=None)
     else:
-        content = open_weights(section, tokenizer, device, base_dtype(device, params.runtime))
+        content = open_weights(section, tokenizer, device, base_dtype(device, section))
     model = content.model
     assert isinstance(model, GPT)
     config, window = model.config, min(params.model.context_length, model.config.context_length)

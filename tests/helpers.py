@@ -66,6 +66,7 @@ def train_params(**changes: Any) -> TrainParams:
         "beta2": 0.95,
         "weight_decay": 0.1,
         "grad_clip": 1.0,
+        "precision": "auto",
         "dropout": 0.0,
         "trainable": "all",
         "last_blocks": 1,
@@ -80,7 +81,6 @@ def train_params(**changes: Any) -> TrainParams:
 def runtime_params(**changes: Any) -> RuntimeParams:
     values: dict[str, Any] = {
         "device": "cpu",
-        "precision": "auto",
         "compile": False,
         "activation_checkpointing": False,
         "workers": 1,

@@ -31,10 +31,10 @@ def test_the_loss_curve_is_that_of_a_cpu(optimizer: str, asked: str, tolerance: 
         try:
             result = train(
                 model,
-                train_params(max_steps=30, eval_interval=5, optimizer=optimizer),
+                train_params(max_steps=30, eval_interval=5, optimizer=optimizer, precision=precision),
                 batches=lambda step: [batches[step % 3]],
                 val_batches=lambda: batches,
-                runtime=runtime_params(device=device, precision=precision),
+                runtime=runtime_params(device=device),
             )
         finally:
             torch.set_float32_matmul_precision("highest")

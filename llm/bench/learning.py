@@ -25,7 +25,7 @@ from llm.bench.tokenizing import SAMPLE, read_documents, write_records
 from llm.common.device import pick_device
 from llm.common.errors import DivergenceError, InputError
 from llm.common.markdown import table
-from llm.config import GPTConfig, Params, PretrainParams, RuntimeParams, explain
+from llm.config import GPTConfig, Params, PretrainParams, RuntimeParams, TrainParams, explain
 from llm.convert.families.gpt2 import GPT2HFConfig
 from llm.data.batches import Batch, held_out_windows, window_batches
 from llm.data.shards import TokenShards
@@ -290,9 +290,9 @@ def learn(sizes: TimeToLoss, params: Params) -> dict[str, Any]:
         sweep = best_of_sweep(reference)
         best, target = sweep[0], sweep[0].loss
         found: dict[str, TrainingResult] = {}
-        for name, precision in precisions(params.runtime).items():
-            runtime = params.runtime.model_copy(update={"precision": precision})
-            found[name] = train(our, shards, runtime, params.seed, name, target)
+        for name, precision in precisions(our.params, params.runtime).items():
+            recipe = our._replace(params=our.params.model_copy(update={"precision": precision}))
+            found[name] = train(recipe, shards, params.runtime, params.seed, name, target)
             log.info(f"{name}: {found[name].loss:.4f} bits per byte in {found[name].curve[-1]['seconds']:,.1f} s")
     theirs = best.curve[-1]
     return {
@@ -311,11 +311,11 @@ def learn(sizes: TimeToLoss, params: Params) -> dict[str, Any]:
     }
 
 
-def precisions(runtime: RuntimeParams) -> Mapping[str, str]:
-    """Return our trainings, with `runtime.precision` of each."""
+def precisions(params: TrainParams, runtime: RuntimeParams) -> Mapping[str, str]:
+    """Return our trainings, with the precision of each."""
     device = pick_device(runtime.device)
-    could_mix = device.type == "cpu" and has_bf16_units() and not uses_bf16_autocast(device, runtime)
-    return {OURS: runtime.precision} | ({OURS_IN_BF16: "bf16"} if could_mix else {})
+    could_mix = device.type == "cpu" and has_bf16_units() and not uses_bf16_autocast(device, params)
+    return {OURS: params.precision} | ({OURS_IN_BF16: "bf16"} if could_mix else {})
 
 
 # ---- the report ------------------------------------------------------------------------------------------------------

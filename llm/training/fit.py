@@ -111,7 +111,7 @@ class Trainer:
             self.optimizers = make_optimizers(model, params)
         prepare_model(model, params, runtime)
         self.objective = distributed.replicate(Objective(model, task.loss_function))
-        self.autocast = autocast(self.device, runtime)
+        self.autocast = autocast(self.device, params)
         if self.world_size > 1:
             logger.info("%s: %d processes train together", task.title, self.world_size)
         self.state = TrainingState(model, self.optimizers)

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from llm.common import distributed
 from llm.common.errors import InputError
-from llm.config import RuntimeParams, TrainParams
+from llm.config import TrainParams
 from llm.data.batches import Batch, Collate, batches_by_length
 from llm.data.examples import Example
 from llm.model.classifier import GPTClassifier
@@ -68,7 +68,6 @@ def cache_frozen_activations(
     examples: Sequence[Example],
     collate: Collate,
     params: TrainParams,
-    runtime: RuntimeParams,
     reads: int,
 ) -> Collate:
     """Return a `collate` for these examples whose batches also hold the output of the frozen lower blocks.
@@ -91,7 +90,7 @@ def cache_frozen_activations(
     logger.info(f"{subject}: cached, {size / 1e6:,.1f} MB in each process")
     device = gpt.tok_emb.weight.device
     cache: dict[int, Tensor] = {}
-    with torch.no_grad(), autocast(device, runtime):
+    with torch.no_grad(), autocast(device, params):
         for batch in batches_by_length(examples, collate, params.batch_size):
             assert batch.lengths is not None
             cached_hidden = gpt.run_blocks(batch.idx.to(device), n).cpu()  # [B, T, C]

@@ -9,33 +9,33 @@ from typing import Any
 import torch
 
 from llm.common.errors import InputError
-from llm.config import RuntimeParams
+from llm.config import TrainParams
 
 
-def autocast(device: torch.device, runtime: RuntimeParams) -> contextlib.AbstractContextManager[Any]:
+def autocast(device: torch.device, params: TrainParams) -> contextlib.AbstractContextManager[Any]:
     """Return bf16 autocast where `uses_bf16_autocast` says so; weights and all else stay fp32.
 
     Also sets, for the whole process, whether a GPU computes fp32 products as TF32 (10 bits of mantissa, not 23).
     """
-    bf16 = uses_bf16_autocast(device, runtime)
-    torch.set_float32_matmul_precision("high" if runtime.precision == "tf32" else "highest")
+    bf16 = uses_bf16_autocast(device, params)
+    torch.set_float32_matmul_precision("high" if params.precision == "tf32" else "highest")
     return torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
 
 
-def uses_bf16_autocast(device: torch.device, runtime: RuntimeParams) -> bool:
+def uses_bf16_autocast(device: torch.device, params: TrainParams) -> bool:
     """Return whether products are computed in bf16: by default on CUDA, on request on a CPU.
 
     A CPU without bf16 units would take a hundred times as long: there it is an error.
     """
-    if runtime.precision == "auto":
+    if params.precision == "auto":
         return device.type == "cuda"
-    has_units = device.type == "cuda" or (runtime.precision == "bf16" and device.type == "cpu" and has_bf16_units())
-    if runtime.precision in ("bf16", "tf32") and not has_units:
+    has_units = device.type == "cuda" or (params.precision == "bf16" and device.type == "cpu" and has_bf16_units())
+    if params.precision in ("bf16", "tf32") and not has_units:
         raise InputError(
-            f"runtime.precision: {runtime.precision} was asked for, but this {device.type} device has no units for it; "
+            f"training.precision: {params.precision} was asked for, but this {device.type} device has no units for it; "
             "use auto or fp32"
         )
-    return runtime.precision == "bf16"
+    return params.precision == "bf16"
 
 
 def has_bf16_units() -> bool:
@@ -44,9 +44,9 @@ def has_bf16_units() -> bool:
     return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
-def base_dtype(device: torch.device, runtime: RuntimeParams) -> torch.dtype | None:
+def base_dtype(device: torch.device, params: TrainParams) -> torch.dtype | None:
     """Return the dtype to load a base in: None (as stored) under bf16 autocast, else fp32."""
-    return None if uses_bf16_autocast(device, runtime) else torch.float32
+    return None if uses_bf16_autocast(device, params) else torch.float32
 
 
 def tune_malloc() -> None:

@@ -82,7 +82,7 @@ def train(
     runtime, seed = run.params.runtime, run.params.seed
     torch.manual_seed(seed)
     device = pick_device(runtime.device)
-    base = load_checkpoint(Path("models/base"), device, base_dtype(device, runtime))
+    base = load_checkpoint(Path("models/base"), device, base_dtype(device, section))
     if not from_base:
         base = base._replace(model=GPT(base.config.gpt).to(device))
     task = make_task(run, base)
@@ -91,8 +91,8 @@ def train(
     trained = trained_parameters(model)
     size, accumulate = section.batch_size, section.grad_accum_steps
     reads = section.max_steps * accumulate * size
-    train_collate = cache_frozen_activations(model, task.train_set, task.collate, section, runtime, reads)
-    val_collate = cache_frozen_activations(model, task.val_set, task.collate, section, runtime, len(task.val_set))
+    train_collate = cache_frozen_activations(model, task.train_set, task.collate, section, reads)
+    val_collate = cache_frozen_activations(model, task.val_set, task.collate, section, len(task.val_set))
     training = TrainingTask(
         loss_function=task.loss_function,
         batches=example_batches(task.train_set, train_collate, size, accumulate, seed),

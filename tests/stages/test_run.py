@@ -110,6 +110,7 @@ def test_fingerprint_and_journal_have_the_effective_values_of_a_training(place: 
     (place / "dvc.yaml").write_text(text)
     before = current_fingerprint()
     assert current_fingerprint(training__beta1=0.5) != before
+    assert current_fingerprint(training__precision="fp32") != before, "it changes bits"
     values = yaml.safe_load(SHIPPED)
     values["training"]["beta1"], values["pretrain"]["beta1"] = 0.5, values["training"]["beta1"]
     assert fingerprint(read_inputs("demo", values), parse_params(values)) == before, "pretrain has its own"

@@ -19,7 +19,7 @@ from llm.model.gpt import GPT
 from llm.training.fit import FitResult
 from llm.training.freeze import cache_frozen_activations, freeze, frozen_blocks, trained_parameters
 from llm.training.losses import label_loss, mean_loss, next_token_loss
-from tests.helpers import GPT2_FORM, SHIPPED_FORM, randomize, runtime_params, train_params
+from tests.helpers import GPT2_FORM, SHIPPED_FORM, randomize, train_params
 from tests.training.tiny import (
     assert_same_bits,
     gradients_of_step,
@@ -93,7 +93,7 @@ def test_a_bf16_base_stays_bf16_where_nothing_is_trained(trainable: str, monkeyp
     loss: Any = label_loss if trainable == "head" else next_token_loss
     examples = ragged_examples()
     batch = collate_labels(examples, range(8)) if trainable == "head" else random_batch(0)
-    params = train_params(max_steps=30, eval_interval=10, trainable=trainable, optimizer="muon")
+    params = train_params(max_steps=30, eval_interval=10, trainable=trainable, optimizer="muon", precision="bf16")
     freeze(model, params)
     before = weights(model)
     result = train(
@@ -103,7 +103,6 @@ def test_a_bf16_base_stays_bf16_where_nothing_is_trained(trainable: str, monkeyp
         batches=lambda step: [batch],
         val_batches=lambda: [batch],
         sample=lambda: map(str, stream(gpt, [1, 2], max_new_tokens=20)),
-        runtime=runtime_params(precision="bf16"),
     )
     assert result.best_metrics["val/loss"] < result.history[0]["val/loss"] - 0.1
     for name, p in model.named_parameters():
@@ -160,7 +159,7 @@ def test_cached_activations_change_no_loss_or_gradient(
     randomize(model, std=0.15)
     examples = ragged_examples()
     counts = rows_read(model)
-    cached = cache_frozen_activations(model, examples, collate, params, runtime_params(), reads=8)
+    cached = cache_frozen_activations(model, examples, collate, params, reads=8)
     assert frozen_blocks(model) == frozen
     assert [counts[i] for i in range(3)] == [8] * frozen + [0] * (3 - frozen), "each example once"
 
@@ -192,9 +191,7 @@ def finetuning(
     """A training on the ragged examples; stopped after a step, or before the second batch of an evaluation."""
     model, loss, collate, params = with_frozen_blocks(kind, SHIPPED_FORM, max_steps=8, eval_interval=4, **changes)
     examples, made, read = ragged_examples(), 0, 0
-    batches = (
-        cache_frozen_activations(model, examples, collate, params, runtime_params(), reads=24) if keep else collate
-    )
+    batches = cache_frozen_activations(model, examples, collate, params, reads=24) if keep else collate
 
     def train_batches(step: int) -> list[Batch]:
         nonlocal made
@@ -258,7 +255,7 @@ def test_training_on_cached_activations_resumes_with_the_same_bits(
 )
 def test_activations_that_change_or_are_read_once_are_not_cached(changes: dict[str, Any], reads: int) -> None:
     model, _, collate, params = with_frozen_blocks("classifier", GPT2_FORM, **changes)
-    assert cache_frozen_activations(model, ragged_examples(), collate, params, runtime_params(), reads) is collate
+    assert cache_frozen_activations(model, ragged_examples(), collate, params, reads) is collate
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -270,10 +267,10 @@ def test_activations_that_exceed_the_memory_limit_are_not_cached(
     size = sum(len(example.ids) for example in examples) * 16 * 4
     monkeypatch.setattr("llm.common.distributed.world_size", lambda: processes)
     monkeypatch.setattr("llm.training.freeze.MAX_CACHE_BYTES", processes * size)
-    assert cache_frozen_activations(model, examples, collate, params, runtime_params(), reads=8) is not collate
+    assert cache_frozen_activations(model, examples, collate, params, reads=8) is not collate
     assert "activations of the lower 2 of 3 blocks for 8 examples: cached, " in capsys.readouterr().err
     monkeypatch.setattr("llm.training.freeze.MAX_CACHE_BYTES", processes * size - 1)
-    assert cache_frozen_activations(model, examples, collate, params, runtime_params(), reads=8) is collate
+    assert cache_frozen_activations(model, examples, collate, params, reads=8) is collate
     assert "not cached" in capsys.readouterr().err
 
 
@@ -281,10 +278,10 @@ def test_activations_of_a_bf16_base_are_cached_in_bf16(monkeypatch: pytest.Monke
     """With products in bf16."""
     monkeypatch.setattr("llm.training.precision.has_bf16_units", lambda: True)
     model = new_gpt(**SHIPPED_FORM | {"n_layers": 3}).to(torch.bfloat16)
-    params = train_params(trainable="last_blocks")
+    params = train_params(trainable="last_blocks", precision="bf16")
     freeze(model, params)
     examples = ragged_examples()
-    cached = cache_frozen_activations(model, examples, collate_pairs, params, runtime_params(precision="bf16"), reads=8)
+    cached = cache_frozen_activations(model, examples, collate_pairs, params, reads=8)
     cached_hidden = cached(examples, [0]).cached_hidden
     assert cached_hidden is not None and cached_hidden.dtype == torch.bfloat16
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):

@@ -11,7 +11,7 @@ from llm.common.errors import InputError
 from llm.model.gpt import RMSNorm
 from llm.model.linear import Linear
 from llm.training.precision import autocast, base_dtype
-from tests.helpers import GPT2_FORM, SHIPPED_FORM, runtime_params, train_params
+from tests.helpers import GPT2_FORM, SHIPPED_FORM, train_params
 from tests.training.tiny import (
     new_gpt,
     random_batch,
@@ -32,10 +32,9 @@ def test_products_in_bf16_train_as_those_in_fp32(form: dict[str, Any], monkeypat
                 module.register_forward_hook(lambda m, args, out, name=name: seen.append((name, out.dtype)))
         result = train(
             model,
-            train_params(max_steps=20, eval_interval=5, optimizer="muon"),
+            train_params(max_steps=20, eval_interval=5, optimizer="muon", precision=asked),
             batches=lambda step: [batches[step % 3]],
             val_batches=lambda: batches,
-            runtime=runtime_params(precision=asked),
         )
         assert all(p.dtype == torch.float32 for p in model.parameters())
         return [row["val/loss"] for row in result.history]
@@ -55,16 +54,16 @@ def test_products_in_bf16_train_as_those_in_fp32(form: dict[str, Any], monkeypat
 def test_a_precision_without_units_for_it_is_an_error(asked: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llm.training.precision.has_bf16_units", lambda: asked == "tf32")
     with pytest.raises(
-        InputError, match=rf"^runtime.precision: {asked} was .* this {device} device has no units for it"
+        InputError, match=rf"^training.precision: {asked} was .* this {device} device has no units for it"
     ):
-        autocast(torch.device(device), runtime_params(precision=asked))
+        autocast(torch.device(device), train_params(precision=asked))
     assert torch.get_float32_matmul_precision() == "highest", "nothing is set for the process"
 
 
 def test_tf32_is_used_only_where_it_is_asked_for() -> None:
     try:
         for asked, found in (("tf32", "high"), ("fp32", "highest"), ("tf32", "high"), ("auto", "highest")):
-            autocast(torch.device("cpu" if asked == "auto" else "cuda"), runtime_params(precision=asked))
+            autocast(torch.device("cpu" if asked == "auto" else "cuda"), train_params(precision=asked))
             assert torch.get_float32_matmul_precision() == found
     finally:
         torch.set_float32_matmul_precision("highest")
@@ -85,5 +84,5 @@ def test_under_bf16_autocast_a_base_keeps_its_dtype(
     device: str, asked: str, mixed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("llm.training.precision.has_bf16_units", lambda: True)
-    found = base_dtype(torch.device(device), runtime_params(precision=asked))
+    found = base_dtype(torch.device(device), train_params(precision=asked))
     assert found == (None if mixed else torch.float32)
