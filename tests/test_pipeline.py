@@ -258,7 +258,7 @@ def two(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def curve(folder: Path, stage: str) -> list[dict[str, float]]:
     text = (folder / "reports/plots" / f"{stage.replace('-', '_')}.csv").read_text(encoding="utf-8")
-    return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(io.StringIO(text))]
+    return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(io.StringIO(text))]
 
 
 def journals(folder: Path) -> set[Path]:

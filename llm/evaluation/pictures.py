@@ -30,11 +30,10 @@ def draw_trainings(plots: Path, path: Path) -> None:
         for axes, (stage, rows) in zip(
             figure.subplots(1, len(histories), squeeze=False)[0], histories.items(), strict=True
         ):
-            steps = [float(row["step"]) for row in rows]
             marker = "o" if len(rows) < 25 else ""
             for column, colour, label in (("train/loss", GREY, "train"), ("val/loss", BLUE, "val")):
-                values = [float(row[column]) for row in rows]
-                axes.plot(steps, values, color=colour, label=label, marker=marker, markersize=3)
+                points = [(float(row["step"]), float(row[column])) for row in rows if row.get(column)]
+                axes.plot(*zip(*points, strict=True), color=colour, label=label, marker=marker, markersize=3)
             axes.set(title=TRAININGS[stage], xlabel="step", ylim=(0, None))
             axes.legend()
         figure.axes[0].set_ylabel("loss (nats)")

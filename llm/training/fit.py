@@ -47,12 +47,12 @@ class FitResult(NamedTuple):
 
     steps: int  # optimizer steps that were made
     best_step: int  # the step of the weights that the model has now
-    history: list[dict[str, float]]  # a row for each evaluation
+    history: list[dict[str, float]]  # a row for each evaluation; that of the start has no `train/loss`
     stopped: bool = False  # early, by `should_stop`
 
     @property
     def best_metrics(self) -> dict[str, float]:
-        """Return the losses at `best_step`."""
+        """Return the losses at `best_step`; no `train/loss` where that is the start."""
         row = next(row for row in reversed(self.history) if row["step"] <= self.best_step)
         return {name: value for name, value in row.items() if "/" in name}
 
@@ -173,9 +173,9 @@ class Trainer:
                 text = self.sample()
             if not math.isfinite(loss := metrics["val/loss"]):
                 raise DivergenceError(f"step {state.step}, validation: loss {loss}: lower lr, or look at that split")
-            train_loss = sum(state.losses) / len(state.losses) if state.losses else loss
+            train = {"train/loss": sum(state.losses) / len(state.losses)} if state.losses else {}  # none before step 1
             state.losses = []
-            state.history.append({"step": float(state.step), "train/loss": train_loss, **metrics, "lr": self.lr})
+            state.history.append({"step": float(state.step), **train, **metrics, "lr": self.lr})
             self.hooks.log(metrics, state.step)
             shown = ", ".join(f"{name} {value:.4f}" for name, value in state.history[-1].items() if name != "step")
             logger.info("%s: step %d, %s", self.task.title, state.step, shown)
@@ -281,5 +281,5 @@ def check_loss(state: TrainingState, loss: float, grad_norm: float, micro_batche
         raise DivergenceError(f"{found}: lower lr, or look at these rows")
     state.recent = [*state.recent[-19:], loss]
     mean = sum(state.recent) / len(state.recent)
-    if len(state.recent) == 20 and mean > 2 * state.history[0]["train/loss"] + 2:
+    if len(state.recent) == 20 and mean > 2 * state.history[0]["val/loss"] + 2:
         raise DivergenceError(f"{where}: the loss of the last 20 steps exploded to {mean:.2f}: lower lr")

@@ -95,7 +95,9 @@ class Run:
 
     def write_history(self, rows: list[dict[str, float]]) -> None:
         """Write a training's evaluations to `reports/plots/<stage>.csv`, which DVC plots."""
-        lines = [",".join(rows[0])] + [",".join(f"{value:.6g}" for value in row.values()) for row in rows]
+        columns = list(rows[-1])  # the start has no train/loss: an empty cell
+        cells = [[f"{row[column]:.6g}" if column in row else "" for column in columns] for row in rows]
+        lines = [",".join(line) for line in (columns, *cells)]
         with self.phase("saving"):
             write_atomic(Path("reports/plots") / f"{self.stage.replace('-', '_')}.csv", "\n".join(lines) + "\n")
 

@@ -174,6 +174,21 @@ def test_the_report_stands_without_controls_and_tasks() -> None:
     assert tables.plot_files(base, classifiers, instruct)["per_task.csv"].count("\n") == 3
 
 
+def test_training_curve_begins_without_a_training_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: dict[str, list[float]] = {}
+    monkeypatch.setattr(
+        "matplotlib.axes.Axes.plot",
+        lambda self, *points, label, **_: drawn.update({label: list(points[0]) if points else []}),
+    )
+    monkeypatch.setattr("matplotlib.axes.Axes.legend", lambda self: None)
+    (tmp_path / "pretrain.csv").write_text("step,train/loss,val/loss,lr\n0,,3,1\n10,2,2.5,1\n20,1,2,0.5\n")
+    pictures.draw_trainings(tmp_path, tmp_path / "training.png")
+    assert drawn == {"train": [10.0, 20.0], "val": [0.0, 10.0, 20.0]}
+    (tmp_path / "pretrain.csv").write_text("step,val/loss,lr\n0,3,1\n")  # no step was made
+    pictures.draw_trainings(tmp_path, tmp_path / "training.png")
+    assert drawn == {"train": [], "val": [0.0]}
+
+
 @pytest.mark.parametrize("labels", [["ham", "spam"], ["a", "$b$", "c" * 40]])
 def test_pictures_have_the_same_bytes_twice(tmp_path: Path, labels: list[str]) -> None:
     base, classifiers, instruct = results(labels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -20,6 +22,7 @@ from hypothesis import strategies as st
 from llm.common.errors import InputError
 from llm.config import parse_params
 from stages.runtime.inputs import data_digests, fingerprint, flatten, read_inputs, read_yaml
+from stages.runtime.run import Run
 from tests.conftest import ROOT
 
 SHIPPED = (ROOT / "params.yaml").read_text(encoding="utf-8")
@@ -317,3 +320,15 @@ def test_metrics_are_rounded_json_in_the_given_order(place: Path) -> None:
     text = (place / "reports/metrics/demo.json").read_text()
     assert text == json.dumps({"val/loss": 1.23457, "test": {"n": 1234567, "bad": None}}, indent=2) + "\n"
     assert [path.name for path in (place / "reports/metrics").iterdir()] == ["demo.json"]
+
+
+@pytest.mark.usefixtures("place")
+def test_curve_of_a_training_has_an_empty_cell_for_the_start() -> None:
+    journal: Any = SimpleNamespace(clock=contextlib.nullcontext)
+    run = Run("demo", parse_params(read_yaml(Path("params.yaml"))), Path(".work/demo"), journal)
+    start = {"step": 0.0, "val/loss": 7.123456789, "lr": 1e-5}
+    run.write_history([start, {"step": 10.0, "train/loss": 2.5, "val/loss": 2.0, "lr": 0.5}])
+    lines = Path("reports/plots/demo.csv").read_text().splitlines()
+    assert lines == ["step,train/loss,val/loss,lr", "0,,7.12346,1e-05", "10,2.5,2,0.5"]
+    run.write_history([start])
+    assert Path("reports/plots/demo.csv").read_text().splitlines() == ["step,val/loss,lr", "0,7.12346,1e-05"]
