@@ -1,0 +1,31 @@
+"""The settings of the site: `sphinx-build -W docs site` writes it to site/."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+os.environ.setdefault("COLUMNS", "100")  # of the help texts on the page of the command line
+
+import reference_pages  # noqa: E402
+
+project = "textmill"
+copyright = "its authors"
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+source_suffix = {".md": "markdown"}
+exclude_patterns = ["**/README.md"]
+myst_heading_anchors = 3
+myst_enable_extensions = ["colon_fence"]
+suppress_warnings = ["myst.xref_missing"]  # links to files outside docs/; a test checks that each leads somewhere
+html_theme = "furo"
+html_title = "textmill"
+html_theme_options = {"source_repository": "", "top_of_page_buttons": []}
+html_copy_source = False
+html_show_sphinx = False
+autodoc_typehints = "signature"
+autodoc_member_order = "bysource"
+
+reference_pages.write(HERE / "reference")

@@ -1,0 +1,78 @@
+"""The site: built without a warning, from pages that say what the code says."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import runpy
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from llm.cli.main import build_parser
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = runpy.run_path(str(ROOT / "docs/reference_pages.py"))
+
+
+def test_every_value_of_params_has_its_line_in_the_reference() -> None:
+    page = PAGES["params_page"]()
+    params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    for key in PAGES["leaves"]({name: values for name, values in params.items() if name not in PAGES["TABLED"]}):
+        line = re.search(rf"^\| `{re.escape(key)}` \| `[^`]+` \| (.*) \|$", page, re.MULTILINE)
+        assert line and line[1], f"{key} has no comment in params.yaml"
+
+
+def test_a_new_key_of_params_without_a_comment_is_found() -> None:
+    assert PAGES["comments"]("model:\n  new_key: 1\n  other: 2 # words\n") == {
+        "model": "",
+        "model.new_key": "",
+        "model.other": "words",
+    }
+
+
+def test_every_option_of_every_command_is_in_the_reference_with_words() -> None:
+    page = PAGES["commands_page"]()
+    for command in commands(build_parser()):
+        assert f"## {command.prog.removeprefix('python -m llm ')}\n" in page
+        for action in command._actions:
+            assert action.help, f"{command.prog}: {action.dest} has no help"
+            assert all(option in page for option in action.option_strings)
+
+
+def commands(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                yield from commands(command)
+                if not any(isinstance(each, argparse._SubParsersAction) for each in command._actions):
+                    yield command
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("site")
+    build: list[Any] = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-d", folder / "trees"]
+    done = subprocess.run([*build, ROOT / "docs", folder / "html"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder / "html"
+
+
+def test_the_site_asks_no_other_host_for_anything(site: Path) -> None:
+    for page in site.rglob("*.html"):
+        found = re.findall(
+            r"<(?:script|img|link|iframe|source)\b[^>]*?(?:src|href)=\"((?:https?:)?//[^\"]+)", page.read_text()
+        )
+        assert not found, f"{page.name}: {found}"
+    for style in site.rglob("*.css"):
+        assert not re.search(r"(?:url\(|@import )[\"']?(?:https?:)?//", style.read_text()), style.name
+
+
+def test_the_site_can_be_searched(site: Path) -> None:
+    assert (site / "search.html").exists()
+    assert '"kv"' in (site / "searchindex.js").read_text() or "kv:" in (site / "searchindex.js").read_text()
