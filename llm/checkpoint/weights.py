@@ -22,17 +22,25 @@ from llm.config import GPTConfig
 from llm.model.classifier import GPTClassifier
 from llm.model.gpt import GPT
 
+# Parts of names that torch.compile, DistributedDataParallel, FSDP and activation checkpointing add.
+WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+LFS_POINTER = b"version https://git-lfs"
+
 
 def tensors_in(path: Path) -> dict[str, StoredTensor]:
-    """Return all tensors of a safetensors file by name."""
+    """Return all tensors of a safetensors file by name, without the parts of a name that wrappers of a model add."""
+    found: dict[str, StoredTensor] = {}
     try:
         with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            return {
-                name: StoredTensor(path, tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()
-            }
+            for stored in file.keys():  # noqa: SIM118 (not a dict)
+                part = file.get_slice(stored)
+                name = ".".join(word for word in stored.split(".") if word not in WRAPPERS)
+                if name in found:
+                    raise InputError(f"{path}: {stored} and {found[name].name} are one tensor; remove one of them")
+                found[name] = StoredTensor(path, tuple(part.get_shape()), part.get_dtype(), stored)
     except (SafetensorError, OSError) as error:
         raise unreadable(path, error) from None
+    return found
 
 
 def check_layers(path: Path, n_tensors: int, config: GPTConfig) -> None:
@@ -73,7 +81,7 @@ def load_weights(
     try:
         for name in sorted(expected, key=lambda name: -math.prod(expected[name])):
             with safe_open(path, framework="pt") as file:
-                tensor = file.get_tensor(name)
+                tensor = file.get_tensor(found[name].name)
                 if not tensor.is_floating_point():
                     raise InputError(f"{path}: tensor {name} is of {tensor.dtype}, no weights; make the folder again")
                 assign_tensor(model, name, tensor.to(device, dtype or tensor.dtype, copy=True))
@@ -83,7 +91,10 @@ def load_weights(
 
 
 def unreadable(path: Path, error: Exception) -> InputError:
-    """Return the error for a damaged safetensors file."""
+    """Return the error for a damaged safetensors file, or for a pointer in its place."""
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            return InputError(f"{path}: a git-LFS pointer, not the weights themselves; fetch them with git lfs pull")
     return InputError(f"{path}: cannot be read as safetensors ({error}); make or copy the file again")
 
 

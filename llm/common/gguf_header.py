@@ -153,5 +153,5 @@ class _Parser:
             end = data + offset + n_bytes
             if end > self.size:
                 raise self.wrong(f"truncated: tensor {name!r} would end at byte {end}, the file ends at {self.size}")
-            found[name] = StoredTensor(self.path, shape, dtype, data + offset, n_bytes)
+            found[name] = StoredTensor(self.path, shape, dtype, name, data + offset, n_bytes)
         return found

@@ -12,5 +12,6 @@ class StoredTensor(NamedTuple):
     path: Path
     shape: tuple[int, ...]  # outermost dimension first
     dtype: str  # the format's own name: F32, BF16, Q8_0
-    start: int = 0  # byte in a GGUF file; safetensors finds a tensor by its name
+    name: str = ""  # in a safetensors file, which finds a tensor by it
+    start: int = 0  # byte in a GGUF file
     n_bytes: int = 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -31,7 +32,7 @@ from llm.common.errors import InputError
 from llm.common.files import read_json_object, replaced_folder, write_atomic
 from llm.common.stored_tensor import StoredTensor
 from llm.config import GPTConfig, explain
-from llm.convert.families.base import Family, HFConfig, fused_names, fused_shapes
+from llm.convert.families.base import TAKE, Family, HFConfig, fused_names, fused_shapes
 from llm.convert.families.registry import FAMILIES, family_with
 from llm.download.hub import PICKLED
 from llm.model.gpt import GPT
@@ -41,6 +42,13 @@ from llm.tokenizer.prompts import end_tokens
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = ("F32", "F16", "BF16")  # as safetensors names them
 HEAD = "lm_head.weight"
+PREFIX = re.compile(r"^((model|transformer)\.)+")
+SHARD = re.compile(r"(.+)-(\d{1,6})-of-(\d{1,6})\.safetensors")
+ADAPTER = "adapter_config.json"  # PEFT's
+QUANTIZED = re.compile(  # names that GPTQ, AWQ, bitsandbytes, compressed-tensors and fp8 give to what they store
+    r"\.(qweight|qzeros|scales|g_idx|SCB|weight_(scale|scale_inv|zero_point|packed|format)|input_scale|biases)$"
+    r"|\.weight\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..*)$"
+)
 GIVE_FOLDER = "give a folder with config.json, weights and tokenizer"
 
 
@@ -86,29 +94,31 @@ def read_weights(
     model: GPT, folder: Path, found: dict[str, StoredTensor], family: Family, dtype: torch.dtype | None
 ) -> None:
     """Fill a model on the meta device; raise `InputError` unless each tensor is used once."""
-    ours, names = stored_tensors(model), family.hf_names
-    prefix = names["tok_emb"].split(".")[0] + "."
-    if not any(name.startswith(prefix) for name in found):  # saved without the head, as OpenAI's GPT-2 was
-        names = {our: their.removeprefix(prefix) for our, their in names.items()}
-    wanted = fused_names(names, ours)
+    ours = stored_tensors(model)
+    wanted = fused_names(family.hf_names, ours)
     shapes = fused_shapes(wanted, ours)
     for theirs in wanted:
         if theirs.endswith(family.conv1d_weights):
             shapes[theirs].reverse()
-    known = {name: stored for name, stored in found.items() if not re.search(family.hf_constants, name)}
+    weights = {name: stored for name, stored in found.items() if not re.search(family.hf_constants, name)}
+    known = with_prefixes(folder, weights, [*wanted, HEAD])
+    check_unquantized(folder, known, wanted)
     head = known.pop(HEAD, None) if HEAD not in wanted else None  # some files hold the shared tensor twice
+    embedding = next(iter(wanted))
+    if head is not None and embedding not in known:  # or under the head's name alone
+        known[embedding], head = head, None
     check_tensors(folder, shapes, known, "config.json")
-    for theirs in wanted:
-        if (stored_dtype := found[theirs].dtype) not in DTYPES:
-            raise InputError(f"{folder}: tensor {theirs} is stored as {stored_dtype}; read are {', '.join(DTYPES)}")
     if head is not None:
-        embedding, copy = (mapped_tensor(found[name].path, name) for name in (next(iter(wanted)), HEAD))
-        if copy.dtype != embedding.dtype or not torch.equal(copy, embedding):
-            raise InputError(f"{folder}: tie_word_embeddings is true, but {HEAD} is not the embedding")
+        original, copy = mapped_tensor(known[embedding]), mapped_tensor(head)
+        if copy.dtype != original.dtype or not torch.equal(copy, original):
+            raise InputError(
+                f"{folder}: tie_word_embeddings is true, but {HEAD} is not the embedding; "
+                "set it to false in config.json if the head is a matrix of its own"
+            )
 
     # The largest first: while it is copied, its pages of the file are in memory too, and nothing else yet.
-    for theirs, parts in sorted(wanted.items(), key=lambda item: -math.prod(found[item[0]].shape)):
-        tensor = mapped_tensor(found[theirs].path, theirs)
+    for theirs, parts in sorted(wanted.items(), key=lambda item: -math.prod(known[item[0]].shape)):
+        tensor = mapped_tensor(known[theirs])
         if theirs.endswith(family.conv1d_weights):
             tensor = tensor.t()
         sizes = [ours[name].shape[0] for name in parts]
@@ -118,13 +128,39 @@ def read_weights(
     tie_head(model)
 
 
-def mapped_tensor(path: Path, name: str) -> Tensor:
+def with_prefixes(folder: Path, found: Mapping[str, StoredTensor], wanted: Iterable[str]) -> dict[str, StoredTensor]:
+    """Return tensors under the wanted names, whose prefix a file may lack or have twice.
+
+    A file saved from the inner model lacks it, as OpenAI's GPT-2 does; one saved from a model inside another has more.
+    """
+    full = {PREFIX.sub("", name): name for name in wanted}
+    named: dict[str, StoredTensor] = {}
+    for name, stored in found.items():
+        theirs = full.get(PREFIX.sub("", name), name)
+        if theirs in named:
+            raise InputError(f"{folder}: {stored.name} and {named[theirs].name} are one tensor; remove one of them")
+        named[theirs] = stored
+    return named
+
+
+def check_unquantized(folder: Path, tensors: Mapping[str, StoredTensor], wanted: Collection[str]) -> None:
+    """Raise `InputError` for weights that are codes of numbers, and not the numbers."""
+    for name, stored in tensors.items():
+        if name in wanted and stored.dtype not in DTYPES:
+            raise InputError(
+                f"{folder}: tensor {name} is stored as {stored.dtype}; read are {', '.join(DTYPES)}; {TAKE}"
+            )
+        if name not in wanted and QUANTIZED.search(name):
+            raise InputError(f"{folder}: tensor {name} is of quantized weights; {TAKE}")
+
+
+def mapped_tensor(stored: StoredTensor) -> Tensor:
     """Map one tensor of a file, without a copy; the file is unmapped when nothing refers to it any more."""
     try:
-        with safe_open(path, framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name)
+        with safe_open(stored.path, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(stored.name)
     except (SafetensorError, OSError) as error:
-        raise unreadable(path, error) from None
+        raise unreadable(stored.path, error) from None
     return tensor
 
 
@@ -140,17 +176,12 @@ def tensors_of_folder(folder: Path) -> dict[str, StoredTensor]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of a folder, one or all shards."""
+    """Return the safetensors files of a folder, one or all shards; an index is not needed."""
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     index = folder / INDEX
     if not index.is_file():
-        pickled = sorted(path.name for pattern in PICKLED for path in folder.glob(pattern))
-        raise InputError(
-            f"{folder}: {WEIGHTS} is missing; "
-            + (f"{pickled[0]} is not read: unpickling executes code; " if pickled else "pickled weights are not read; ")
-            + "take or make the weights as safetensors"
-        )
+        return files_without_index(folder)
     shards = read_json_object(index).get("weight_map")
     if not isinstance(shards, dict) or not all(Path(str(name)).name == name for name in shards.values()):
         raise InputError(f"{index}: weight_map must name a file of this folder for each tensor; fetch it again")
@@ -159,6 +190,36 @@ def weight_files(folder: Path) -> list[Path]:
     if missing := [name for name in names if name not in present]:
         raise InputError(f"{folder}: shard {missing[0]} is missing ({len(missing)} of {len(names)}); fetch it again")
     return [folder / name for name in names]
+
+
+def files_without_index(folder: Path) -> list[Path]:
+    """Return the only safetensors file of a folder, or all shards of its only set, NAME-00001-of-00003.safetensors."""
+    if (folder / ADAPTER).is_file():
+        raise InputError(
+            f"{folder}: a PEFT adapter, not a whole model; import it with its base: import BASE OUT --adapter {folder}"
+        )
+    files = sorted(path for path in folder.glob("*.safetensors") if path.is_file())
+    if not files:
+        pickled = sorted(path.name for pattern in PICKLED for path in folder.glob(pattern))
+        raise InputError(
+            f"{folder}: {WEIGHTS} is missing; "
+            + (f"{pickled[0]} is not read: unpickling executes code; " if pickled else "pickled weights are not read; ")
+            + "take or make the weights as safetensors (in transformers: from_pretrained, then save_pretrained)"
+        )
+    sets: dict[tuple[str, int], set[int]] = {}
+    for path in files:
+        shard = SHARD.fullmatch(path.name)
+        name, number, count = shard.groups() if shard else (path.name, 1, 1)
+        sets.setdefault((name, int(count)), set()).add(int(number))
+    if len(sets) > 1:
+        raise InputError(
+            f"{folder}: neither {WEIGHTS} nor {INDEX}, and {files[0].name} and {files[-1].name} are of different sets; "
+            "keep the files of one"
+        )
+    [((_, count), numbers)] = sets.items()
+    if missing := sorted({*range(1, count + 1)} - numbers):
+        raise InputError(f"{folder}: shard {missing[0]} of {count} is missing ({len(missing)} in all); fetch it again")
+    return files
 
 
 # ---- out -------------------------------------------------------------------------------------------------------------

@@ -234,6 +234,20 @@ def test_metadata_that_exports_do_not_have(fields: dict[str, Any], expected: dic
     assert {key: getattr(config, key) for key in expected} == expected
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"expert_count": 0, "expert_used_count": 0, "expert_feed_forward_length": 96, "leading_dense_block_count": 1},
+        {"attention.head_count_kv": [2, 2], "feed_forward_length": [96, 96], "attention.head_count": [4, 4]},
+        {"attention.sliding_window": 0, "attention.causal": True, "attention.clamp_kqv": 0.0, "logit_scale": 1.0},
+        {"final_logit_softcapping": 0.0, "rope.freq_base": [10000.0, 10000.0], "use_parallel_residual": False},
+    ],
+)
+def test_metadata_that_changes_nothing_is_harmless(fields: dict[str, Any], llama_file: Path, tmp_path: Path) -> None:
+    path = rewrite(llama_file, tmp_path / "model.gguf", {f"llama.{key}": value for key, value in fields.items()})
+    assert read_gguf(path, None).config == read_gguf(llama_file, None).config
+
+
 @pytest.mark.parametrize("form", [LLAMA, GPT2], ids=["llama", "gpt2"])
 def test_f16_is_exact_to_half_precision(form: dict[str, Any], tmp_path: Path) -> None:
     folder = folder_of(form)
@@ -526,12 +540,16 @@ VECTOR = (np.ones(64, np.float32), F32)
             r"tensor blk\.0\.ffn_up\.weight has shape|ffn_gate\.weight has shape",
         ),
         ({"llama.attention.head_count_kv": 3}, {}, "n_heads 4 must be a multiple of n_kv_heads 3"),
-        ({"llama.attention.head_count_kv": [2, 2]}, {}, r"head_count_kv: expected .*found \[2, 2\]"),
+        ({"llama.attention.head_count_kv": [2, 1]}, {}, r"head_count_kv: expected .*found \[2, 1\]"),
         ({"llama.attention.key_length": 2**23}, {}, "damaged|only a whole head"),
         ({"llama.rope.dimension_count": 8}, {}, r"llama\.rope\.dimension_count = 8 is not supported"),
         ({"llama.rope.freq_base": "much"}, {}, r"llama\.rope\.freq_base: expected a number, found 'much'"),
         ({"llama.attention.layer_norm_rms_epsilon": float("nan")}, {}, "norm_eps"),
-        ({"llama.expert_count": 8}, {}, r"'llama\.expert_count' is not supported"),
+        ({"llama.expert_count": 8}, {}, r"'llama\.expert_count' is not supported \(found 8\)"),
+        ({"llama.expert_count": 8, "llama.expert_used_count": 2}, {}, "expert_count' is not supported"),
+        ({"llama.final_logit_softcapping": 30.0}, {}, r"softcapping' is not supported \(found 30\.0\)"),
+        ({"llama.attention.causal": False}, {}, r"attention\.causal' is not supported \(found False\)"),
+        ({"general.architecture": "qwen35"}, {}, r"'qwen35' is not known; .*linear attention \(gated delta net\)"),
         ({"llama.rope.scaling.type": "longrope"}, {}, "rope.scaling.type 'longrope' .* is not supported"),
         (
             {"llama.rope.scaling.type": "yarn"},

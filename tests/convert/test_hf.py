@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,8 @@ import llm.convert.hf
 from llm.checkpoint.folder import Checkpoint, CheckpointConfig, save_checkpoint
 from llm.common.errors import InputError
 from llm.config import GPTConfig, RopeScaling
+from llm.convert.families.base import Family
+from llm.convert.families.registry import FAMILIES as FAMILY_LIST
 from llm.convert.hf import export_hf, hf_config_of, read_hf_config
 from llm.convert.load import describe, import_model
 from llm.inference.generate import generate
@@ -192,6 +195,117 @@ def test_files_without_the_head_and_with_old_constants(tmp_path: Path) -> None:
         assert same_weights(import_model(str(folder)), expected)
         save_file(stored | {prefix + n: t for n, t in constants.items()}, folder / "model.safetensors")
         assert same_weights(import_model(str(folder)), expected)
+
+
+WRAPPED = {
+    "torch.compile": lambda name: f"_orig_mod.{name}",
+    "torch.compile of each block": lambda name: re.sub(r"(layers|h)\.(\d+)\.", r"\1.\2._orig_mod.", name),
+    "torch.compile of the inner model": lambda name: re.sub(r"^(model|transformer)\.", r"\1._orig_mod.", name),
+    "DDP": lambda name: f"module.{name}",
+    "DDP and torch.compile": lambda name: f"_orig_mod.module.{name}",
+    "FSDP": lambda name: f"_fsdp_wrapped_module.{name}".replace(".mlp.", "._checkpoint_wrapped_module.mlp."),
+    "a model inside another": lambda name: f"model.{name}",
+    "the inner model, compiled": lambda name: f"_orig_mod.{re.sub(r'^(model|transformer)[.]', '', name)}",
+}
+
+
+@pytest.mark.parametrize("family", ["gpt2, untied, other widths", "llama"])
+@pytest.mark.parametrize("wrapped", WRAPPED.values(), ids=WRAPPED.keys())
+def test_prefixes_of_wrappers_change_nothing(tmp_path: Path, wrapped: Any, family: str) -> None:
+    folder = save(tiny(family), tmp_path)
+    expected = import_model(str(folder))
+    stored = load_file(folder / "model.safetensors")
+    renamed = {wrapped(name): tensor for name, tensor in stored.items()}
+    assert renamed.keys() != stored.keys()
+    save_file(renamed, folder / "model.safetensors")
+    assert same_weights(import_model(str(folder)), expected)
+
+
+def test_a_tensor_under_two_prefixes_is_named(tmp_path: Path) -> None:
+    folder = save(tiny("llama"), tmp_path)
+    stored = load_file(folder / "model.safetensors")
+    for extra in ("module.model.norm.weight", "norm.weight"):
+        save_file(stored | {extra: torch.zeros(32)}, folder / "model.safetensors")
+        with pytest.raises(InputError, match=r"model\.norm\.weight .*one tensor|.*one tensor; remove one of them"):
+            import_model(str(folder))
+
+
+def test_shards_need_no_index(tmp_path: Path) -> None:
+    """A single file named as a shard, as several tools write it, all shards without their index, another name."""
+    folder = save(tiny("llama"), tmp_path)
+    expected = import_model(str(folder))
+    stored = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    assert same_weights(import_model(str(folder)), expected)
+    (folder / "model-00001-of-00001.safetensors").rename(folder / "weights.safetensors")
+    assert same_weights(import_model(str(folder)), expected)
+    (folder / "weights.safetensors").unlink()
+    names = sorted(stored)
+    for number in range(3):
+        part = {name: stored[name] for name in names[number::3]}
+        save_file(part, folder / f"model-0000{number + 1}-of-00003.safetensors")
+    assert same_weights(import_model(str(folder)), expected)
+    (folder / "model-00002-of-00003.safetensors").rename(folder / "model-00002-of-00004.safetensors")
+    with pytest.raises(InputError, match="are of different sets; keep the files of one"):
+        import_model(str(folder))
+    (folder / "model-00002-of-00004.safetensors").unlink()
+    with pytest.raises(InputError, match=r"shard 2 of 3 is missing \(1 in all\); fetch it again"):
+        import_model(str(folder))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama, tied, one key for all queries"])
+def test_a_tied_model_may_store_its_head_alone(tmp_path: Path, family: str) -> None:
+    folder = save(tiny(family), tmp_path)
+    expected = import_model(str(folder))
+    stored = load_file(folder / "model.safetensors")
+    embedding = next(name for name in stored if name.endswith(("wte.weight", "embed_tokens.weight")))
+    stored["lm_head.weight"] = stored.pop(embedding)
+    save_file(stored, folder / "model.safetensors")
+    imported = import_model(str(folder))
+    assert same_weights(imported, expected)
+    assert gpt_of(imported).lm_head.weight is gpt_of(imported).tok_emb.weight
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        (
+            {"model.norm.weight": torch.zeros(32, dtype=torch.float8_e4m3fn)},
+            r"norm\.weight is stored as F8_E4M3; .*GGUF",
+        ),
+        (
+            {"model.layers.0.mlp.up_proj.qweight": torch.zeros(4, 4, dtype=torch.int32)},
+            "qweight is of quantized weights",
+        ),
+        ({"model.layers.0.mlp.up_proj.weight.absmax": torch.zeros(4)}, "absmax is of quantized weights; take .* bf16"),
+        ({"model.layers.0.mlp.up_proj.weight_scale_inv": torch.zeros(4)}, "weight_scale_inv is of quantized weights"),
+    ],
+)
+def test_quantized_weights_are_named_with_what_to_take_instead(
+    tmp_path: Path, tensors: dict[str, Tensor], message: str
+) -> None:
+    folder = save(tiny("llama"), tmp_path)
+    save_file(load_file(folder / "model.safetensors") | tensors, folder / "model.safetensors")
+    with pytest.raises(InputError, match=message) as error:
+        import_model(str(folder))
+    assert "\n" not in str(error.value)
+
+
+def test_a_pointer_of_git_lfs_is_named(tmp_path: Path) -> None:
+    folder = save(tiny("llama"), tmp_path)
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
+    with pytest.raises(InputError, match=r"model\.safetensors: a git-LFS pointer, .*git lfs pull"):
+        import_model(str(folder))
+
+
+def test_pickled_weights_and_adapters_are_named(tmp_path: Path) -> None:
+    folder = save(tiny("llama"), tmp_path)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(InputError, match=r"pytorch_model\.bin is not read: .*; take or make .*save_pretrained"):
+        import_model(str(folder))
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(InputError, match=r"a PEFT adapter, not a whole model; .*import BASE OUT --adapter"):
+        import_model(str(folder))
 
 
 def test_a_tied_head_may_be_stored_twice_but_not_differ(tmp_path: Path) -> None:
@@ -395,6 +509,39 @@ def test_configs_as_they_are_found(tmp_path: Path, content: dict[str, Any], expe
     assert {name: getattr(gpt, name) for name in expected} == expected
 
 
+@pytest.mark.parametrize("family", FAMILY_LIST, ids=lambda family: family.model_type)
+def test_what_a_config_leaves_out_is_as_in_transformers(family: Family) -> None:
+    """The defaults of each class, for every key that is read, and the config that they make together."""
+    theirs = transformers.AutoConfig.for_model(family.model_type)
+    ours = family.hf_config.model_validate({"model_type": family.model_type})
+    nothing = object()
+    for key, value in ours.model_dump().items():
+        expected = getattr(type(theirs), key, nothing)  # what the class says, before it works out the rest
+        if expected is not nothing and key not in ("rope_parameters", "rope_scaling", "model_type"):
+            assert value == expected, key
+    gpt = ours.gpt_config()
+    whole = {"num_attention_heads": gpt.n_heads, "num_hidden_layers": gpt.n_layers, "hidden_size": gpt.emb_dim}
+    whole |= {"vocab_size": gpt.vocab_size, "tie_word_embeddings": gpt.tie_embeddings}
+    if gpt.positions == "rotary":
+        whole |= {"num_key_value_heads": gpt.n_kv_heads, "intermediate_size": gpt.ffn_dim, "rms_norm_eps": gpt.norm_eps}
+        whole |= {"head_dim": gpt.head_dim} if hasattr(theirs, "head_dim") else {}
+        assert rope_of(theirs)["rope_theta"] == gpt.rope_theta
+    assert {key: getattr(theirs, key) for key in whole} == whole
+
+
+def rope_of(config: Any) -> dict[str, Any]:
+    parameters: dict[str, Any] = config.rope_parameters
+    return parameters.get("full_attention", parameters)
+
+
+def test_a_list_of_equal_numbers_for_each_layer_is_the_number(tmp_path: Path) -> None:
+    listed = {"num_key_value_heads": [3] * 30, "intermediate_size": [1536] * 30}
+    (tmp_path / "config.json").write_text(json.dumps(SMOLLM2 | listed))
+    found = read_hf_config(tmp_path / "config.json")[1].gpt_config()
+    (tmp_path / "config.json").write_text(json.dumps(SMOLLM2))
+    assert found == read_hf_config(tmp_path / "config.json")[1].gpt_config()
+
+
 @pytest.mark.parametrize(
     ("content", "changes", "message"),
     [
@@ -408,7 +555,14 @@ def test_configs_as_they_are_found(tmp_path: Path, content: dict[str, Any], expe
         (GPT2, {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx: .*found True"),
         (GPT2, {"add_cross_attention": True}, "add_cross_attention: .*found True"),
         (LLAMA_2, {"hidden_act": "gelu"}, "hidden_act: input should be 'silu' or 'swish', found 'gelu'"),
-        (LLAMA_2, {"quantization_config": {"bits": 4}}, "quantization_config: .*found {'bits': 4}"),
+        (LLAMA_2, {"quantization_config": {"bits": 4}}, r"quantization_config: quantized weights \(4\) are not read"),
+        (LLAMA_2, {"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"\('gptq'\) .*; take .* GGUF file"),
+        (QWEN_3, {"quantization_config": {"quant_method": "fp8"}}, r"\('fp8'\) are not read; take .*bf16"),
+        (LLAMA_2, {"compression_config": {"quant_method": "compressed-tensors"}}, "compression_config: quantized"),
+        (LLAMA_2, {"model_type": "mixtral"}, "'mixtral' is not known; .* It would need a mixture of experts"),
+        (QWEN_3, {"model_type": "qwen3_5_text"}, r"It would need layers of linear attention \(gated delta net\)"),
+        (LLAMA_2, {"model_type": "unheard_of"}, r"is not known; .*CONTRIBUTING\.md says how a family is added"),
+        (LLAMA_2, {"num_key_value_heads": [32] * 31 + [16]}, r"num_key_value_heads: .*found \[32, 32"),
         (LLAMA_2, {"attention_bias": True}, "attention_bias True with mlp_bias False"),
         (LLAMA_2, {"mlp_bias": True}, "attention_bias False with mlp_bias True"),
         (QWEN_3, {"attention_bias": True}, "attention_bias True with mlp_bias False"),

@@ -7,13 +7,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 from torch import Tensor
 
 from llm.common.errors import InputError
 from llm.common.stored_tensor import StoredTensor
 from llm.config import GPTConfig, Positive, RopeScaling
-from llm.convert.families.metadata import WINDOW, Metadata, rope_fields
+from llm.convert.families.metadata import WINDOW, Metadata, equal_value, rope_fields, shown
 from llm.tokenizer.bpe import Tokenizer
 
 ROPE_FREQS = "rope_freqs.weight"  # llama.cpp's, for the rope scaling of Llama 3
@@ -42,18 +42,36 @@ GGUF_NAMES = {
 }
 
 
+TAKE = "take the model's own weights in bf16, f16 or f32, or a GGUF file of it (F16, Q8_0, Q4_K_M)"
+QUANTIZATION = ("quantization_config", "compression_config")
+
+
 class HFConfig(BaseModel, ABC):
-    """The keys of a `config.json` that decide what is computed, with transformers' defaults.
+    """The keys of a `config.json` that decide what is computed, with the defaults of transformers' class.
 
     A key that `GPT` has no option for allows one value only; anything else is an error that names it.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
 
-    quantization_config: None = None
     vocab_size: Positive
     model_type: str
     options: ClassVar[dict[str, str]]  # keys with the value of an option of GPT
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plain(cls, content: Any) -> Any:
+        """Refuse quantized weights, and take a list of equal numbers, one for each layer, for the number."""
+        for key in QUANTIZATION:
+            if how := content.get(key):
+                method = how.get("quant_method", how.get("bits")) if isinstance(how, dict) else how
+                raise ValueError(f"{key}: quantized weights ({shown(method)}) are not read; {TAKE}")
+        return {key: equal_value(value) if cls.is_number(key) else value for key, value in content.items()}
+
+    @classmethod
+    def is_number(cls, key: str) -> bool:
+        """Tell whether a key has one number for all layers."""
+        return key in cls.model_fields and "list" not in str(cls.model_fields[key].annotation)
 
     @abstractmethod
     def gpt_config(self) -> GPTConfig:
@@ -134,7 +152,7 @@ class Family(ABC):
             qkv_bias=f"{q_proj}.bias" in tensors,
             bias=f"{out_proj}.bias" in tensors,
             tie_embeddings="output.weight" not in tensors,
-            sliding_window=size(WINDOW) if metadata.has(WINDOW) else None,
+            sliding_window=size(WINDOW) if metadata.value(WINDOW, 0) != 0 else None,
             **(sizes | self.fixed),
         )
         return config.model_copy(update={"rope_scaling": self.read_rope_scaling(metadata, tensors, config)})

@@ -40,10 +40,11 @@ class GPT2HFConfig(HFConfig):
     """GPT-2's `config.json`."""
 
     model_type: Literal["gpt2"] = "gpt2"
-    n_positions: Positive
-    n_embd: Positive
-    n_layer: Positive
-    n_head: Positive
+    vocab_size: Positive = 50257
+    n_positions: Positive = 1024
+    n_embd: Positive = 768
+    n_layer: Positive = 12
+    n_head: Positive = 12
     n_inner: Positive | None = None
     activation_function: Literal["gelu_new", "gelu_pytorch_tanh", "gelu_fast"] = "gelu_new"  # one formula, three names
     layer_norm_epsilon: PositiveFloat = 1e-5

@@ -103,15 +103,16 @@ class HFRopeScaling(BaseModel):
 
 
 class RotaryHFConfig(HFConfig):
-    """The `config.json` of Llama and of families that differ from it by an option or two."""
+    """The `config.json` of Llama and of families that differ from it by an option or two, with Llama's defaults."""
 
-    max_position_embeddings: Positive
-    hidden_size: Positive
-    num_hidden_layers: Layers
-    num_attention_heads: Positive
+    vocab_size: Positive = 32000
+    max_position_embeddings: Positive = 2048
+    hidden_size: Positive = 4096
+    num_hidden_layers: Layers = 32
+    num_attention_heads: Positive = 32
     num_key_value_heads: Positive | None = None
     head_dim: Positive | None = None
-    intermediate_size: Positive
+    intermediate_size: Positive = 11008
     hidden_act: Literal["silu", "swish"] = "silu"  # one function, two names
     rms_norm_eps: PositiveFloat = 1e-6
     tie_word_embeddings: bool = False

@@ -22,6 +22,15 @@ UNDERSTOOD = {  # with any other key of the architecture a model might compute s
     *("rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow"),
 }
 
+HARMLESS: dict[str, tuple[Any, ...]] = {  # keys with the values that change nothing
+    **dict.fromkeys(("expert_count", "nextn_predict_layers", "pooling_type", "attention.scale"), (0,)),
+    **dict.fromkeys(("attention.max_alibi_bias", "attention.clamp_kqv"), (0,)),
+    **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping", "rope.scaling.yarn_log_multiplier"), (0,)),
+    **dict.fromkeys(("logit_scale", "residual_scale", "embedding_scale"), (0, 1)),  # 0: none
+    "attention.causal": (True,),
+    "use_parallel_residual": (False,),
+}
+
 
 class Metadata(NamedTuple):
     """The fields of one architecture; raises `InputError` for a missing or senseless one."""
@@ -34,9 +43,13 @@ class Metadata(NamedTuple):
         """Tell whether the file has a key."""
         return f"{self.arch}.{key}" in self.fields
 
+    def value(self, key: str, default: Any) -> Any:
+        """Return the value of a key; a list of equal numbers, one for each layer, is the number."""
+        return equal_value(self.fields.get(f"{self.arch}.{key}", default))
+
     def size(self, key: str, default: int | None = None) -> int:
         """Return a width, length or count."""
-        value = self.fields.get(f"{self.arch}.{key}", default)
+        value = self.value(key, default)
         if type(value) is not int or not 1 <= value <= MAX_SIZE:
             raise InputError(
                 f"{self.path}: {self.arch}.{key}: expected a number from 1 to {MAX_SIZE}, found {shown(value)}; "
@@ -46,7 +59,7 @@ class Metadata(NamedTuple):
 
     def number(self, key: str, default: float | None = None) -> float:
         """Return a number as the decimal that it was written from."""
-        value = self.fields.get(f"{self.arch}.{key}", default)
+        value = self.value(key, default)
         if not isinstance(value, int | float):
             raise InputError(
                 f"{self.path}: {self.arch}.{key}: expected a number, found {shown(value)}; convert the file again"
@@ -60,8 +73,15 @@ class Metadata(NamedTuple):
     def check_keys(self) -> None:
         """Raise `InputError` for a key of the architecture that is not understood."""
         for key in self.fields:
-            if key.startswith(f"{self.arch}.") and key.removeprefix(f"{self.arch}.") not in UNDERSTOOD:
-                raise InputError(f"{self.path}: {key!r} is not supported: the model would compute something else")
+            own = key.removeprefix(f"{self.arch}.")
+            if own == key or own in UNDERSTOOD or self.value(own, None) in HARMLESS.get(own, ()):
+                continue
+            of_experts = own.startswith("expert_") or own == "leading_dense_block_count"
+            if own == "expert_count" or not of_experts or self.value("expert_count", 0) != 0:
+                raise InputError(
+                    f"{self.path}: {key!r} is not supported (found {shown(self.fields[key])}): "
+                    "the model would compute something else; take another model"
+                )
 
     def rope_scaling(self, context_length: int) -> RopeScaling | None:
         """Return linear or YaRN rope scaling."""
@@ -106,6 +126,12 @@ def _yarn_attention(factor: float) -> float:
 def decimal(value: float) -> float:
     """Return the shortest decimal that a file's 32 bits stand for: 1e-05, not 9.999999747378752e-06."""
     return float(str(np.float32(value)))
+
+
+def equal_value(value: Any) -> Any:
+    """Return the number that all of a list are, or the value itself."""
+    numbers = isinstance(value, list) and value and all(isinstance(one, int | float) for one in value)
+    return value[0] if numbers and all(one == value[0] for one in value) else value
 
 
 def shown(value: Any) -> str:

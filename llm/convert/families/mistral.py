@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-from llm.config import GPTConfig
+from llm.config import GPTConfig, Positive
 from llm.convert.families.llama import RotaryFamily, RotaryHFConfig
 
 
@@ -12,6 +12,9 @@ class MistralHFConfig(RotaryHFConfig):
     """Mistral's `config.json`."""
 
     model_type: Literal["mistral"] = "mistral"
+    max_position_embeddings: Positive = 131072
+    intermediate_size: Positive = 14336
+    num_key_value_heads: Positive | None = 8
     qkv_bias: ClassVar[bool | None] = False
 
     def default_layer_types(self) -> list[str]:

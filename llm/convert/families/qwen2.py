@@ -5,13 +5,18 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 
 from llm.common.errors import InputError
-from llm.config import GPTConfig
+from llm.config import GPTConfig, Positive
 from llm.convert.families.llama import RotaryFamily, RotaryHFConfig
 from llm.tokenizer.bpe import Tokenizer
 
 
 class QwenHFConfig(RotaryHFConfig):
-    """The sliding window of Qwen's `config.json`."""
+    """The `config.json` that Qwen2 and Qwen3 share: its defaults, and its sliding window."""
+
+    vocab_size: Positive = 151936
+    max_position_embeddings: Positive = 32768
+    intermediate_size: Positive = 22016
+    num_key_value_heads: Positive | None = 32
 
     def default_layer_types(self) -> list[str]:
         n = self.num_hidden_layers

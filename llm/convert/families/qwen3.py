@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from llm.config import GPTConfig
+from llm.config import GPTConfig, Positive
 from llm.convert.families.base import not_in_gguf
 from llm.convert.families.llama import FIXED, RotaryFamily
 from llm.convert.families.qwen2 import QwenHFConfig
@@ -14,6 +14,7 @@ class Qwen3HFConfig(QwenHFConfig):
     """Qwen3's `config.json`."""
 
     model_type: Literal["qwen3"] = "qwen3"
+    head_dim: Positive | None = 128
     qk_norm: ClassVar[bool] = True
 
 
