@@ -1,34 +1,10 @@
-"""Cut the text of a file into documents and those into pieces, without Project Gutenberg's own lines."""
+"""Cut the text of a file into documents and those into pieces."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
 
-from llm.common.errors import InputError
-from llm.download.formats import split_lines
-
 PIECE = 1_000_000  # characters of a document in one record
-
-# Older books break a long title in the START line, and some name the end once more before the END line.
-GUTENBERG_START = re.compile(r"\*\*\* ?START OF (THE|THIS) PROJECT GUTENBERG EBOOK")
-GUTENBERG_END = re.compile(r"\*\*\* ?END OF (THE|THIS) PROJECT GUTENBERG EBOOK|End of (the )?Project Gutenberg")
-
-
-def strip_gutenberg(text: Iterable[str], name: str) -> Iterator[str]:
-    """Yield the lines of the book, without Project Gutenberg's header, licence and the lines that mark them."""
-    state = "before"
-    for line in split_lines(text, name):
-        if state == "book":
-            if GUTENBERG_END.match(line):
-                return
-            yield line + "\n"
-        elif state == "marker" or GUTENBERG_START.match(line):
-            state = "book" if line.rstrip().endswith("***") else "marker"
-    missing = "*** END OF" if state == "book" else "*** START OF"
-    raise InputError(
-        f"{name}: expected a line '{missing} THIS PROJECT GUTENBERG EBOOK', found none; remove strip: gutenberg"
-    )
 
 
 def split_documents(text: Iterable[str], separator: str | None) -> Iterator[tuple[int, str]]:

@@ -9,7 +9,8 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from itertools import islice
+from itertools import groupby, islice
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,8 +19,9 @@ from tqdm import tqdm
 from llm.common.errors import InputError
 from llm.config import SPLITS, CorpusSource, InstructionsSource, MessagesSource
 from llm.download.archives import DataFile
-from llm.download.documents import cut_pieces, split_documents, strip_gutenberg
+from llm.download.documents import cut_pieces, split_documents
 from llm.download.formats import TEXT, decode_text, read_rows, unquoted_rows
+from llm.download.gutenberg import read_books
 
 Section = CorpusSource | MessagesSource | InstructionsSource
 
@@ -59,11 +61,7 @@ def _records(section: Section, file: DataFile, first: int) -> Iterator[dict[str,
 def corpus(section: CorpusSource, file: DataFile, first: int = 0) -> Iterator[dict[str, Any]]:
     """Yield `{"doc": 0, "text": ...}`. Records in a row with one number are one document, numbered from `first`."""
     if file.suffix in TEXT:
-        text = decode_text(file)
-        if section.strip == "gutenberg":
-            lines = strip_gutenberg(text, str(file))
-            text = iter(lambda: "".join(islice(lines, 10_000)), "")
-        documents = split_documents(text, section.document_separator)
+        documents = _text_documents(section, file)
     else:
         column = section.text or "text"
         cells = (_value(row, column, "text", where) for where, row in read_rows(file, {column}))
@@ -71,6 +69,20 @@ def corpus(section: CorpusSource, file: DataFile, first: int = 0) -> Iterator[di
         documents = ((number, piece) for number, text in texts for piece in cut_pieces(text))
     for number, piece in documents:
         yield {"doc": first + number, "text": piece}
+
+
+def _text_documents(section: CorpusSource, file: DataFile) -> Iterator[tuple[int, str]]:
+    """Yield numbered documents in pieces; each book of Project Gutenberg is a document, or several."""
+    if section.strip != "gutenberg":
+        yield from split_documents(decode_text(file), section.document_separator)
+        return
+    first = 0
+    for _, lines in groupby(read_books(decode_text(file), str(file)), key=itemgetter(0)):
+        text = iter(lambda lines=lines: "".join(line for _, line in islice(lines, 10_000)), "")  # type: ignore[misc]
+        number = -1
+        for number, piece in split_documents(text, section.document_separator):
+            yield first + number, piece
+        first += number + 1
 
 
 def messages(section: MessagesSource, file: DataFile) -> Iterator[dict[str, Any]]:

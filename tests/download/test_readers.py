@@ -101,24 +101,6 @@ def test_documents_of_all_files_are_numbered(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("_blocks")
 @pytest.mark.parametrize(
-    ("start", "end"),
-    [
-        ("*** START OF THIS PROJECT GUTENBERG EBOOK A TALE ***", "*** END OF THIS PROJECT GUTENBERG EBOOK A TALE ***"),
-        ("***START OF THE PROJECT GUTENBERG EBOOK A\nTALE***", "End of Project Gutenberg's A Tale, by Somebody"),
-    ],
-)
-def test_gutenberg(tmp_path: Path, start: str, end: str) -> None:
-    tale = "A TALE\r\n\r\nOnce upon a time.\r\n"
-    text = f"\ufeffHeader\r\n{start}\r\n{tale}{end}\r\n*** START: FULL LICENSE ***\r\n"
-    book = CorpusSource(files=FILES, strip="gutenberg")
-    found = read(book, data_file(tmp_path, "a.txt", text))
-    assert found == [{"doc": 0, "text": "A TALE\n\nOnce upon a time.\n"}]
-    assert "'*** END OF" in refused(book, data_file(tmp_path, "a.txt", text.partition(end)[0]))
-    assert "'*** START OF" in refused(book, data_file(tmp_path, "a.txt", tale))
-
-
-@pytest.mark.usefixtures("_blocks")
-@pytest.mark.parametrize(
     ("content", "offset"),
     [("Grüße ".encode() + b"caf\xe9 au lait", 11), (b"only half a character \xf0\x9f\x98", 22), (b"\xff\xfea\0", 0)],
 )
