@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,11 +21,11 @@ from llm.inference.request import Decoder
 from llm.inference.sampling import GREEDY, Sampling
 from llm.inference.score import Score, score_tokens
 from llm.model.gpt import GPT
-from llm.tokenizer.prompts import TEMPLATES, end_tokens
+from llm.tokenizer.conversation import ConversationEncoder, fit_turns
+from llm.tokenizer.prompts import Message, end_tokens
 
 __all__ = ["InputError", "Message", "Model", "Prompt", "Sampling", "Score", "load"]
 
-Message = Mapping[str, str]  # role, content and perhaps input, a text that the content is about
 Prompt = str | Sequence[Message]  # a text to continue, or messages to answer
 MAX_NEW_TOKENS = 200
 GPT_KINDS = ("base", "instruct")
@@ -94,10 +95,71 @@ class Model:
                 f"{self.path}: wrong kind of model (expected {wanted}, got {self.kind}); use models/{kinds[0]}"
             )
 
+    @property
+    def sampling(self) -> Sampling:
+        """Return the default choice of tokens, greedy unless the model says otherwise."""
+        return GREEDY
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Return all tokens that end a text."""
+        return frozenset(end_tokens(self.checkpoint.tokenizer, self.checkpoint.config.template))
+
+    def encode_conversation(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Return the tokens of a conversation of any length; see `ConversationEncoder.encode`."""
+        return self._conversations().encode(
+            messages, add_generation_prompt=add_generation_prompt, tools=tools, template_kwargs=template_kwargs
+        )
+
+    def fit_messages(
+        self,
+        messages: Sequence[Message],
+        *,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> tuple[list[Message], list[int]]:
+        """Return a conversation that fits into the context with its answer, as messages and as tokens.
+
+        The oldest turns are left out, whole. The answer has room for `max_new_tokens`, at most half of the context.
+        System messages and the last turn stay. Raises `InputError` where these alone are longer than the context, and
+        where no question is at the end.
+        """
+        encoder, context_length = self._conversations(), self.gpt.config.context_length
+        kept, ids, left_out = fit_turns(
+            messages,
+            lambda kept: encoder.encode(kept, tools=tools, template_kwargs=template_kwargs),
+            budget=context_length - min(max_new_tokens, context_length // 2),
+        )
+        if (last := messages[-1]["role"]) in ("system", "assistant"):
+            raise InputError(f"messages: no question at the end (expected the role user, got {last}); add one")
+        if len(ids) > context_length:
+            raise InputError(
+                f"messages: the last turn has {len(ids)} tokens with the system message and the template "
+                f"(expected at most {context_length}, the model's context); shorten it"
+            )
+        if left_out:
+            log.info("the context is full: the oldest %d turns are left out", left_out)
+        return kept, ids
+
     def generate(
-        self, prompt: Prompt, *, max_new_tokens: int = MAX_NEW_TOKENS, sampling: Sampling = GREEDY, seed: int = 0
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        sampling: Sampling | None = None,
+        seed: int = 0,
     ) -> str:
         """Return the continuation of a text, or the answer to messages.
+
+        Without `sampling` the model's own choice applies, which is greedy for models trained here.
 
         >>> model.generate("One morning", max_new_tokens=30)
         ' the baker sold bread at the harbour.'
@@ -107,7 +169,12 @@ class Model:
         return "".join(self.stream(prompt, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed))
 
     def stream(
-        self, prompt: Prompt, *, max_new_tokens: int = MAX_NEW_TOKENS, sampling: Sampling = GREEDY, seed: int = 0
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        sampling: Sampling | None = None,
+        seed: int = 0,
     ) -> Iterator[str]:
         """Return the pieces of `generate`'s text, each as soon as it is known. Errors come at the call.
 
@@ -119,11 +186,11 @@ class Model:
         tokenizer = self.checkpoint.tokenizer
         tokens = stream(
             self.decoder or self.gpt,
-            self._encode(prompt),
+            self._encode(prompt, max_new_tokens),
             max_new_tokens=max_new_tokens,
-            sampling=sampling,
+            sampling=self.sampling if sampling is None else sampling,
             seed=seed,
-            stop=self._stop(),
+            stop=self.stop_ids,
             prefix=self._prefix,
             draft=self.draft,
         )
@@ -134,10 +201,12 @@ class Model:
         messages: Sequence[Message],
         *,
         max_new_tokens: int = MAX_NEW_TOKENS,
-        sampling: Sampling = GREEDY,
+        sampling: Sampling | None = None,
         seed: int = 0,
     ) -> str:
-        """Return the answer of an instruct model to a user message, which a system message may precede.
+        """Return the answer of an instruct model to a conversation that ends in a user message.
+
+        The oldest turns are left out where the context has no place for them; see `fit_messages`.
 
         >>> llm.load("models/instruct", device="cpu").chat([{"role": "user", "content": "Name a trade."}])
         'A baker.'
@@ -149,7 +218,7 @@ class Model:
         prompts: Sequence[Prompt],
         *,
         max_new_tokens: int = MAX_NEW_TOKENS,
-        sampling: Sampling = GREEDY,
+        sampling: Sampling | None = None,
         seed: int = 0,
         batch_size: int | None = None,
     ) -> list[str]:
@@ -160,11 +229,11 @@ class Model:
         """
         answers = generate(
             self.gpt,
-            [self._encode(prompt) for prompt in prompts],
+            [self._encode(prompt, max_new_tokens) for prompt in prompts],
             max_new_tokens=max_new_tokens,
-            sampling=sampling,
+            sampling=self.sampling if sampling is None else sampling,
             seed=seed,
-            stop=self._stop(),
+            stop=self.stop_ids,
             batch_size=batch_size,
         )
         return [self.checkpoint.tokenizer.decode(ids) for ids in answers]
@@ -194,36 +263,17 @@ class Model:
             raise InputError("a single token; the first is never scored, so a text needs at least two")
         return score_tokens(self.gpt, torch.tensor(ids))
 
-    def _encode(self, prompt: Prompt) -> list[int]:
-        tokenizer, config = self.checkpoint.tokenizer, self.checkpoint.config
-        if isinstance(prompt, str):
-            ids = [*([] if tokenizer.bos is None else [tokenizer.bos]), *tokenizer.encode(prompt)]
-        else:
-            self.require("instruct")
-            assert config.template is not None
-            template = TEMPLATES[config.template]
-            system, user = split_messages(prompt)
-            if system is not None and not template.has_system:
-                name = config.template
-                raise InputError(f"messages: the template {name} has no place for a system message; leave it out")
-            above = config.system if system is None else system["content"]
-            ids = template.encode(tokenizer, user["content"], user.get("input", ""), above)
-        context_length = self.gpt.config.context_length
+    def _conversations(self) -> ConversationEncoder:
+        self.require("instruct")
+        config = self.checkpoint.config
+        assert config.template is not None
+        return ConversationEncoder(self.checkpoint.tokenizer, config.template, config.system)
+
+    def _encode(self, prompt: Prompt, max_new_tokens: int) -> list[int]:
+        if not isinstance(prompt, str):
+            return self.fit_messages(prompt, max_new_tokens=max_new_tokens)[1]
+        tokenizer, context_length = self.checkpoint.tokenizer, self.gpt.config.context_length
+        ids = [*([] if tokenizer.bos is None else [tokenizer.bos]), *tokenizer.encode(prompt)]
         if len(ids) > context_length:
             log.warning("the prompt has %d tokens, the model reads the last %d", len(ids), context_length)
         return ids
-
-    def _stop(self) -> Collection[int]:
-        return end_tokens(self.checkpoint.tokenizer, self.checkpoint.config.template)
-
-
-def split_messages(messages: Sequence[Message]) -> tuple[Message | None, Message]:
-    """Return the system message, if there is one, and the user message; conversations of several turns are refused."""
-    roles = [message.get("role", "none") for message in messages]
-    if roles not in (["user"], ["system", "user"]):
-        found = ", ".join(map(str, roles)) or "none"
-        raise InputError(f"messages: no single question (expected roles user, or system and user, got {found})")
-    for message in messages:
-        if not isinstance(message.get("content"), str):
-            raise InputError(f"messages: the {message['role']} message has no text as its content; give a string")
-    return (messages[0] if len(messages) > 1 else None), messages[-1]

@@ -1,28 +1,45 @@
-"""Prompt templates: one class for each way in which an instruct model is asked."""
+"""Prompt templates for models without a chat template of their own: one class for each form of a conversation."""
 
 from __future__ import annotations
 
 import json
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from llm.config import Template
 from llm.tokenizer.bpe import END_OF_TEXT, Tokenizer
 
+Message = Mapping[str, Any]  # role, content and perhaps input, a text that the content is about
 MARKER = re.compile(r"(<\|\w+\|>)")
 
 
 class PromptTemplate(ABC):
-    """A prompt of one question for the model, and the same prompt as a chat template for other tools."""
+    """A form of conversations for the model, and the same form as a chat template for other tools."""
 
     marker: str  # text that only chat templates of this kind have
     turn_end: str | None = None  # the token behind a response; None: the end of the text
     other_ends: tuple[str, ...] = ()  # further tokens that a model may end a response with
     has_system = True
 
-    @abstractmethod
     def encode(self, tokenizer: Tokenizer, instruction: str, input: str = "", system: str | None = None) -> list[int]:
-        """Return the tokens up to where the response starts; no text of the user becomes a special token."""
+        """Return the tokens of one question, up to where the response starts."""
+        return self.encode_messages(tokenizer, [{"role": "user", "content": instruction, "input": input}], system)
+
+    @abstractmethod
+    def encode_messages(
+        self,
+        tokenizer: Tokenizer,
+        messages: Sequence[Message],
+        system: str | None = None,
+        add_generation_prompt: bool = True,
+    ) -> list[int]:
+        """Return the tokens of a conversation; no text of a message becomes a special token.
+
+        `system` stands at the beginning unless the first message is a system message. `add_generation_prompt` adds the
+        head of the response.
+        """
 
     @abstractmethod
     def jinja(self, tokenizer: Tokenizer, system: str | None) -> str:
@@ -49,10 +66,24 @@ class AlpacaTemplate(PromptTemplate):
     instruction = "\n\n### Instruction:\n"
     response = "\n\n### Response:\n"
 
-    def encode(self, tokenizer: Tokenizer, instruction: str, input: str = "", system: str | None = None) -> list[int]:
-        more = f"\n\n### Input:\n{input}" if input else ""
-        text = f"{self.preamble}{self.instruction}{instruction}{more}{self.response}"
-        return _bos_ids(tokenizer) + tokenizer.encode(text)
+    def encode_messages(
+        self,
+        tokenizer: Tokenizer,
+        messages: Sequence[Message],
+        system: str | None = None,
+        add_generation_prompt: bool = True,
+    ) -> list[int]:
+        first = messages[0]
+        parts: list[int | str] = [first["content"] if first["role"] == "system" else self.preamble]
+        for message in messages:
+            if message["role"] == "user":
+                more = f"\n\n### Input:\n{message['input']}" if message.get("input") else ""
+                parts.append(f"{self.instruction}{message['content']}{more}")
+            elif message["role"] == "assistant":
+                parts += [f"{self.response}{message['content']}", tokenizer.eot]
+        if add_generation_prompt:
+            parts.append(self.response)
+        return _bos_ids(tokenizer) + _encode_parts(tokenizer, parts)
 
     def jinja(self, tokenizer: Tokenizer, system: str | None) -> str:
         preamble, instruction, response = map(_quoted, (self.preamble, self.instruction, self.response))
@@ -73,16 +104,25 @@ class TurnsTemplate(PromptTemplate):
     head: str
     middle: str
     tail: str
-    strips = False  # whether white space around a question is removed
+    strips = False  # whether white space around a message is removed
 
-    def encode(self, tokenizer: Tokenizer, instruction: str, input: str = "", system: str | None = None) -> list[int]:
-        question = f"{instruction}\n{input}" if input else instruction
-        turns = [("user", question.strip() if self.strips else question)]
-        if system is not None:
+    def encode_messages(
+        self,
+        tokenizer: Tokenizer,
+        messages: Sequence[Message],
+        system: str | None = None,
+        add_generation_prompt: bool = True,
+    ) -> list[int]:
+        turns = [(str(message["role"]), with_input(message)) for message in messages]
+        if self.strips:
+            turns = [(role, text.strip()) for role, text in turns]
+        if system is not None and messages[0]["role"] != "system":
             turns.insert(0, ("system", system))
         head, middle, tail = (_marked(tokenizer, text) for text in (self.head, self.middle, self.tail))
         parts = [part for role, text in turns for part in (*head, role, *middle, text, *tail)]
-        return _bos_ids(tokenizer) + _encode_parts(tokenizer, [*parts, *head, "assistant", *middle])
+        if add_generation_prompt:
+            parts += [*head, "assistant", *middle]
+        return _bos_ids(tokenizer) + _encode_parts(tokenizer, parts)
 
     def jinja(self, tokenizer: Tokenizer, system: str | None) -> str:
         head, middle, tail = map(_quoted, (self.head, self.middle, self.tail))
@@ -140,6 +180,12 @@ def stop_token(tokenizer: Tokenizer, template: Template) -> int:
 def end_tokens(tokenizer: Tokenizer, template: Template | None) -> set[int]:
     """Return all tokens that a model may end its text with."""
     return {tokenizer.eot} if template is None else TEMPLATES[template].stop_tokens(tokenizer)
+
+
+def with_input(message: Message) -> str:
+    """Return a message's content, above its input where it has one."""
+    content, more = str(message["content"]), message.get("input")
+    return f"{content}\n{more}" if more else content
 
 
 def _bos_ids(tokenizer: Tokenizer) -> list[int]:

@@ -129,6 +129,24 @@ def test_system_message_replaces_that_of_the_model(place: Path, tmp_path: Path) 
         assert model.chat(messages, max_new_tokens=10) == tokenizer.decode(ids)
 
 
+def test_chat_reads_the_turns_that_fit(place: Path) -> None:
+    gpt, tokenizer, config = load_checkpoint(place / "models/base")
+    model = api.Model(Checkpoint(gpt, tokenizer, CheckpointConfig(kind="instruct", gpt=config.gpt, template="chatml")))
+    assert isinstance(gpt, GPT)
+    messages = turns("system", "user", "assistant", "user", "assistant", "user")
+    ids = model.encode_conversation(messages)
+    assert model.fit_messages(messages, max_new_tokens=256 - len(ids)) == (messages, ids)
+    [answer] = generate(gpt, [ids], max_new_tokens=10, stop=model.stop_ids)
+    assert model.chat(messages, max_new_tokens=10) == tokenizer.decode(answer)
+    long = [dict(message) for message in messages]
+    long[1]["content"] = "Hello" * 50
+    kept, ids = model.fit_messages(long, max_new_tokens=10)
+    assert (kept, ids) == ([long[0], *long[3:]], model.encode_conversation([long[0], *long[3:]]))
+    long[0]["content"] = "Hello" * 80
+    with pytest.raises(InputError, match=r"the last turn has \d+ tokens .*expected at most 256"):
+        model.chat(long)
+
+
 def turns(*roles: str) -> list[dict[str, str]]:
     return [{"role": role, "content": "Hello"} for role in roles]
 
@@ -136,11 +154,12 @@ def turns(*roles: str) -> list[dict[str, str]]:
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
-        ([], r"no single question \(expected roles user, or system and user, got none\)"),
-        (turns("system"), "got system"),
-        (turns("user", "assistant", "user"), "got user, assistant, user"),
+        ([], r"messages: none \(expected system, if any, then user and assistant in turn\)"),
+        (turns("user", "assistant"), "no question at the end .*got assistant"),
+        (turns("user", "system", "user"), "message 2 has the role system .only as the first message"),
+        (turns("user", "tool", "user"), "message 2 has the role tool .not one of system, user, assistant"),
         (turns("system", "user"), "alpaca has no place for a system message"),
-        ([{"content": "Hello"}], "got none"),
+        ([{"content": "Hello"}], "message 1 has no role"),
         ([{"role": "user"}], "the user message has no text as its content"),
     ],
 )

@@ -1,0 +1,102 @@
+"""Conversations: their tokens in a model's prompt template, and the turns that fit into its context."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llm.common.errors import InputError
+from llm.config import Template
+from llm.tokenizer.bpe import Tokenizer
+from llm.tokenizer.prompts import TEMPLATES, Message
+
+ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True)
+class ConversationEncoder:
+    """The tokens of conversations with one model."""
+
+    tokenizer: Tokenizer
+    template: Template
+    system: str | None = None  # begins a conversation that has no system message
+
+    def encode(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Return the tokens of a conversation; no text of a message becomes a special token.
+
+        `add_generation_prompt` adds the head of the answer. `tools` are JSON schemas of functions, and
+        `template_kwargs` further variables of the model's own chat template, such as enable_thinking. Raises
+        `InputError` for a conversation that the template cannot express.
+        """
+        self._check_ours(messages, tools, template_kwargs)
+        template = TEMPLATES[self.template]
+        return template.encode_messages(self.tokenizer, messages, self.system, add_generation_prompt)
+
+    def _check_ours(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None,
+        template_kwargs: Mapping[str, Any] | None,
+    ) -> None:
+        """Raise `InputError` for anything that a template of ours has no place for."""
+        check_messages(messages)
+        name = self.template
+        for i, message in enumerate(messages):
+            if (role := message["role"]) not in ROLES or (role == "system" and i > 0):
+                place = "only as the first message" if role == "system" else f"not one of {', '.join(ROLES)}"
+                raise InputError(f"messages: message {i + 1} has the role {role} ({place}); leave it out")
+        if messages[0]["role"] == "system" and not TEMPLATES[name].has_system:
+            raise InputError(f"messages: the template {name} has no place for a system message; leave it out")
+        for what, given in (("tools", tools), ("template_kwargs", template_kwargs)):
+            if given:
+                raise InputError(f"{what}: the template {name} has no place for them; leave them out")
+
+
+def check_messages(messages: Sequence[Message]) -> None:
+    """Raise `InputError` for messages without a role or a text."""
+    if not messages:
+        raise InputError("messages: none (expected system, if any, then user and assistant in turn); give a question")
+    for i, message in enumerate(messages, start=1):
+        role = message.get("role")
+        if not isinstance(role, str) or not role:
+            raise InputError(f"messages: message {i} has no role (expected {', '.join(ROLES)}); name one")
+        if not isinstance(message.get("content"), str):
+            raise InputError(f"messages: the {role} message has no text as its content; give a string")
+
+
+def split_turns(messages: Sequence[Message]) -> tuple[list[Message], list[list[Message]]]:
+    """Return the system messages at the beginning, and the turns: each a question with all that answers it."""
+    start = next((i for i, message in enumerate(messages) if message["role"] != "system"), len(messages))
+    turns: list[list[Message]] = []
+    for message in messages[start:]:
+        if message["role"] == "user" or not turns:
+            turns.append([])
+        turns[-1].append(message)
+    return list(messages[:start]), turns
+
+
+def fit_turns(
+    messages: Sequence[Message], encode: Callable[[Sequence[Message]], list[int]], budget: int
+) -> tuple[list[Message], list[int], int]:
+    """Return the messages without the oldest turns beyond a budget of tokens, their tokens, and the turns left out.
+
+    Neither the system messages nor the last turn are ever left out, and no turn is cut.
+    """
+    check_messages(messages)
+    system, turns = split_turns(messages)
+
+    def kept(left_out: int) -> list[Message]:
+        return [*system, *(message for turn in turns[left_out:] for message in turn)]
+
+    most = max(0, len(turns) - 1)
+    left_out = bisect.bisect_left(range(most), True, key=lambda n: len(encode(kept(n))) <= budget)
+    return kept(left_out), encode(kept(left_out)), left_out
