@@ -1,20 +1,20 @@
-"""Baselines: n-grams and a compressor on text, classical classifiers on messages.
+"""Baselines: n-grams and a compressor on text, classical classifiers on messages, the nearest pair on instructions.
 
-All of them learn from train alone. The strength of a regularisation is chosen on val, nothing on test.
+All of them learn from train alone. Settings are chosen on val, nothing on test.
 """
 
 from __future__ import annotations
 
 import lzma
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llm.data.examples import Message
+from llm.data.examples import Message, Pair
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -149,50 +149,126 @@ def hand_made_features(texts: Sequence[str]) -> Floats:
     return np.column_stack([np.log1p(counts), *shares])
 
 
+class _Method(NamedTuple):
+    """A classical classifier: its features, its model for a setting, and the settings that val chooses among."""
+
+    features: str
+    model: Callable[[float], Any]
+    settings: tuple[float, ...]
+
+
+def _feature_makers() -> dict[str, Callable[[], Any]]:
+    """Return what turns texts into numbers, by the name in `_Method.features`."""
+    from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import FunctionTransformer, StandardScaler
+
+    def words(longest: int) -> Any:
+        return TfidfVectorizer(token_pattern=r"\w+|[^\w\s]", ngram_range=(1, longest), sublinear_tf=True)
+
+    return {
+        "hand-made": lambda: make_pipeline(FunctionTransformer(hand_made_features), StandardScaler()),
+        "counts": lambda: CountVectorizer(token_pattern=r"\w+"),
+        "word pairs": lambda: words(2),
+        "words": lambda: words(4),
+        "characters": lambda: TfidfVectorizer(analyzer="char", ngram_range=(2, 6), sublinear_tf=True),
+    }
+
+
+def _methods() -> dict[str, _Method]:
+    from sklearn.ensemble import HistGradientBoostingClassifier
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.naive_bayes import ComplementNB, MultinomialNB
+    from sklearn.svm import LinearSVC
+
+    def regression(c: float) -> Any:
+        return LogisticRegression(C=c, max_iter=5000)
+
+    def svm(c: float) -> Any:
+        return LinearSVC(C=c, max_iter=10_000, random_state=0)
+
+    def boosting(rate: float) -> Any:
+        return HistGradientBoostingClassifier(learning_rate=rate, random_state=0)
+
+    return {
+        "filter": _Method("hand-made", regression, (1.0, 10.0, 100.0)),
+        "naive_bayes": _Method("counts", lambda alpha: MultinomialNB(alpha=alpha), (1.0,)),
+        "tfidf": _Method("word pairs", regression, (1.0, 10.0, 100.0)),
+        "boosting": _Method("hand-made", boosting, (0.03, 0.1, 0.3)),
+        "complement_nb": _Method("words", lambda alpha: ComplementNB(alpha=alpha), (1.0, 0.3, 0.1, 0.03)),
+        "logistic_words": _Method("words", regression, (1.0, 10.0, 100.0)),
+        "logistic_characters": _Method("characters", regression, (1.0, 10.0, 100.0)),
+        "svm_words": _Method("words", svm, (0.1, 1.0, 10.0)),
+        "svm_characters": _Method("characters", svm, (0.1, 1.0, 10.0)),
+    }
+
+
 def classical_classifiers(
     train: Sequence[Message], val: Sequence[Message], texts: Sequence[str], labels: Sequence[str]
 ) -> dict[str, Floats]:
     """Return probabilities [N, K] for `texts` by each classical method, trained on `train`.
 
-    majority     the shares of the labels in train: always the most frequent one
-    filter       logistic regression on hand-made features
-    naive_bayes  multinomial naive Bayes on single words
-    tfidf        logistic regression on TF-IDF of words and word pairs
+    majority             the shares of the labels in train: always the most frequent one
+    filter, boosting     logistic regression, boosted trees: on hand-made features
+    naive_bayes          multinomial naive Bayes on single words
+    tfidf                logistic regression on TF-IDF of words and word pairs
+    complement_nb        complement naive Bayes on TF-IDF of 1 to 4 words
+    logistic_*, svm_*    logistic regression, linear SVM: on TF-IDF of 1 to 4 words, of 2 to 6 characters
     """
-    from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.naive_bayes import MultinomialNB
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import FunctionTransformer, StandardScaler
-
     number = {label: k for k, label in enumerate(labels)}
     shares = np.bincount([number[m.label] for m in train], minlength=len(labels)) / len(train)
     results = {"majority": np.tile(shares, (len(texts), 1))}
     if np.count_nonzero(shares) < 2:  # nothing to learn from
         return results
-
-    def regression(c: float) -> Any:
-        return LogisticRegression(C=c, max_iter=5000)
-
-    def features(c: float) -> Any:
-        return make_pipeline(FunctionTransformer(hand_made_features), StandardScaler(), regression(c))
-
-    def tfidf(c: float) -> Any:
-        words = TfidfVectorizer(token_pattern=r"\w+|[^\w\s]", ngram_range=(1, 2), sublinear_tf=True)
-        return make_pipeline(words, regression(c))
-
-    def naive_bayes(c: float) -> Any:
-        return make_pipeline(CountVectorizer(token_pattern=r"\w+"), MultinomialNB(alpha=c))
-
     known = [m for m in val if shares[number[m.label]] > 0]
-    for name, make, settings in (
-        ("filter", features, (1.0, 10.0, 100.0)),
-        ("naive_bayes", naive_bayes, (1.0,)),
-        ("tfidf", tfidf, (1.0, 10.0, 100.0)),
-    ):
-        fitted = [make(c).fit([m.text for m in train], [number[m.label] for m in train]) for c in settings]
-        if len(fitted) > 1 and known:
-            fitted.sort(key=lambda model: -model.score([m.text for m in known], [number[m.label] for m in known]))
-        results[name] = np.zeros((len(texts), len(labels)))
-        results[name][:, fitted[0].classes_] = fitted[0].predict_proba(list(texts))
-    return results
+    actual, actual_val = ([number[m.label] for m in part] for part in (train, known))
+    parts = [[m.text for m in train], [m.text for m in known], list(texts)]
+    makers, methods = _feature_makers(), _methods()
+    for features, make in makers.items():
+        maker = make()
+        try:
+            x = maker.fit_transform(parts[0])
+        except ValueError:  # no text holds such a feature
+            continue
+        x_val, x_test = (maker.transform(part) if part else None for part in parts[1:])
+        for name, method in methods.items():
+            if method.features == features:
+                fitted = [method.model(setting).fit(x, actual) for setting in method.settings]
+                if len(fitted) > 1 and known:
+                    fitted.sort(key=lambda model: -model.score(x_val, actual_val))
+                results[name] = np.zeros((len(texts), len(labels)))
+                results[name][:, fitted[0].classes_] = _probabilities(fitted[0], x_test)
+    return {name: results[name] for name in ("majority", *methods) if name in results}
+
+
+def _probabilities(model: Any, x: Any) -> Floats:
+    """Return probabilities [N, K]; an SVM's margins become some that rank and decide as they do."""
+    if hasattr(model, "predict_proba"):
+        return np.asarray(model.predict_proba(x))
+    margins = model.decision_function(x)
+    logits = np.column_stack((-margins, margins)) / 2 if margins.ndim == 1 else margins
+    exponents = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return exponents / exponents.sum(axis=1, keepdims=True)
+
+
+# ---- instructions ----------------------------------------------------------------------------------------------------
+
+ROWS_AT_ONCE = 256  # of the questions that are compared with all training pairs together
+
+
+def nearest_answers(train: Sequence[Pair], pairs: Sequence[Pair]) -> list[str]:
+    """Return for each pair the answer of the training pair whose instruction and input are most alike, by TF-IDF."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    words = TfidfVectorizer(token_pattern=r"\w+|[^\w\s]", ngram_range=(1, 2), sublinear_tf=True)
+    known = words.fit_transform([_question(pair) for pair in train])
+    asked = words.transform([_question(pair) for pair in pairs])
+    answers: list[str] = []
+    for start in range(0, len(pairs), ROWS_AT_ONCE):
+        alike = (asked[start : start + ROWS_AT_ONCE] @ known.T).toarray()
+        answers += [train[i].output for i in alike.argmax(axis=1)]
+    return answers
+
+
+def _question(pair: Pair) -> str:
+    return f"{pair.instruction}\n{pair.input}"

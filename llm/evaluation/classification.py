@@ -13,11 +13,13 @@ from llm.checkpoint.folder import Checkpoint
 from llm.common.errors import InputError
 from llm.data.examples import first_filled, read_labels, read_messages
 from llm.evaluation.baselines import classical_classifiers
-from llm.evaluation.metrics import ClassificationReport, classification_report, roc_points
+from llm.evaluation.comparison import mcnemar
+from llm.evaluation.metrics import ClassificationReport, Curve, classification_report, label_roc, roc_points
 from llm.inference.classify import classify_texts
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+OURS = ("gpt", "scratch")  # all other classifiers are classical
 
 
 class ClassifierResult(NamedTuple):
@@ -27,10 +29,27 @@ class ClassifierResult(NamedTuple):
     train_rows: int
     labels: list[str]
     reports: dict[str, ClassificationReport]
-    roc: dict[str, tuple[Floats, Floats]]
+    roc: dict[str, Curve]
     texts: list[str]
     actual: list[str]
     probabilities: dict[str, Floats]  # [messages, labels]
+
+    def label_roc(self) -> dict[str, Curve]:
+        """Return the GPT's ROC curve of each label against the rest."""
+        numbers = np.array([self.labels.index(label) for label in self.actual])
+        areas, probabilities = self.reports["gpt"].label_auc, self.probabilities["gpt"]
+        return {label: label_roc(numbers, probabilities, k) for k, label in enumerate(self.labels) if label in areas}
+
+    def best_classical(self) -> str:
+        """Return the classical classifier with the highest accuracy."""
+        classical = {name: report.accuracy.value for name, report in self.reports.items() if name not in OURS}
+        return max(classical, key=classical.__getitem__)
+
+    def paired(self, a: str, b: str) -> tuple[int, int, float]:
+        """Return how many messages `a` alone and `b` alone has right, and McNemar's p-value."""
+        right_a, right_b = (np.array(self.predicted(name)) == np.array(self.actual) for name in (a, b))
+        only_a, only_b = int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum())
+        return only_a, only_b, mcnemar(only_a, only_b)
 
     def predicted(self, name: str = "gpt") -> list[str]:
         """Return a classifier's label for each message."""

@@ -14,6 +14,7 @@ from llm.checkpoint.folder import Checkpoint
 from llm.config import EvaluateParams, Template
 from llm.data.batches import batches_by_length, collate_pairs
 from llm.data.examples import Pair, first_filled, pair_examples, read_pairs
+from llm.evaluation.baselines import nearest_answers
 from llm.evaluation.metrics import AnswerReport, answer_report, by_task
 from llm.inference.generate import generate
 from llm.model.gpt import GPT
@@ -25,7 +26,10 @@ Ints = NDArray[np.int64]
 
 
 class InstructResult(NamedTuple):
-    """Results by model: gpt, base (before the finetuning), scratch (the from-scratch baseline)."""
+    """Results by model: gpt, base (before the finetuning), scratch (the from-scratch baseline), nearest.
+
+    The last one copies the answer of the most similar training pair; it has no loss.
+    """
 
     split: str
     template: Template
@@ -34,6 +38,11 @@ class InstructResult(NamedTuple):
     tasks: dict[str, dict[str, AnswerReport]]
     examples: list[Example]  # all pairs, in the order of the data
     shown: list[int]  # the examples in the report
+
+    def best_alternative(self) -> str:
+        """Return what has the highest exact match without this finetuning: the base model or the nearest pair."""
+        others = {name: self.reports[name].exact_match.value for name in ("base", "nearest") if name in self.reports}
+        return max(others, key=others.__getitem__)
 
 
 class ResponseLoss(NamedTuple):
@@ -70,6 +79,8 @@ def evaluate_instruct(
     read = {split: read_pairs(instructions / f"{split}.jsonl") for split in ("test", "val")}
     split, pairs = first_filled(read, instructions)
     answers = {name: answer(folder, template, pairs, params) for name, folder in folders.items()}
+    if (path := instructions / "train.jsonl").is_file():
+        answers["nearest"] = nearest_answers(read_pairs(path), pairs)
     expected, tasks = [pair.output for pair in pairs], [pair.task for pair in pairs]
     by_tasks = sorted(range(len(pairs)), key=lambda i: tasks[i])
     shown = np.linspace(0, len(pairs) - 1, min(params.report_samples, len(pairs))).round().astype(int)

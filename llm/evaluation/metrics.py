@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
 
 
 class Interval(NamedTuple):
@@ -44,7 +45,7 @@ class ClassificationReport(NamedTuple):
     """`precision`, `recall` and `f1` are of the positive label, the last one, where there are two, else macro means.
 
     `roc_auc` is None where it is not defined: a label without a row. With more than two labels it is the macro mean of
-    one label against the rest.
+    `label_auc`, one label against the rest.
     """
 
     rows: int
@@ -55,6 +56,7 @@ class ClassificationReport(NamedTuple):
     roc_auc: float | None
     per_label: dict[str, LabelScores]
     confusion: Ints  # [K actual, K predicted]
+    label_auc: dict[str, float]  # of each label that some rows have and some have not
 
 
 def classification_report(actual: Ints, probabilities: Floats, labels: Sequence[str]) -> ClassificationReport:
@@ -69,6 +71,11 @@ def classification_report(actual: Ints, probabilities: Floats, labels: Sequence[
         for k, label in enumerate(labels)
     }
     binary = len(labels) == 2
+    areas = {
+        label: area
+        for k, label in enumerate(labels)
+        if (area := _roc_auc(actual == k, probabilities[:, k])) is not None
+    }
     precision_, recall_, f1_ = (float(x[-1] if binary else x.mean()) for x in (precision, recall, f1))
     return ClassificationReport(
         rows=len(actual),
@@ -76,33 +83,57 @@ def classification_report(actual: Ints, probabilities: Floats, labels: Sequence[
         precision=precision_,
         recall=recall_,
         f1=f1_,
-        roc_auc=_roc_auc(actual, probabilities, len(labels)),
+        roc_auc=_mean_auc(areas, labels),
         per_label=per_label,
         confusion=confusion_matrix(actual, predicted, labels=numbers),
+        label_auc=areas,
     )
 
 
-def _roc_auc(actual: Ints, probabilities: Floats, n_labels: int) -> float | None:
+def _roc_auc(hits: Bools, scores: Floats) -> float | None:
     from sklearn.metrics import roc_auc_score
 
-    if len(np.unique(actual)) < n_labels:
+    return float(roc_auc_score(hits, scores)) if 0 < hits.sum() < len(hits) else None
+
+
+def _mean_auc(areas: Mapping[str, float], labels: Sequence[str]) -> float | None:
+    if len(areas) < len(labels):
         return None
-    if n_labels == 2:
-        return float(roc_auc_score(actual, probabilities[:, 1]))
-    return float(np.mean([roc_auc_score(actual == k, probabilities[:, k]) for k in range(n_labels)]))
+    return areas[labels[-1]] if len(labels) == 2 else float(np.mean([areas[label] for label in labels]))
 
 
-def roc_points(actual: Ints, probabilities: Floats) -> tuple[Floats, Floats]:
-    """Return the rates of false and true positives: of the last label of two, else of all (row, label) decisions."""
-    from sklearn.metrics import roc_curve
+Curve = tuple[Floats, Floats]  # the rates of false and of true positives
 
+
+def roc_points(actual: Ints, probabilities: Floats) -> Curve:
+    """Return the ROC curve of the last label of two, else the macro mean of the labels' curves.
+
+    The area under it is the report's `roc_auc`.
+    """
     n_labels = probabilities.shape[1]
     if n_labels == 2:
-        hits, scores = actual == 1, probabilities[:, 1]
-    else:
-        hits, scores = (actual[:, None] == np.arange(n_labels)).ravel(), probabilities.ravel()
-    false_positives, true_positives, _ = roc_curve(hits, scores)
+        return label_roc(actual, probabilities, 1)
+    return _mean_curve([label_roc(actual, probabilities, k) for k in range(n_labels)])
+
+
+def label_roc(actual: Ints, probabilities: Floats, label: int) -> Curve:
+    """Return the ROC curve of one label against the rest."""
+    from sklearn.metrics import roc_curve
+
+    false_positives, true_positives, _ = roc_curve(actual == label, probabilities[:, label])
     return false_positives, true_positives
+
+
+def _mean_curve(curves: Sequence[Curve]) -> Curve:
+    """Return the mean true positive rate at each false positive rate; each step of a curve stays a step."""
+    grid = np.unique(np.concatenate([x for x, _ in curves]))
+    low, high = np.zeros(len(grid)), np.zeros(len(grid))  # before and after the step at each point of the grid
+    for x, y in curves:
+        between = np.interp(grid, x, y)
+        first, last = np.searchsorted(x, grid), np.searchsorted(x, grid, side="right") - 1
+        low += np.where(x[np.minimum(first, len(x) - 1)] == grid, y[np.minimum(first, len(x) - 1)], between)
+        high += np.where(x[last] == grid, y[last], between)
+    return np.repeat(grid, 2), np.column_stack((low, high)).ravel() / len(curves)
 
 
 class AnswerReport(NamedTuple):

@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from llm.common.plotting import BLUE, GREY, INK, LIGHT_BLUE, ORANGE, new_figure, save, shorten, style
 from llm.evaluation.base_model import BaseResult
-from llm.evaluation.classification import ClassifierResult
+from llm.evaluation.classification import OURS, ClassifierResult
 from llm.evaluation.instruction_following import InstructResult
 from llm.evaluation.tables import ANSWERERS, CLASSIFIERS, TEXT_MODELS, TRAININGS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-COLBLUE = {"gpt": BLUE, "base": LIGHT_BLUE, "scratch": ORANGE}
+COLBLUE = {"gpt": BLUE, "base": LIGHT_BLUE, "scratch": ORANGE, "nearest": GREY}
+DASHES = ("-", "--", "-.", ":")  # of the classical ROC curves that are drawn: those with the largest areas
 
 
 def draw_trainings(plots: Path, path: Path) -> None:
@@ -89,30 +90,33 @@ def draw_confusion_roc(result: ClassifierResult, path: Path) -> None:
             for (i, k), count in _cells(counts):
                 left.text(k, i, f"{count}", ha="center", va="center", color="white" if shares[i, k] > 0.5 else INK)
 
-        for name, (x, y) in reversed(result.roc.items()):
-            auc = result.reports[name].roc_auc
-            ours = name in COLBLUE
-            label = f"{CLASSIFIERS[name]}, area {auc:.4f}" if auc is not None else CLASSIFIERS[name]
-            right.plot(x, y, label=label, **_curve(name, bold=ours))
-        of = f"of {labels[-1]}" if len(labels) == 2 else "over all labels"
-        right.set(title=f"ROC curve {of}", xlabel="false positive rate", ylabel="true positive rate")
-        handles, names = right.get_legend_handles_labels()
-        if handles:
-            right.legend(handles[::-1], names[::-1], loc="lower right", fontsize=9)
+        _draw_roc(right, result)
         save(figure, path)
+
+
+def _draw_roc(axes: Axes, result: ClassifierResult) -> None:
+    """Draw our classifiers' curves and the best classical ones; of several labels the mean, and GPT's of each."""
+    areas = {name: area for name in result.roc if (area := result.reports[name].roc_auc) is not None}
+    classical = sorted((name for name in areas if name not in OURS), key=lambda name: -areas[name])[: len(DASHES)]
+    several = len(result.labels) > 2
+    if several and len(result.labels) <= 12:
+        for label, points in result.label_roc().items():
+            area = result.reports["gpt"].label_auc[label]
+            name = f"GPT, {shorten(label)}, area {area:.4f}"
+            axes.plot(*points, color=LIGHT_BLUE, linewidth=1, label=name)
+    for name, dashes in reversed([*((name, "-") for name in OURS), *zip(classical, DASHES, strict=False)]):
+        if name in areas:
+            look: dict[str, Any] = {"color": COLBLUE.get(name, "#7d8793"), "linewidth": 2.2 if name in OURS else 1.2}
+            axes.plot(*result.roc[name], label=f"{CLASSIFIERS[name]}, area {areas[name]:.4f}", linestyle=dashes, **look)
+    of = "averaged over the labels" if several else f"of {shorten(result.labels[-1])}"
+    axes.set(title=f"ROC curve {of}", xlabel="false positive rate", ylabel="true positive rate")
+    handles, names = axes.get_legend_handles_labels()
+    if handles:
+        axes.legend(handles[::-1], names[::-1], loc="lower right", fontsize=8)
 
 
 def _cells(counts: Any) -> list[tuple[tuple[int, int], int]]:
     return [((i, k), int(counts[i, k])) for i in range(counts.shape[0]) for k in range(counts.shape[1])]
-
-
-def _curve(name: str, bold: bool) -> dict[str, Any]:
-    dashes = {"majority": ":", "filter": "--", "naive_bayes": "-.", "tfidf": "-"}
-    return {
-        "color": COLBLUE.get(name, "#7d8793"),
-        "linewidth": 2.2 if bold else 1.2,
-        "linestyle": dashes.get(name, "-"),
-    }
 
 
 def draw_instructions(result: InstructResult, path: Path) -> None:

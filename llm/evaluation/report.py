@@ -11,9 +11,12 @@ from collections.abc import Collection, Mapping, Sequence
 from llm.common.markdown import escape, fenced, table
 from llm.evaluation.base_model import BaseResult
 from llm.evaluation.classification import ClassifierResult
+from llm.evaluation.comparison import ALPHA
 from llm.evaluation.instruction_following import InstructResult
 from llm.evaluation.metrics import Interval, fold
 from llm.evaluation.tables import ANSWERERS, CLASSIFIERS, TEXT_MODELS
+
+EASY = 0.95  # accuracy of a classical method above which a task says little about language models
 
 
 def markdown(
@@ -59,8 +62,8 @@ def markdown(
 
 def _headlines(base: BaseResult, classifiers: ClassifierResult, instruct: InstructResult) -> list[str]:
     bits = base.bpb()
-    classical = {n: r for n, r in classifiers.reports.items() if n not in ("gpt", "scratch")}
-    best = max(classical, key=lambda name: classical[name].accuracy.value)
+    best = classifiers.best_classical()
+    copied = instruct.best_alternative()
     rows = [
         [
             "predict text",
@@ -71,13 +74,13 @@ def _headlines(base: BaseResult, classifiers: ClassifierResult, instruct: Instru
         [
             "label messages",
             f"accuracy {percent(classifiers.reports['gpt'].accuracy)}",
-            f"{CLASSIFIERS[best]} {percent(classical[best].accuracy)}",
+            f"{CLASSIFIERS[best]} {percent(classifiers.reports[best].accuracy)}",
             percent(classifiers.reports["scratch"].accuracy) if "scratch" in classifiers.reports else "-",
         ],
         [
             "follow instructions",
             f"exact match {percent(instruct.reports['gpt'].exact_match)}",
-            f"before finetuning {percent(instruct.reports['base'].exact_match)}",
+            f"{ANSWERERS[copied].removeprefix('GPT ')} {percent(instruct.reports[copied].exact_match)}",
             percent(instruct.reports["scratch"].exact_match) if "scratch" in instruct.reports else "-",
         ],
     ]
@@ -128,27 +131,60 @@ def _classifier_section(result: ClassifierResult, comparison: list[str], details
         ]
         for name, r in result.reports.items()
     ]
-    per_label = [
-        [escape(label), str(s.rows), f"{s.precision:.3f}", f"{s.recall:.3f}", f"{s.f1:.3f}"]
-        for label, s in result.reports["gpt"].per_label.items()
-    ]
     if len(result.labels) == 2:
         means = f"Precision, recall and F1 are those of {escape(result.labels[-1])}."
     else:
-        means = "Precision, recall, F1 and ROC-AUC are means over the labels."
+        means = "Precision, recall, F1 and ROC-AUC are means over the labels, each against the rest."
     return [
         "## Labelling messages",
         "",
         f"{part(result.split)}: {len(result.actual):,} messages, after training on {result.train_rows:,}. {means} "
-        "Where two intervals overlap widely, the difference may be chance.",
+        "Where two intervals overlap widely, the difference may be chance. Classical methods have their settings from "
+        "the val part.",
         "",
         *table(["classifier", "accuracy", "precision", "recall", "F1", "ROC-AUC"], rows),
+        *_against_best(result),
         *comparison,
         *details,
         "GPT's figures for each label:",
         "",
-        *table(["label", "messages", "precision", "recall", "F1"], per_label),
+        *_label_table(result),
     ]
+
+
+def _against_best(result: ClassifierResult) -> list[str]:
+    """Say in words how GPT stands beside the best classical method, and whether the task is easy for that."""
+    best = result.best_classical()
+    accuracy = result.reports[best].accuracy.value
+    only_best, only_gpt, p = result.paired(best, "gpt")
+    if p >= ALPHA:
+        verdict = "GPT and it are not to be told apart"
+    else:
+        verdict = f"GPT is {'better' if only_gpt > only_best else 'worse'}"
+    lines = [
+        f"The best classical method is {CLASSIFIERS[best]}. {verdict}: GPT alone has {only_gpt} messages right, "
+        f"it alone {only_best} (exact McNemar test, p = {p:.2g})."
+    ]
+    if accuracy >= EASY or (p >= ALPHA or only_best > only_gpt):
+        share = f"{100 * accuracy:.1f} %"
+        lines.append(
+            f"A method that counts gets {share} right: these messages are easy for it, and show little of what a "
+            "language model is for."
+        )
+    return [" ".join(lines), ""]
+
+
+def _label_table(result: ClassifierResult) -> list[str]:
+    header, areas = ["label", "messages", "precision", "recall", "F1"], result.reports["gpt"].label_auc
+    rows = [
+        [escape(label), str(s.rows), f"{s.precision:.3f}", f"{s.recall:.3f}", f"{s.f1:.3f}"]
+        for label, s in result.reports["gpt"].per_label.items()
+    ]
+    if len(result.labels) > 2:
+        header.append("ROC-AUC against the rest")
+        for row, label in zip(rows, result.labels, strict=True):
+            row.append(f"{areas[label]:.4f}" if label in areas else "-")
+    return table(header, rows)
 
 
 def _instruct_section(result: InstructResult, picture: list[str], quotable: bool) -> list[str]:
@@ -158,10 +194,15 @@ def _instruct_section(result: InstructResult, picture: list[str], quotable: bool
             percent(r.exact_match),
             f"{r.rouge_l:.3f}",
             f"{r.chrf:.1f}",
-            f"{result.losses[name].loss_per_char:.3f}",
+            f"{result.losses[name].loss_per_char:.3f}" if name in result.losses else "-",
         ]
         for name, r in result.reports.items()
     ]
+    nearest = (
+        ["The nearest training pair, by TF-IDF of instruction and input, lends its answer as it is.", ""]
+        if "nearest" in result.reports
+        else []
+    )
     lines = [
         "## Following instructions",
         "",
@@ -171,6 +212,7 @@ def _instruct_section(result: InstructResult, picture: list[str], quotable: bool
         "the expected response is to the model.",
         "",
         *table(["model", "exact match", "ROUGE-L", "chrF", "nats per character"], rows),
+        *nearest,
         *picture,
     ]
     if result.tasks["gpt"]:

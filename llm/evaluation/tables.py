@@ -21,8 +21,19 @@ CLASSIFIERS = {
     "filter": "hand-made filter",
     "naive_bayes": "naive Bayes",
     "tfidf": "TF-IDF + logistic regression",
+    "boosting": "hand-made features, boosted trees",
+    "complement_nb": "word n-grams, complement naive Bayes",
+    "logistic_words": "word n-grams, logistic regression",
+    "logistic_characters": "character n-grams, logistic regression",
+    "svm_words": "word n-grams, linear SVM",
+    "svm_characters": "character n-grams, linear SVM",
 }
-ANSWERERS = {"gpt": "GPT", "base": "GPT before finetuning", "scratch": "GPT without pretraining"}
+ANSWERERS = {
+    "gpt": "GPT",
+    "base": "GPT before finetuning",
+    "scratch": "GPT without pretraining",
+    "nearest": "nearest training pair",
+}
 TRAININGS = {
     "pretrain": "Pretraining",
     "finetune_classify": "Finetuning: labels",
@@ -49,13 +60,9 @@ def metrics(base: BaseResult, classifiers: ClassifierResult, instruct: InstructR
         sections[section] = {"messages": report.rows, **numbers(report)}
     for name, answers in instruct.reports.items():
         section = "instruct" if name == "gpt" else f"instruct_{name}"
-        loss = instruct.losses[name]
-        sections[section] = {
-            "pairs": answers.rows,
-            **numbers(answers),
-            "loss": loss.loss,
-            "loss_per_char": loss.loss_per_char,
-        }
+        sections[section] = {"pairs": answers.rows, **numbers(answers)}
+        if (loss := instruct.losses.get(name)) is not None:
+            sections[section] |= {"loss": loss.loss, "loss_per_char": loss.loss_per_char}
     if instruct.tasks["gpt"]:
         sections["instruct_tasks"] = {task: report.exact_match.value for task, report in instruct.tasks["gpt"].items()}
     return sections

@@ -10,8 +10,12 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from llm.data.examples import Message
-from llm.evaluation.baselines import NGram, classical_classifiers, hand_made_features, xz_bytes
+from llm.data.examples import Message, Pair
+from llm.evaluation import baselines
+from llm.evaluation.baselines import NGram, classical_classifiers, hand_made_features, nearest_answers, xz_bytes
+
+METHODS = ["majority", "filter", "naive_bayes", "tfidf", "boosting", "complement_nb"]
+METHODS += [f"{method}_{features}" for method in ("logistic", "svm") for features in ("words", "characters")]
 
 
 def markov_text(length: int, seed: int, vocab_size: int = 12) -> np.ndarray:
@@ -106,12 +110,12 @@ def test_classical_classifiers_learn_and_give_distributions() -> None:
     train = [Message(t, "ham") for t in HAM * 4] + [Message(t, "spam") for t in SPAM * 4]
     texts = ["the cow is at home", "WIN a FREE cash prize now!!!", "42"]
     results = classical_classifiers(train, train[::3], texts, ["ham", "spam"])
-    assert list(results) == ["majority", "filter", "naive_bayes", "tfidf"]
+    assert list(results) == METHODS
     for p in results.values():
         assert p.shape == (3, 2)
         assert p.sum(axis=1) == pytest.approx(1.0)
     assert results["majority"][:, 1] == pytest.approx(3 / 8)
-    for name in ("filter", "naive_bayes", "tfidf"):
+    for name in set(METHODS) - {"majority", "boosting"}:  # boosting splits no fewer than 20 rows
         assert results[name][:2].argmax(axis=1).tolist() == [0, 1], name
 
 
@@ -120,9 +124,47 @@ def test_classical_classifiers_take_any_number_of_labels_in_the_given_order() ->
     train = [Message(text, label) for label, text in words.items() for _ in range(5)]
     labels = ["north", "unseen", "west", "south"]
     results = classical_classifiers(train, [], ["snow and ice", "sand on the boat", "wine and sun"], labels)
-    for name in ("naive_bayes", "tfidf"):
+    for name in ("naive_bayes", "tfidf", "complement_nb", "logistic_characters", "svm_words", "svm_characters"):
         assert results[name].argmax(axis=1).tolist() == [0, 2, 3]
         assert results[name][:, 1].tolist() == [0, 0, 0]
+
+
+def test_settings_are_chosen_on_val(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A val labelled by the model of one setting has that setting win, whichever it is."""
+    rng = np.random.default_rng(0)
+    noisy = [(i % 40 < 20) ^ (rng.random() < 0.3) for i in range(120)]
+    train = [Message(f"w{i % 40} w{rng.integers(40)}", "ab"[first]) for i, first in enumerate(noisy)]
+    texts = [f"w{i} w{j}" for i in range(40) for j in (1, 30)]
+    methods = baselines._methods()
+
+    def alone(setting: int) -> dict[str, np.ndarray]:
+        one = {
+            name: m._replace(settings=(m.settings[min(setting, len(m.settings) - 1)],)) for name, m in methods.items()
+        }
+        with monkeypatch.context() as patch:
+            patch.setattr(baselines, "_methods", lambda: one)
+            return classical_classifiers(train, [], texts, ["a", "b"])
+
+    expected = [alone(0), alone(2)]
+    differ = 0
+    for name in ("tfidf", "complement_nb", "logistic_words", "svm_words", "svm_characters"):
+        with monkeypatch.context() as patch:
+            patch.setattr(baselines, "_methods", lambda name=name: {name: methods[name]})
+            for one in expected:
+                label = one[name].argmax(axis=1)
+                val = [Message(text, "ab"[k]) for text, k in zip(texts, label, strict=True)]
+                found = classical_classifiers(train, val, texts, ["a", "b"])[name].argmax(axis=1)
+                assert (found == label).all(), name
+        differ += (expected[0][name].argmax(axis=1) != expected[1][name].argmax(axis=1)).any()
+    assert differ >= 3, "the settings differ, or the test shows nothing"
+
+
+def test_nearest_pair_lends_its_answer() -> None:
+    train = [Pair("Name the plural.", word, f"{word}s", "") for word in ("cow", "dog", "bee")]
+    asked = [Pair("Name the plural.", "bee", "?", ""), Pair("plural of a dog", "", "?", "")]
+    assert nearest_answers(train, asked) == ["bees", "dogs"]
+    assert nearest_answers(train, asked * 200) == ["bees", "dogs"] * 200  # more than one block
+    assert nearest_answers(train, [Pair("xyz", "", "?", "")]) == ["cows"]  # nothing in common: the first
 
 
 def test_one_label_in_training_leaves_the_majority() -> None:

@@ -10,6 +10,7 @@ from llm.common.errors import InputError
 from llm.evaluation.classification import evaluate_classifiers
 from llm.tokenizer.bpe import Tokenizer
 from tests.evaluation.models import TEXTS, make_folder, write_rows
+from tests.evaluation.test_baselines import METHODS
 
 
 def test_classifiers_share_one_test_part(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -20,9 +21,12 @@ def test_classifiers_share_one_test_part(tmp_path: Path, tokenizer: Tokenizer) -
     (folder / "labels.json").write_text('["cat", "dog"]')
     classifier = make_folder(tokenizer, "classifier", ["cat", "dog"])
     result = evaluate_classifiers({"gpt": classifier}, folder, 4)
-    assert list(result.reports) == ["gpt", "majority", "filter", "naive_bayes", "tfidf"]
+    assert list(result.reports) == ["gpt", *METHODS]
     assert {r.rows for r in result.reports.values()} == {10}
     assert result.reports["tfidf"].accuracy.value == 1.0
+    assert result.reports[result.best_classical()].accuracy.value == 1.0
+    only_gpt, only_tfidf, _ = result.paired("gpt", "tfidf")
+    assert (only_gpt, only_tfidf) == (0, 10 - round(10 * result.reports["gpt"].accuracy.value))
     right = sum(a == p for a, p in zip(result.actual, result.predicted(), strict=True))
     assert result.reports["gpt"].accuracy.value == right / 10
 

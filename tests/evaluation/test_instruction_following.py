@@ -33,6 +33,11 @@ def test_answers_stay_with_their_pairs(tmp_path: Path, tokenizer: Tokenizer, mon
     assert {task: r.rows for task, r in result.tasks["gpt"].items()} == {"t0": 2, "t1": 3}
     assert [(e.pair.input, e.answers["gpt"]) for e in result.examples] == [(w, w) for w in words]
     assert [result.examples[i].pair.task for i in result.shown] == ["t0", "t1"]  # spread over the tasks
+    assert list(result.reports) == ["gpt"], "no training pairs, no nearest one"
+    write_rows(tmp_path / "instructions" / "train.jsonl", [{**row, "output": f"{row['output']}!"} for row in rows])
+    result = evaluate_instruct({"gpt": make_folder(tokenizer)}, "alpaca", tmp_path / "instructions", params())
+    assert [e.answers["nearest"] for e in result.examples] == [f"{w}!" for w in words]
+    assert "nearest" in result.reports and "nearest" in result.tasks and "nearest" not in result.losses
 
 
 def test_a_base_that_knows_a_template_is_asked_in_it(

@@ -5,7 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from llm.evaluation.metrics import answer_report, by_task, classification_report, fold, numbers, roc_points, wilson
+from llm.evaluation.metrics import (
+    answer_report,
+    by_task,
+    classification_report,
+    fold,
+    label_roc,
+    numbers,
+    roc_points,
+    wilson,
+)
 
 
 @pytest.mark.parametrize(
@@ -45,8 +54,27 @@ def test_more_labels_are_averaged() -> None:
     assert report.recall == pytest.approx((1 + 0.5 + 1) / 3)
     assert report.precision == pytest.approx((1 + 1 + 2 / 3) / 3)
     assert report.roc_auc == pytest.approx((1 + 0.75 + 0.875) / 3)
+    assert report.label_auc == pytest.approx({"a": 1, "b": 0.75, "c": 0.875})
     x, y = roc_points(actual, probabilities)
     assert (x[0], y[0], x[-1], y[-1]) == (0, 0, 1, 1)
+    assert np.trapezoid(y, x) == pytest.approx(report.roc_auc)
+
+
+@pytest.mark.parametrize("digits", [1, 9])  # with and without ties
+@pytest.mark.parametrize("n_labels", [2, 3, 7])
+def test_area_under_the_curve_is_the_reported_one(n_labels: int, digits: int) -> None:
+    rng = np.random.default_rng(n_labels)
+    actual = np.append(np.arange(n_labels), rng.choice(n_labels, 90, p=rng.dirichlet(np.ones(n_labels))))
+    probabilities = (rng.random((len(actual), n_labels)) + np.eye(n_labels)[actual] * 0.5).round(digits)
+    report = classification_report(actual, probabilities, [f"label {k}" for k in range(n_labels)])
+    x, y = roc_points(actual, probabilities)
+    assert np.trapezoid(y, x) == pytest.approx(report.roc_auc, abs=1e-12)
+    assert (np.diff(x) >= 0).all() and (np.diff(y) >= -1e-12).all()
+    if n_labels > 2:
+        assert report.roc_auc == pytest.approx(np.mean(list(report.label_auc.values())))
+        for k, area in enumerate(report.label_auc.values()):
+            x, y = label_roc(actual, probabilities, k)
+            assert np.trapezoid(y, x) == pytest.approx(area, abs=1e-12)
 
 
 def test_a_label_without_a_row_leaves_the_auc_open() -> None:

@@ -225,3 +225,50 @@ def test_lack_of_disk_or_memory_in_an_optional_step_is_an_error(error: Exception
 
     with pytest.raises(type(error)):
         stage.optional("picture roc", fails)
+
+
+SOURCES = {"corpus": "c", "messages": "m", "instructions": "i"}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says", "easy"),
+    [
+        (40, "GPT is better: GPT alone has 40 messages right, it alone 0", False),
+        (2, "GPT and it are not to be told apart: GPT alone has 2 messages right, it alone 0", True),
+        (-10, "GPT is worse: GPT alone has 0 messages right, it alone 10", True),
+    ],
+)
+def test_the_report_says_how_gpt_stands_beside_the_best_classical_method(wrong: int, says: str, easy: bool) -> None:
+    base, classifiers, instruct = results(["ham", "spam"])
+    actual = np.array([classifiers.labels.index(label) for label in classifiers.actual])
+    right, some_wrong = np.eye(2)[actual], np.eye(2)[actual]
+    some_wrong[: abs(wrong)] = 1 - some_wrong[: abs(wrong)]
+    probabilities = {"gpt": right, "filter": 1 - right, "svm_words": some_wrong}
+    if wrong < 0:
+        probabilities |= {"gpt": some_wrong, "svm_words": right}
+    reports = {name: classification_report(actual, p, classifiers.labels) for name, p in probabilities.items()}
+    classifiers = classifiers._replace(reports=reports, probabilities=probabilities)
+    text = report.markdown(base, classifiers, instruct, SOURCES, [], KINDS)
+    assert f"The best classical method is word n-grams, linear SVM. {says}" in text
+    assert ("these messages are easy for it" in text) == easy
+    assert "| word n-grams, linear SVM " in text.split("##")[0], "the headline's best alternative"
+
+
+@pytest.mark.parametrize("labels", [["ham", "spam"], ["ham", "spam", "news"]])
+def test_areas_of_several_labels_stand_beside_the_label(labels: list[str]) -> None:
+    found = results(labels)
+    text = report.markdown(*found, SOURCES, [], KINDS)
+    assert ("ROC-AUC against the rest" in text) == (len(labels) > 2)
+    assert set(found[1].label_roc()) == set(labels)
+
+
+def test_nearest_pair_stands_beside_the_models_without_a_loss() -> None:
+    base, classifiers, instruct = results(["ham", "spam"])
+    instruct = instruct._replace(reports=instruct.reports | {"nearest": answer_report(["yes", "no"], ["yes", "yes"])})
+    text = report.markdown(base, classifiers, instruct, SOURCES, [], KINDS)
+    [headline, *_, row] = [
+        line for line in text.splitlines() if line.startswith("|") and "nearest training pair" in line
+    ]
+    assert "nearest training pair 50.0 %" in headline
+    assert row.startswith("| nearest training pair | 50.0 % (") and row.endswith("| - |")
+    assert set(tables.metrics(base, classifiers, instruct)["instruct_nearest"]) >= {"pairs", "exact_match", "chrf"}
