@@ -12,7 +12,7 @@ import torch
 from llm.checkpoint.folder import Checkpoint, load_checkpoint
 from llm.common.device import pick_device
 from llm.common.errors import InputError
-from llm.inference.classify import classify_texts
+from llm.inference.classify import NO_TEXT, classify_texts, doubt, has_text
 from llm.inference.compiled import CompiledDecoder
 from llm.inference.generate import generate, stream, stream_text
 from llm.inference.int8 import to_int8
@@ -239,7 +239,7 @@ class Model:
         return [self.checkpoint.tokenizer.decode(ids) for ids in answers]
 
     def classify(self, texts: Sequence[str]) -> list[dict[str, float]]:
-        """Return the probability of each label, for each text.
+        """Return the probability of each label, for each text; a text with nothing to label is refused.
 
         >>> classifier = llm.load("models/classifier", device="cpu")
         >>> [found] = classifier.classify(["You have won a prize!"])
@@ -247,9 +247,20 @@ class Model:
         ('spam', 1.0)
         """
         self.require("classifier")
+        for number, text in enumerate(texts):
+            if not has_text(self.checkpoint.tokenizer, text):
+                raise InputError(f"texts[{number}]: {NO_TEXT} to label, found {text[:50]!r}; leave it out")
         labels = self.checkpoint.config.labels or []
         rows = classify_texts(self.checkpoint, texts).tolist()
         return [dict(zip(labels, row, strict=True)) for row in rows]
+
+    def doubt(self, text: str) -> str | None:
+        """Return why a label of this text would mean little, or None.
+
+        >>> classifier.doubt("xkjq zzvw pqrt")
+        'unlike the text that the tokenizer knows: 1.1 bytes a token'
+        """
+        return doubt(self.checkpoint.tokenizer, text)
 
     def score(self, text: str) -> Score:
         """Return how well the model predicts a text: its tokens but the first, each scored once.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ from llm.data.examples import first_filled, read_labels, read_messages
 from llm.evaluation.baselines import classical_classifiers
 from llm.evaluation.comparison import mcnemar
 from llm.evaluation.metrics import ClassificationReport, Curve, classification_report, label_roc, roc_points
-from llm.inference.classify import classify_texts
+from llm.inference.classify import classify_texts, doubt
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -33,6 +33,7 @@ class ClassifierResult(NamedTuple):
     texts: list[str]
     actual: list[str]
     probabilities: dict[str, Floats]  # [messages, labels]
+    doubts: Sequence[str | None] = ()  # why the label of a message means little, where it does
 
     def label_roc(self) -> dict[str, Curve]:
         """Return the GPT's ROC curve of each label against the rest."""
@@ -80,4 +81,5 @@ def evaluate_classifiers(folders: Mapping[str, Checkpoint], messages: Path, batc
         texts=texts,
         actual=[message.label for message in test],
         probabilities=probabilities,
+        doubts=[doubt(folders["gpt"].tokenizer, text) for text in texts],
     )

@@ -15,6 +15,7 @@ from llm.evaluation.comparison import ALPHA
 from llm.evaluation.instruction_following import InstructResult
 from llm.evaluation.metrics import Interval, fold
 from llm.evaluation.tables import ANSWERERS, CLASSIFIERS, TEXT_MODELS
+from llm.inference.classify import NO_TEXT
 
 EASY = 0.95  # accuracy of a classical method above which a task says little about language models
 
@@ -144,6 +145,7 @@ def _classifier_section(result: ClassifierResult, comparison: list[str], details
         "",
         *table(["classifier", "accuracy", "precision", "recall", "F1", "ROC-AUC"], rows),
         *_against_best(result),
+        *_doubts(result),
         *comparison,
         *details,
         "GPT's figures for each label:",
@@ -172,6 +174,19 @@ def _against_best(result: ClassifierResult) -> list[str]:
             "language model is for."
         )
     return [" ".join(lines), ""]
+
+
+def _doubts(result: ClassifierResult) -> list[str]:
+    doubtful = [doubt for doubt in result.doubts if doubt is not None]
+    if not doubtful:
+        return []
+    empty = doubtful.count(NO_TEXT)
+    return [
+        f"In doubt: {empty} of the messages hold no letter, digit or sign, and {len(doubtful) - empty} are unlike the "
+        "text that the tokenizer knows. Their labels mean little, right or wrong; "
+        "`reports/predictions/messages.jsonl` marks them.",
+        "",
+    ]
 
 
 def _label_table(result: ClassifierResult) -> list[str]:

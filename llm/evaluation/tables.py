@@ -94,6 +94,7 @@ def plot_files(base: BaseResult, classifiers: ClassifierResult, instruct: Instru
 def predictions(base: BaseResult, classifiers: ClassifierResult, instruct: InstructResult) -> dict[str, str]:
     """Return the JSON lines files with each prompt's completions and each held-out item's predictions, by name."""
     predicted = {name: classifiers.predicted(name) for name in classifiers.probabilities}
+    doubts = classifiers.doubts or [None] * len(classifiers.texts)
     messages = [
         {
             "text": text,
@@ -103,6 +104,7 @@ def predictions(base: BaseResult, classifiers: ClassifierResult, instruct: Instr
                 label: round(float(p), 6)
                 for label, p in zip(classifiers.labels, classifiers.probabilities["gpt"][i], strict=True)
             },
+            **({"doubt": doubts[i]} if doubts[i] else {}),
         }
         for i, (text, label) in enumerate(zip(classifiers.texts, classifiers.actual, strict=True))
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 
 import torch
@@ -12,6 +13,35 @@ from llm.common.errors import InputError
 from llm.data.batches import batches_by_length, collate_labels
 from llm.data.examples import Example, encode_message
 from llm.model.classifier import GPTClassifier
+from llm.tokenizer.bpe import Tokenizer
+
+NO_TEXT = "no letter, digit or sign"
+FEWEST_BYTES = 1.5  # a token: fewer, and the tokenizer has hardly any piece of the text as a whole
+FEWEST_TOKENS = 4  # of a text that is judged so
+SMALLEST_VOCABULARY = 768  # that has learned enough pieces to judge by
+
+
+def has_text(tokenizer: Tokenizer, text: str) -> bool:
+    """Return True for a text with a letter, digit or sign that the tokenizer knows.
+
+    White space, control characters, what is not shown and U+FFFD are none of them.
+    """
+    signs = any(unicodedata.category(c)[0] in "LNPS" and c != "\ufffd" for c in text)
+    return signs and bool(tokenizer.encode(text))
+
+
+def doubt(tokenizer: Tokenizer, text: str) -> str | None:
+    """Return why a label of this text means little, or None.
+
+    `NO_TEXT`: there is nothing to label. Else the text is unlike the tokenizer's own: random letters, or another
+    script. The mark is coarse; a probability is no measure of such things.
+    """
+    if not has_text(tokenizer, text):
+        return NO_TEXT
+    n_bytes, n_tokens = len(text.encode("utf-8", "replace")), len(tokenizer.encode(text))
+    if n_tokens < FEWEST_TOKENS or tokenizer.vocab_size < SMALLEST_VOCABULARY or n_bytes >= FEWEST_BYTES * n_tokens:
+        return None
+    return f"unlike the text that the tokenizer knows: {n_bytes / n_tokens:.1f} bytes a token"
 
 
 @torch.no_grad()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import math
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
@@ -19,9 +21,11 @@ from typing import NamedTuple
 import pytest
 import torch
 
+import llm
 from llm.checkpoint.adapter import save_trained
 from llm.checkpoint.folder import Checkpoint, CheckpointConfig, load_checkpoint, save_checkpoint
 from llm.cli.main import build_parser, main
+from llm.common.errors import InputError
 from llm.common.sanitize import CONTROLS, visible
 from llm.inference.classify import classify_texts
 from llm.inference.generate import generate
@@ -199,11 +203,11 @@ def arrives(file: int, mark: bytes, at_least: int = 0) -> bool:
 
 def test_classify_prints_json_lines(cli: Cli, folders: Folders) -> None:
     texts = ["7 pm", 'the "café"', "-"]
-    stdin = b"from stdin\n\nthe last line without an end"
+    stdin = b"from stdin\n?\nthe last line without an end"
     result = cli("classify", folders.classifier, *texts, stdin=stdin)
     assert (result.status, result.err) == (0, "")
     rows = [json.loads(line) for line in result.out.splitlines()]
-    assert [row["text"] for row in rows] == [*texts[:2], "from stdin", "", "the last line without an end"]
+    assert [row["text"] for row in rows] == [*texts[:2], "from stdin", "?", "the last line without an end"]
     probabilities = classify_texts(load_checkpoint(folders.classifier), [row["text"] for row in rows])
     for row, (ham, spam) in zip(rows, probabilities.tolist(), strict=True):
         assert list(row) == ["text", "label", "probabilities"]
@@ -211,6 +215,106 @@ def test_classify_prints_json_lines(cli: Cli, folders: Folders) -> None:
         assert row["label"] == ("ham" if ham > spam else "spam")
     assert len({row["label"] for row in rows}) == 2
     assert "café" in result.out  # readable, not escaped
+
+
+@pytest.mark.parametrize("text", ["", "  \t ", "\u200b\u200d", "\x07", "\ufffd\ufffd", "\xa0"])
+def test_text_with_nothing_to_label_is_unsure(cli: Cli, folders: Folders, text: str) -> None:
+    result = cli("classify", folders.classifier, text, "7 pm")
+    first, second = map(json.loads, result.out.splitlines())
+    expected = {"text": text, "label": "unsure", "probabilities": None, "doubt": "no letter, digit or sign"}
+    assert (result.status, first) == (0, expected)
+    assert second["label"] in ("ham", "spam") and "doubt" not in second
+    model = llm.load(folders.classifier, device="cpu")
+    with pytest.raises(InputError, match=r"texts\[1\]: no letter, digit or sign to label, found .*; leave it out"):
+        model.classify(["7 pm", text])
+
+
+def test_classify_reads_files_by_name_and_keeps_their_columns(cli: Cli, folders: Folders, tmp_path: Path) -> None:
+    texts = ["7 pm", 'the "café",\nof course', ""]
+    (tmp_path / "a.csv").write_bytes(
+        b'\xef\xbb\xbfid,text,label\n1,7 pm,ham\n2,"the ""caf\xc3\xa9"",\nof course",\n3,,spam\n'
+    )
+    (tmp_path / "a.tsv").write_text('id\ttext\tlabel\n1\t7 pm\tham\n2\t"the ""café"",\nof course"\t\n3\t\tspam\n')
+    rows = [{"id": i, "text": text, "label": "ham"} for i, text in enumerate(texts)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n\n" for row in rows))
+    expected = [json.loads(line) for line in cli("classify", folders.classifier, *texts).out.splitlines()]
+    for name in ("a.csv", "a.tsv", "a.jsonl"):
+        result = cli("classify", folders.classifier, tmp_path / name)
+        found = [json.loads(line) for line in result.out.splitlines()]
+        assert (result.status, result.err) == (0, ""), name
+        assert [list(row)[:3] for row in found] == [["id", "text", "given_label"]] * 3
+        for row, wanted in zip(found, expected, strict=True):
+            assert {key: row.get(key) for key in ("text", "label", "doubt")} == {
+                key: wanted.get(key) for key in ("text", "label", "doubt")
+            }
+            assert (row["probabilities"] is None) == (wanted["probabilities"] is None)
+    (tmp_path / "a.txt").write_text("7 pm\r\n\nlast")
+    found = [
+        json.loads(line)["text"] for line in cli("classify", folders.classifier, tmp_path / "a.txt").out.splitlines()
+    ]
+    assert found == ["7 pm", "", "last"]
+    assert json.loads(cli("classify", folders.classifier, "see a.txt").out)["text"] == "see a.txt", "a text, no file"
+
+
+def test_classify_writes_csv_and_json_lines_files(cli: Cli, folders: Folders, tmp_path: Path) -> None:
+    lines = [f"message {i}" for i in range(70)]
+    source = tmp_path / "a.jsonl"
+    source.write_text("".join(json.dumps({"body": line}) + "\n" for line in [*lines, ""]))
+    command = ["classify", folders.classifier, source, "--column", "body", "--out"]
+    for out in (tmp_path / "out.csv", tmp_path / "out.jsonl"):
+        assert cli(*command, out) == (0, "", "")
+    with (tmp_path / "out.csv").open(encoding="utf-8", newline="") as file:
+        table = list(csv.DictReader(file))
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert list(table[0]) == ["body", "label", "probability_ham", "probability_spam", "doubt"]
+    assert [row["body"] for row in table] == [row["body"] for row in rows] == [*lines, ""]
+    assert [row["label"] for row in table] == [row["label"] for row in rows]
+    assert [float(row["probability_ham"]) for row in table[:-1]] == [row["probabilities"]["ham"] for row in rows[:-1]]
+    assert table[-1]["label"] == "unsure" and table[-1]["probability_ham"] == "" and table[-1]["doubt"]
+    assert cli("classify", folders.classifier, "7 pm", "--format", "csv").out.splitlines()[0].startswith("text,label,")
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "message"),
+    [
+        (b"id,body\n1,a\n", (), r"a.csv, line 2: no column 'text' \(found id, body\); name the one .* by --column"),
+        (b"text\na\n", ("--column", "body"), r"no column 'body' \(found text\)"),
+        (b"text,id\na\n", (), r"a.csv, line 2: expected 2 columns as in line 1, got 1"),
+        (b'text\n"a\n', (), r"a.csv, line 2: not valid CSV"),
+        (b"text\n\xe9\n", (), r"a.csv, line 2: not valid UTF-8"),
+        (b"text,text\na,b\n", (), r"a.csv, line 1: expected different column names"),
+        (b"text\n", (), r"a.csv: no row to read"),
+        (b"", (), r"a.csv: no row to read"),
+        (b"text\na\n", ("--out", "out.xlsx"), r"out.xlsx: expected a name that ends in .csv or .jsonl"),
+        (b"text\na\n", ("--out", "a.csv"), r"a.csv: the input itself"),
+        (b"text\na\n", ("b.csv",), r"b.csv: no such file"),
+        (b"text\na\n", ("c.xlsx",), r"c.xlsx: expected a file that ends in .csv .tsv .jsonl .txt, got .xlsx"),
+    ],
+)
+def test_bad_files_are_one_line_and_leave_nothing(
+    cli: Cli,
+    folders: Folders,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    content: bytes,
+    options: tuple[str, ...],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.csv").write_bytes(content)
+    Path("c.xlsx").write_bytes(b"PK")
+    before = sorted(Path().iterdir())
+    out = () if "--out" in options else ("--out", "out.csv")
+    result = cli("classify", folders.classifier, "a.csv", *options, *out)
+    assert result.status == 1 and re.search(message, result.err) and result.err.count("\n") == 1
+    assert sorted(Path().iterdir()) == before and Path("a.csv").read_bytes() == content
+
+
+@pytest.mark.parametrize("line", ['"a"', "[1", '{"text": "\\ud800"}', '{"text": ["a"]}', "{}"])
+def test_bad_json_lines_are_one_line(cli: Cli, folders: Folders, tmp_path: Path, line: str) -> None:
+    (tmp_path / "a.jsonl").write_text(f'{{"text": "fine"}}\n{line}\n')
+    result = cli("classify", folders.classifier, tmp_path / "a.jsonl")
+    assert result.status == 1 and "a.jsonl, line 2: " in result.err and result.err.count("\n") == 1
 
 
 def test_classify_many_lines(cli: Cli, folders: Folders) -> None:

@@ -18,6 +18,7 @@ from llm.evaluation.base_model import BaseResult, Completion
 from llm.evaluation.classification import ClassifierResult
 from llm.evaluation.instruction_following import Example, InstructResult, ResponseLoss
 from llm.evaluation.metrics import answer_report, by_task, classification_report, roc_points
+from llm.inference.classify import NO_TEXT
 from llm.inference.score import Score
 from stages import evaluate as stage
 
@@ -272,3 +273,14 @@ def test_nearest_pair_stands_beside_the_models_without_a_loss() -> None:
     assert "nearest training pair 50.0 %" in headline
     assert row.startswith("| nearest training pair | 50.0 % (") and row.endswith("| - |")
     assert set(tables.metrics(base, classifiers, instruct)["instruct_nearest"]) >= {"pairs", "exact_match", "chrf"}
+
+
+def test_messages_without_text_are_counted_and_marked() -> None:
+    base, classifiers, instruct = results(["ham", "spam"])
+    assert "In doubt" not in report.markdown(base, classifiers, instruct, SOURCES, [], KINDS)
+    doubts = [NO_TEXT, "unlike: 1.0 bytes a token", NO_TEXT, *[None] * 57]
+    classifiers = classifiers._replace(doubts=doubts)
+    text = report.markdown(base, classifiers, instruct, SOURCES, [], KINDS)
+    assert "In doubt: 2 of the messages hold no letter, digit or sign, and 1 are unlike the text" in text
+    rows = [json.loads(row) for row in tables.predictions(base, classifiers, instruct)["messages.jsonl"].splitlines()]
+    assert [row.get("doubt") for row in rows] == doubts

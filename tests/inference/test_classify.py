@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,10 @@ from hypothesis import strategies as st
 
 from llm.checkpoint.folder import Checkpoint, CheckpointConfig, load_checkpoint, save_checkpoint
 from llm.common.errors import InputError
-from llm.inference.classify import classify_texts
+from llm.inference.classify import NO_TEXT, classify_texts, doubt
 from llm.model.classifier import GPTClassifier
 from llm.model.gpt import GPT
+from llm.tokenizer.bpe import Tokenizer
 from tests.helpers import LLAMA_FORM, gpt_config, randomize, tiny_tokenizer
 
 LABELS = ["ham", "spam", "neither"]
@@ -73,3 +75,21 @@ def test_another_kind_of_model_is_named() -> None:
     base = Checkpoint(gpt, folder.tokenizer, CheckpointConfig(kind="base", gpt=gpt.config))
     with pytest.raises(InputError, match="a model of kind base, not a classifier; name one such as models/classifier"):
         classify_texts(base, ["ham"])
+
+
+@pytest.mark.parametrize("text", ["", " \n", "\u200b\u2060", "\ufe0f", "\ufffd", "\x00\x1b", "\ue000"])
+def test_nothing_to_label_is_said(text: str) -> None:
+    assert doubt(tiny_tokenizer(), text) == NO_TEXT
+
+
+def test_nonsense_is_marked_where_the_tokenizer_has_learned_enough() -> None:
+    rng = random.Random(0)
+    words = ["".join(rng.choices("aeioubdfgklmnprst", k=rng.randint(3, 8))) for _ in range(400)]
+    texts = [" ".join(rng.choices(words, k=30)) for _ in range(300)]
+    tokenizer = Tokenizer.train(texts, vocab_size=1000)
+    assert not [text for text in texts if doubt(tokenizer, text)]
+    for nonsense in ("xqzj wvxq jzzq", "жщ ъыэ юя", "7301948562", "\u65e5\u672c\u8a9e"):
+        assert "unlike the text that the tokenizer knows: 1." in str(doubt(tokenizer, nonsense)), nonsense
+    for short in ("?", "ok", "7 pm", "!!!"):
+        assert doubt(tokenizer, short) is None, "too short to judge"
+    assert doubt(tiny_tokenizer(), "xqzj wvxq jzzq") is None, "too few pieces to judge by"
