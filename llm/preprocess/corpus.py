@@ -18,7 +18,7 @@ import numpy as np
 from llm.common.errors import InputError
 from llm.config import SPLITS, TEST, TRAIN, VAL, CorpusSplit
 from llm.preprocess.chunks import cut_at, cut_chunks
-from llm.preprocess.text import count_characters, dedup_key, key_hash, key_hasher, open_raw, parse_record, text_field
+from llm.preprocess.text import TextHasher, count_characters, dedup_key, key_hash, open_raw, parse_record, text_field
 from llm.preprocess.workers import Workers, show_progress
 
 BATCH_BYTES = 1_000_000  # of the corpus file that one worker has at a time
@@ -42,7 +42,7 @@ class Survey(NamedTuple):
 
     documents: list[int]
     n_chunks: list[int]
-    keys: list[bytes]  # of whole records
+    keys: list[str]  # of whole records
     chunk_lengths: list[int]
     chunk_hashes: list[int]
     code_points: dict[int, int]
@@ -98,10 +98,10 @@ def survey_batch(batch: LineBatch, path: Path, chunk_chars: int | None, seed: in
     texts = []
     for document, text in read_batch(path, batch):
         chunks = cut_chunks(text, chunk_chars or max(len(text), 1))
-        keys = [dedup_key(chunk).encode() for chunk in chunks]
+        keys = [dedup_key(chunk) for chunk in chunks]
         survey.documents.append(document)
         survey.n_chunks.append(len(chunks))
-        survey.keys.append(b"".join(keys))
+        survey.keys.append("".join(keys))
         survey.chunk_lengths.extend(map(len, chunks))
         survey.chunk_hashes.extend(key_hash(key, seed) for key in keys)
         texts.append(text)
@@ -115,7 +115,7 @@ def plan_corpus(path: Path, params: CorpusSplit, seed: int, workers: Workers) ->
     n_records, n_chunks = array("q"), array("q")
     chunk_lengths, chunk_hashes, chunk_document = array("q"), array("Q"), array("q")
     document_hashes, code_points = array("Q"), Counter[int]()
-    previous, hasher = None, key_hasher(seed)
+    previous, hasher = None, TextHasher(seed)
     surveys = workers.in_order(survey_batch, batches, path, None if book else params.chunk_chars, seed)
     for survey in show_progress(surveys, [batch.size for batch in batches], "survey"):
         chunks = iter(zip(survey.chunk_lengths, survey.chunk_hashes, strict=True))
@@ -124,10 +124,10 @@ def plan_corpus(path: Path, params: CorpusSplit, seed: int, workers: Workers) ->
             if n == 0:  # nothing is left after cleaning
                 continue
             if document != previous:
-                previous, hasher = document, key_hasher(seed)
+                previous, hasher = document, TextHasher(seed)
                 document_hashes.append(0)
             hasher.update(key)  # the same hash wherever the document is cut into records
-            document_hashes[-1] = int.from_bytes(hasher.digest(), "little")
+            document_hashes[-1] = hasher.value()
             for _ in range(n):
                 chars, chunk_hash = next(chunks)
                 chunk_lengths.append(chars)

@@ -198,8 +198,8 @@ def _header(card: Card) -> list[str]:
     tokenizer = card["tokenizer"]
     return [
         "# Data card",
-        "Written by the tokenize stage. Texts are equal here when their letters and digits are, whatever the case, "
-        "space and punctuation.",
+        "Written by the tokenize stage. Texts are equal here when their letters, digits and signs (such as + and -5) are, "
+        "whatever the case, space and punctuation.",
         table(
             ("", "source", "licence", "split"),
             [(kind, *card["sources"][kind].values(), card[kind]["split"]) for kind in KINDS],

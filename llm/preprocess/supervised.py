@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from llm.common.errors import InputError
 from llm.config import HELD_OUT, SPLITS, LabelledSplit
-from llm.preprocess.text import dedup_key, key_hash, read_records, text_field
+from llm.preprocess.text import dedup_key, differ_in_signs, key_hash, read_records, text_field
 
+MANY = 5  # rows with one text, at least, that count as very many
+SLACK = 0.16  # of a held-out split's share of a stratum
 BOOK_SEED = 123  # of the book's own splits, for any seed of the pipeline
 
 
@@ -58,7 +62,8 @@ def read_instructions(path: Path) -> list[Row]:
             )
         fields = {"instruction": instruction, "input": record_input, "output": output}
         fields["task"] = _optional(record, "task", where)
-        rows.append(Row(fields, dedup_key(question), question, dedup_key(output), "", own_split(record, where)))
+        own = own_split(record, where)
+        rows.append(Row(fields, dedup_key(question), question, dedup_key(output), fields["task"], own))
     return rows
 
 
@@ -91,7 +96,7 @@ def split_rows(rows: Sequence[Row], params: LabelledSplit, seed: int, kind: str)
     }
     missing = {split: share for split, share in (("val", params.val), ("test", params.test)) if split not in given}
     free = {key: group for key, group in groups.items() if split_of[key] == "train"}
-    split_of |= assign_splits(free, missing, seed)
+    split_of |= assign_splits(free, missing, seed, at_least=1 if kind == "messages" else 0)
 
     result = SplitRows({split: [] for split in SPLITS}, 0, dict.fromkeys(HELD_OUT, 0))
     seen = set()
@@ -106,23 +111,77 @@ def split_rows(rows: Sequence[Row], params: LabelledSplit, seed: int, kind: str)
     return result._replace(moved=moved)
 
 
-def assign_splits(groups: Mapping[str, Sequence[Row]], held_out: Mapping[str, float], seed: int) -> dict[str, str]:
+def assign_splits(
+    groups: Mapping[str, Sequence[Row]], held_out: Mapping[str, float], seed: int, at_least: int = 0
+) -> dict[str, str]:
     """Return the split of each group, stratum by stratum in the order of the hashes.
 
-    The first group of a stratum goes to train, each other one to the split that is furthest behind its share.
+    The first group of a stratum goes to train, each other one to the split that is furthest behind its share of all
+    rows. A group of very many rows goes to train too and does not count there. The groups of a stratum in each split
+    stay within `SLACK` of its share whatever repeats, and are `at_least` so many where there are enough. Groups that
+    differ in signs only stay together where that is a small change.
     """
     shares = {"train": 1 - sum(held_out.values()), **held_out}
-    counts, total = dict.fromkeys(shares, 0), 0
+    smallest = min(shares.values())
+    many = max(MANY, smallest * sum(map(len, groups.values())) / 10)
+    weights = {key: len(rows) if len(rows) <= many else 0 for key, rows in groups.items()}
+    counts = dict.fromkeys(shares, 0)
     split_of: dict[str, str] = {}
-    strata = set()
-    for key in sorted(groups, key=lambda key: (groups[key][0].stratum, key_hash(key, seed), key)):
-        total += len(groups[key])
-        behind = {split: share * total - counts[split] for split, share in shares.items()}
-        first = groups[key][0].stratum not in strata
-        strata.add(groups[key][0].stratum)
-        split_of[key] = "train" if first else max(behind, key=behind.__getitem__)
-        counts[split_of[key]] += len(groups[key])
+    strata: dict[str, list[tuple[int, str]]] = {}
+    for key, rows in groups.items():
+        strata.setdefault(rows[0].stratum, []).append((key_hash(key, seed), key))
+    for _, stratum in sorted(strata.items()):
+        room = Room(len(stratum), shares, at_least)
+        for family in _families(sorted(stratum), most=max(1, int(0.05 * len(stratum) * smallest))):
+            total = sum(counts.values()) + sum(weights[key] for key in family)
+            for part in [family] if room.splits(len(family)) else [[key] for key in family]:
+                behind = {split: shares[split] * total - counts[split] for split in room.splits(len(part))}
+                to_train = not room.taken or ("train" in behind and not all(weights[key] for key in part))
+                split = "train" if to_train else max(behind, key=behind.__getitem__)
+                room.take(split, len(part))
+                split_of |= dict.fromkeys(part, split)
+                counts[split] += sum(weights[key] for key in part)
     return split_of
+
+
+def _families(stratum: Sequence[tuple[int, str]], most: int) -> list[list[str]]:
+    """Return keys in runs of at most so many that differ in signs only."""
+    families: list[list[str]] = []
+    previous = None
+    for key_hash_, key in stratum:
+        if previous is not None and differ_in_signs(previous, key_hash_) and len(families[-1]) < most:
+            families[-1].append(key)
+        else:
+            families.append([key])
+        previous = key_hash_
+    return families
+
+
+class Room:
+    """Bounds on the groups of one stratum in each split: n * share, more or less `SLACK` of that or 1."""
+
+    def __init__(self, n: int, shares: Mapping[str, float], at_least: int) -> None:
+        at_least = at_least if n >= at_least * len(shares) else 0
+        self.taken, self._n = 0, n
+        self._most, self._due = {"train": n}, {"train": 1}
+        for split, share in shares.items():
+            if split != "train":
+                slack = max(1.0, SLACK * share * n)
+                self._most[split] = max(at_least, int(share * n + slack))
+                self._due[split] = max(at_least, math.ceil(share * n - slack))
+
+    def splits(self, n: int) -> list[str]:
+        """Return the splits that may take n more groups: none has too many, and enough are left for the others."""
+        left = self._n - self.taken - n
+        due = {split: max(0, due) for split, due in self._due.items()}
+        return [
+            split for split, most in self._most.items() if n <= most and sum(due.values()) - min(n, due[split]) <= left
+        ]
+
+    def take(self, split: str, n: int) -> None:
+        self.taken += n
+        self._most[split] -= n
+        self._due[split] -= n
 
 
 def split_messages(rows: Sequence[Row], labels: Sequence[str], params: LabelledSplit, seed: int) -> SplitRows:
@@ -168,6 +227,7 @@ def _splits_in_order(*parts: Sequence[Row]) -> SplitRows:
 
 
 def check_rows(split: SplitRows, kind: str, labels: Sequence[str] = ()) -> SplitRows:
+    """Raise `InputError` for an empty split or a label that train lacks; log what else is missing or left out."""
     for name, rows in split.rows.items():
         if not rows:
             raise InputError(
@@ -177,7 +237,35 @@ def check_rows(split: SplitRows, kind: str, labels: Sequence[str] = ()) -> Split
     for label in labels:
         if not any(row.answer == label for row in split.rows["train"]):
             raise InputError(f"data.{kind}: no record with label {label!r} in train; add records or remove the label")
+    log = logging.getLogger("llm")
+    for line in [*_missing_strata(split, kind), *_left_out(split, kind)]:
+        log.warning(line)
     return split
+
+
+def _missing_strata(split: SplitRows, kind: str) -> Iterator[str]:
+    """Yield a line for each held-out split that lacks labels or tasks."""
+    texts: dict[str, set[str]] = {}
+    for rows in split.rows.values():
+        for row in rows:
+            texts.setdefault(row.stratum, set()).add(row.key)
+    for name in HELD_OUT:
+        missing = sorted(texts.keys() - {row.stratum for row in split.rows[name]})
+        shown = [f"{stratum or '(none)'!r} ({len(texts[stratum])} different)" for stratum in missing[:5]]
+        more = f" and {len(missing) - len(shown)} more" if len(missing) > len(shown) else ""
+        if missing:
+            yield (
+                f"data.{kind}: {name} has no record of {', '.join(shown)}{more}; "
+                f"its figures say nothing of them, unless you add records or raise tokenize.{kind}.{name}"
+            )
+
+
+def _left_out(split: SplitRows, kind: str) -> Iterator[str]:
+    dropped = [f"{count:,} of {name}" for name, count in split.dropped.items() if count]
+    if dropped:
+        yield f"data.{kind}: left out so that no held-out text counts twice: {', '.join(dropped)}"
+    if split.moved:
+        yield f"data.{kind}: moved out of the source's own split, as an equal text is held out: {split.moved:,}"
 
 
 def write_rows(folder: Path, split: SplitRows) -> None:

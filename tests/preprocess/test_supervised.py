@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import random
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -137,6 +139,92 @@ def test_a_rare_label_goes_to_train_first() -> None:
     rows = message_rows([(f"text {i}", "ham") for i in range(100)] + [("only one", "spam")])
     for seed in range(10):
         assert "only one" in texts_of(supervised.split_messages(rows, ["ham", "spam"], LEAK_FREE, seed), "train")
+
+
+HINDI = ("कल", "कला", "काल", "किला", "कुल", "कूल", "केला", "कोला", "कौल", "किल")
+
+
+def test_words_that_differ_in_marks_are_different_texts() -> None:
+    texts = [(f"{word} {n}", "ham" if n % 2 else "spam") for n in range(20) for word in HINDI]
+    split = supervised.split_messages(message_rows(texts), ["ham", "spam"], LEAK_FREE, SEED)
+    assert split.dropped == {"val": 0, "test": 0}
+    assert sum(map(len, split.rows.values())) == len(texts)
+
+
+def near(counts: Mapping[str, int], params: LabelledSplit) -> bool:
+    """Return whether the held-out splits have their share of the counts, more or less a sixth or one."""
+    n = sum(counts.values())
+    return all(
+        abs(counts[name] - share * n) <= max(1, share * n / 6)
+        for name, share in (("val", params.val), ("test", params.test))
+    )
+
+
+@pytest.mark.parametrize("repeated", ["common", "rare"])
+def test_every_label_is_near_its_share_whatever_repeats(repeated: str) -> None:
+    names = {"common": 240, "rare": 60, "other": 7}
+    texts = [(f"text {name} {i}", name) for name, n in names.items() for i in range(n)]
+    texts += [(f"text {repeated} 3", repeated)] * 400
+    rows = message_rows(texts)
+    for seed in range(100):
+        split = supervised.split_messages(rows, [*names], LEAK_FREE, seed)
+        assert split.dropped == {"val": 0, "test": 0}  # what repeats very often is in train
+        for name, n in names.items():
+            counts = {part: len({row.key for row in split.rows[part] if row.stratum == name}) for part in SPLITS}
+            assert sum(counts.values()) == n and near(counts, LEAK_FREE) and min(counts.values()) > 0
+        held_out = {part: len(split.rows[part]) for part in ("val", "test")}
+        assert near({"train": sum(names.values()) - sum(held_out.values()), **held_out}, LEAK_FREE)
+
+
+def test_every_task_is_near_its_share_whatever_repeats(tmp_path: Path) -> None:
+    names = {"common": 150, "rare": 40, "": 30}
+    texts = [(f"text {name} {i}", name) for name, n in names.items() for i in range(n)] + [("text common 3", "")] * 200
+    records = [{"instruction": text, "output": "x", "task": task} for text, task in texts]
+    rows = supervised.read_instructions(write_lines(tmp_path / "instructions.jsonl", records))
+    for seed in range(100):
+        split = supervised.split_instructions(rows, LEAK_FREE, seed)
+        for name in names:
+            counts = {part: len({row.key for row in split.rows[part] if row.stratum == name}) for part in SPLITS}
+            assert near(counts, LEAK_FREE), (seed, name, counts)
+
+
+def test_many_small_tasks_share_the_held_out_splits() -> None:
+    rows = [row._replace(stratum=str(number // 4)) for number, row in enumerate(pair_rows(400))]
+    for seed in range(20):
+        split = supervised.split_instructions(rows, LEAK_FREE, seed)
+        assert [abs(len(split.rows[name]) - n) <= 8 for name, n in (("val", 40), ("test", 80))] == [True, True]
+
+
+def test_texts_that_differ_in_signs_stay_together_where_that_is_a_small_change() -> None:
+    rows = message_rows([(f"{i}{sign}x", "ham") for i in range(500) for sign in "+*"])
+    groups = {row.key: [row] for row in rows}
+    split_of = supervised.assign_splits(groups, {"val": 0.1, "test": 0.2}, SEED)
+    assert all(split_of[dedup_key(f"{i}+x")] == split_of[dedup_key(f"{i}*x")] for i in range(500))
+    rows = message_rows([("a" + sign * n + "b", "ham") for sign in "+<>=|" for n in (1, 2, 3)])
+    split = supervised.split_rows(rows, LEAK_FREE, SEED, "messages")
+    assert [len(split.rows[name]) for name in SPLITS] == [11, 1, 3]
+
+
+def test_what_a_held_out_split_lacks_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    rows = message_rows(
+        [(f"text {i}", "ham") for i in range(100)] + [("one", "spam"), ("two", "spam"), ("one!", "spam")]
+    )
+    with caplog.at_level(logging.WARNING, logger="llm"):
+        split = supervised.split_messages(rows, ["ham", "spam"], LEAK_FREE, SEED)
+    lacking = [name for name in ("val", "test") if not any(row.answer == "spam" for row in split.rows[name])]
+    assert lacking
+    for name in lacking:
+        assert f"data.messages: {name} has no record of 'spam' (2 different); its figures say nothing of" in caplog.text
+    caplog.clear()
+    doubled = message_rows([(f"{shown} {i}", "ham") for i in range(100) for shown in ("text", "TEXT")])
+    with caplog.at_level(logging.WARNING, logger="llm"):
+        split = supervised.split_instructions(doubled, LEAK_FREE, SEED)
+    val, test = split.dropped["val"], split.dropped["test"]
+    assert val and test
+    assert (
+        f"data.instructions: left out so that no held-out text counts twice: {val} of val, {test} of test"
+        in caplog.text
+    )
 
 
 def test_book_split_of_messages_has_the_books_counts() -> None:
