@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,14 @@ def make_tokenizer(params: Params, corpus: Path, plan: Plan) -> tuple[str, Token
     if section.kind == "gpt2":
         return section.kind, Tokenizer.gpt2(RAW / "gpt2" / "encoder.json", RAW / "gpt2" / "vocab.bpe")
     texts = training_texts(corpus, plan, section.train_chars)
-    return section.kind, Tokenizer.train(texts, section.vocab_size)
+    tokenizer = Tokenizer.train(texts, section.vocab_size, exact=False)
+    if tokenizer.vocab_size < section.vocab_size:
+        logging.getLogger("llm").warning(
+            "tokenize.tokenizer.vocab_size: the corpus is too small for %s tokens; takes the %s that it has",
+            f"{section.vocab_size:,}",
+            f"{tokenizer.vocab_size:,}",
+        )
+    return section.kind, tokenizer
 
 
 def cores() -> int:

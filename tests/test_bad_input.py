@@ -445,9 +445,6 @@ TEXTS: dict[str, Case] = {
         "download",
         r"b\.txt: expected a line '\*\*\* END OF.*found none; remove strip: gutenberg",
     ),
-    "too little for a vocabulary": Case(
-        None, "tokenize", r"vocab_size: the training text is too small.*: lower vocab_size"
-    ),
     "nothing left after cleaning": Case(
         write("data/raw/corpus.jsonl", '{"doc": 0, "text": "\\u0000"}\n'), "tokenize", r"corpus\.jsonl: no text is left"
     ),

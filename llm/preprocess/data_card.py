@@ -198,7 +198,7 @@ def _header(card: Card) -> list[str]:
     tokenizer = card["tokenizer"]
     return [
         "# Data card",
-        "Written by the tokenize stage. Texts are equal here when their letters, digits and signs (such as + and -5) are, "
+        "Written by the tokenize stage. Texts are equal here when their letters, digits and signs (such as +) are, "
         "whatever the case, space and punctuation.",
         table(
             ("", "source", "licence", "split"),
@@ -244,10 +244,11 @@ def _rows(card: Card, kind: str) -> list[str]:
     blocks = [
         f"## {kind.capitalize()}",
         f"{part['records']:,} records. Equal to an earlier one: {duplicates['verbatim']:,} verbatim, "
-        f"{duplicates['by_key']:,} by letters and digits; {duplicates['keys_with_different_answers']:,} of these texts "
-        f"have different answers. Left out so that no text counts twice: {duplicates['dropped']['val']:,} of val, "
-        f"{duplicates['dropped']['test']:,} of test. Moved out of the source's own split because an equal text is held "
-        f"out: {duplicates['moved_to_a_held_out_split']:,}.",
+        f"{duplicates['by_key']:,} by letters, digits and signs; {duplicates['keys_with_different_answers']:,} of "
+        "these texts have different answers. Left out so that no text counts twice: "
+        f"{duplicates['dropped']['val']:,} of val, {duplicates['dropped']['test']:,} of test. Moved out of the "
+        "source's own split because an equal text is held out: "
+        f"{duplicates['moved_to_a_held_out_split']:,}.",
         table(
             ("split", "records", "verbatim in train", "equal to one of train"),
             [

@@ -168,8 +168,8 @@ class Tokenizer:
             raise InputError(f"{path}: not a tokenizer ({_one_line(error)}); write it again") from None
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
-        """Train a vocabulary of exactly `vocab_size`, special tokens included.
+    def train(cls, texts: Iterable[str], vocab_size: int, exact: bool = True) -> Tokenizer:
+        """Train a vocabulary of exactly `vocab_size`, special tokens included; or else of the largest size that fits.
 
         The same texts in the same order give the same merges, whatever the number of threads.
         """
@@ -180,7 +180,7 @@ class Tokenizer:
         trainer.train_from_iterator(parts, vocab_size - len(SPECIAL_TOKENS), TRAIN_BUFFER, GPT2_PATTERN)
         ranks = [bytes(token) for token, _ in sorted(trainer.get_mergeable_ranks(), key=lambda pair: pair[1])]
         possible = len(ranks) + len(SPECIAL_TOKENS)
-        if possible < vocab_size:
+        if exact and possible < vocab_size:
             raise InputError(
                 f"vocab_size: the training text is too small for {vocab_size} tokens; "
                 f"it allows at most {possible}: lower vocab_size or add text"

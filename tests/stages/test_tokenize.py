@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -86,11 +87,31 @@ def test_the_stage_writes_everything_and_the_same_again(raw: Path) -> None:
 
 
 def test_a_stage_that_fails_leaves_nothing_behind(raw: Path) -> None:
-    run: Any = FakeRun(tokenizer={"kind": "bpe", "vocab_size": 100_000, "train_chars": 1000})
-    with pytest.raises(InputError, match="too small for 100000 tokens; it allows at most"):
+    write_corpus(raw / "corpus.jsonl", ["one", "two"])
+    run: Any = FakeRun()
+    with pytest.raises(InputError, match="too little text to split"):
         tokenize(run)
     assert [path.name for path in Path("data").iterdir()] == ["raw"]
     assert not Path("reports").exists()
+
+
+def test_a_corpus_too_small_for_the_vocabulary_gets_the_largest_that_fits(
+    raw: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run: Any = FakeRun(tokenizer={"kind": "bpe", "vocab_size": 100_000, "train_chars": 1000})
+    with caplog.at_level(logging.WARNING, logger="llm"):
+        tokenize(run)
+    size = Tokenizer.load(Path("data/tokens/tokenizer")).vocab_size
+    assert 300 < size < 2000
+    assert f"vocab_size: the corpus is too small for 100,000 tokens; takes the {size:,} that it has" in caplog.text
+    meta = json.loads(Path("data/tokens/corpus/meta.json").read_text())
+    card = json.loads(Path("reports/data_card.json").read_text())
+    assert meta["vocab_size"] == card["tokenizer"]["vocab_size"] == run.metrics["vocab_size"] == size
+
+    small = dict.fromkeys(("context_length", "emb_dim", "ffn_dim", "head_dim"), 16) | {"n_layers": 1}
+    model, short = run.params.model.model_copy(update=small), run.params.pretrain.model_copy(update={"max_steps": 0})
+    pretrain(Run("pretrain", run.params.model_copy(update={"model": model, "pretrain": short}), raw / "s", MagicMock()))
+    assert load_checkpoint(Path("models/base")).config.gpt.vocab_size == size
 
 
 def test_gpt2_files_that_are_missing(raw: Path) -> None:
