@@ -12,6 +12,7 @@ import torch
 from llm.checkpoint.folder import Checkpoint, load_checkpoint
 from llm.common.device import pick_device
 from llm.common.errors import InputError
+from llm.convert.cache import model_folder
 from llm.inference.classify import NO_TEXT, classify_texts, doubt, has_text
 from llm.inference.compiled import CompiledDecoder
 from llm.inference.generate import generate, stream, stream_text
@@ -41,10 +42,13 @@ def load(
     compiled: bool = False,
     draft: str | Path | None = None,
 ) -> Model:
-    """Load a model folder. `device` is auto, cpu, cuda or mps; auto takes a GPU if there is one.
+    """Load a model. `device` is auto, cpu, cuda or mps; auto takes a GPU if there is one.
 
-    `int8` rounds the weights to 8 bits. `compiled` compiles the decoding of a single row. `draft` is the folder of a
-    smaller model with the same tokenizer, for speculative decoding.
+    `path` is a model folder, or another tool's model: a folder of transformers, a .gguf file or a hub name, which is
+    imported into a cache at its first use (see `llm.convert.cache`).
+
+    `int8` rounds the weights to 8 bits. `compiled` compiles the decoding of a single row. `draft` is a smaller
+    model with the same tokenizer, for speculative decoding.
 
     >>> import llm
     >>> model = llm.load("models/base", device="cpu")
@@ -52,11 +56,11 @@ def load(
     'base'
     """
     where = pick_device(device)
-    model = Model(load_checkpoint(Path(path), where), path)
+    model = Model(load_checkpoint(model_folder(path), where), path)
     if int8:
         to_int8(model.gpt)
     if draft is not None:
-        small = Model(load_checkpoint(Path(draft), where), draft)
+        small = Model(load_checkpoint(model_folder(draft), where), draft)
         if small.checkpoint.tokenizer != model.checkpoint.tokenizer:
             raise InputError(f"{draft}: the draft has another tokenizer than {path}; choose one that shares it")
         model.draft = small.gpt

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import sys
 
-from llm.cli.options import add_decoding, add_model_dir, decoding_options, load_options
+from llm.cli.options import add_decoding, add_model, decoding_options, load_options
 from llm.cli.terminal import checked_text, stdin_lines, typed_lines, write
 
 SUMMARY = "answer instructions"
@@ -23,7 +23,7 @@ EXAMPLES = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_dir(parser)
+    add_model(parser)
     parser.add_argument("--input", default="", metavar="TEXT", help="a text that the instructions are about")
     add_decoding(parser)
 

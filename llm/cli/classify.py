@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm.cli.options import add_device, add_model_dir
+from llm.cli.options import add_device, add_model
 from llm.cli.rows import FORMATS, Row, is_file_name, read_rows, text_of, writer
 from llm.cli.terminal import named_texts
 from llm.common.errors import InputError
@@ -34,7 +34,7 @@ UNSURE = "unsure"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_dir(parser)
+    add_model(parser)
     parser.add_argument(
         "texts",
         nargs="+",

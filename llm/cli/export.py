@@ -6,7 +6,7 @@ import argparse
 import logging
 from pathlib import Path
 
-from llm.cli.options import add_model_dir, check_output
+from llm.cli.options import add_model, check_output
 from llm.common.errors import InputError
 
 SUMMARY = "write a model for other tools"
@@ -23,7 +23,7 @@ EXAMPLES = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_dir(parser)
+    add_model(parser)
     add = parser.add_argument
     add("out", type=Path, metavar="OUT", help="the folder or file to write")
     add("--format", required=True, choices=["hf", "gguf", "peft"], help="for transformers, for llama.cpp or for PEFT")
@@ -46,21 +46,24 @@ def run(args: argparse.Namespace) -> None:
 
 def export_adapter(model_dir: Path, out: Path, base: str | None) -> None:
     """Write the adapter of a model folder in PEFT's form."""
+    from llm.convert.cache import model_folder
     from llm.convert.peft import export_peft
 
     check_output(out, model_dir, "adapter", holds="adapter_config.json")
-    if not (model_dir / "adapter").is_dir():
+    folder = model_folder(model_dir)
+    if not (folder / "adapter").is_dir():
         raise InputError(f"{model_dir}: holds no adapter; train it with trainable: lora, or use --format hf")
-    export_peft(model_dir / "adapter", out, base)
+    export_peft(folder / "adapter", out, base)
 
 
 def export_model(model_dir: Path, out: Path, form: str, dtype: str) -> None:
     """Write a model folder for transformers, or for llama.cpp with weights of a dtype."""
     from llm.checkpoint.folder import load_checkpoint
+    from llm.convert.cache import model_folder
 
     if form == "hf":
         check_output(out, model_dir)
-    checkpoint = load_checkpoint(model_dir, dtype=None)
+    checkpoint = load_checkpoint(model_folder(model_dir), dtype=None)
     try:
         if form == "hf":
             from llm.convert.hf import export_hf

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 
-from llm.cli.options import add_decoding, add_model_dir, decoding_options, load_options
+from llm.cli.options import add_decoding, add_model, decoding_options, load_options
 from llm.cli.terminal import checked_text, write
 from llm.common.errors import InputError
 
@@ -21,7 +21,7 @@ EXAMPLES = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_dir(parser)
+    add_model(parser)
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="the text to continue")
     add_decoding(parser)
 

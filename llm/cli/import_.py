@@ -6,7 +6,7 @@ import argparse
 import logging
 from pathlib import Path
 
-from llm.cli.options import add_model_dir, check_output
+from llm.cli.options import check_output
 
 SUMMARY = "make a model folder of open weights"
 DESCRIPTION = (
@@ -24,7 +24,7 @@ EXAMPLES = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SOURCE", help="a folder, a .gguf file or a hub name such as org/name")
-    add_model_dir(parser)
+    parser.add_argument("model_dir", type=Path, metavar="MODEL_DIR", help="the model folder to write")
     parser.add_argument(
         "--adapter", type=Path, metavar="DIR", help="the adapter/ of a model that was trained with trainable: lora"
     )

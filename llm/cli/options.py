@@ -36,8 +36,9 @@ def add_command(
     return command
 
 
-def add_model_dir(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model_dir", type=Path, metavar="MODEL_DIR", help="a model folder")
+def add_model(parser: argparse.ArgumentParser) -> None:
+    what = "a model folder; or a folder of transformers, a .gguf file or a hub name, imported to a cache at first"
+    parser.add_argument("model_dir", type=Path, metavar="MODEL", help=what)
 
 
 def add_device(parser: Any) -> None:
@@ -81,7 +82,7 @@ def add_decoding(parser: argparse.ArgumentParser) -> None:
     speed.add_argument(
         "--draft",
         type=Path,
-        metavar="MODEL_DIR",
+        metavar="MODEL",
         help="a smaller model with the same tokenizer, for speculative decoding",
     )
 

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from llm.cli.options import add_device, add_int8, add_model_dir
+from llm.cli.options import add_device, add_int8, add_model
 from llm.cli.terminal import decoded, print_json
 from llm.common.errors import InputError
 
@@ -19,7 +19,7 @@ EXAMPLES = ("python -m llm score models/base book.txt", "git show HEAD:README.md
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_dir(parser)
+    add_model(parser)
     parser.add_argument("file", metavar="FILE", help="a UTF-8 text file, read as it is, or - for stdin")
     add_device(parser)
     add_int8(parser)

@@ -60,6 +60,8 @@ def read_hf(path: Path, dtype: torch.dtype | None) -> Checkpoint:
 
     Raises `InputError` for anything that is missing, left over or that `GPT` cannot express.
     """
+    if (path / ADAPTER).is_file() and not (path / "config.json").is_file():
+        raise adapter_alone(path)
     family, hf_config = read_hf_config(path / "config.json")
     config = hf_config.gpt_config()
     tokenizer, template, system = read_tokenizer_json(path)
@@ -195,9 +197,7 @@ def weight_files(folder: Path) -> list[Path]:
 def files_without_index(folder: Path) -> list[Path]:
     """Return the only safetensors file of a folder, or all shards of its only set, NAME-00001-of-00003.safetensors."""
     if (folder / ADAPTER).is_file():
-        raise InputError(
-            f"{folder}: a PEFT adapter, not a whole model; import it with its base: import BASE OUT --adapter {folder}"
-        )
+        raise adapter_alone(folder)
     files = sorted(path for path in folder.glob("*.safetensors") if path.is_file())
     if not files:
         pickled = sorted(path.name for pattern in PICKLED for path in folder.glob(pattern))
@@ -220,6 +220,13 @@ def files_without_index(folder: Path) -> list[Path]:
     if missing := sorted({*range(1, count + 1)} - numbers):
         raise InputError(f"{folder}: shard {missing[0]} of {count} is missing ({len(missing)} in all); fetch it again")
     return files
+
+
+def adapter_alone(folder: Path) -> InputError:
+    """Return the error for an adapter in the place of a model."""
+    return InputError(
+        f"{folder}: a PEFT adapter, not a whole model; import it with its base: import BASE OUT --adapter {folder}"
+    )
 
 
 # ---- out -------------------------------------------------------------------------------------------------------------
