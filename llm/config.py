@@ -163,6 +163,7 @@ class TokenizeParams(Strict):
     corpus: CorpusSplit
     messages: LabelledSplit
     instructions: LabelledSplit
+    max_too_long: Annotated[float, Field(ge=0, le=1)]
     tokens_per_shard: Positive
 
 

@@ -6,14 +6,15 @@ The figures are written first. The pictures and the registration come later and 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from llm.checkpoint.folder import Checkpoint, load_checkpoint
 from llm.common.device import pick_device
 from llm.common.files import write_atomic
-from llm.data.examples import read_quotable
+from llm.data.examples import read_quotable, read_too_long
 from llm.evaluation import pictures, report, tables
 from llm.evaluation.base_model import BaseResult, evaluate_base
 from llm.evaluation.classification import ClassifierResult, evaluate_classifiers
@@ -83,10 +84,20 @@ def write_reports(run: Run, base: BaseResult, classifiers: ClassifierResult, ins
     def write_report() -> None:
         drawn = [path.name for path in FIGURES.glob("*.png")]
         text = report.markdown(base, classifiers, instruct, run.params.data.model_dump(), drawn, quotable)
-        write_atomic(REPORTS / "report.md", f"{text}\n{TIME_LINE}\n")
+        write_atomic(REPORTS / "report.md", f"{text}\n{too_long_section(read_too_long(TOKENS))}{TIME_LINE}\n")
 
     write_atomic(REPORTS / "report.md", "The report was left out; the figures are in metrics/evaluate.json.\n")
     optional("report", write_report)
+
+
+def too_long_section(cards: Mapping[str, Any]) -> str:
+    """Return the report's section on texts that were too long for their training; empty where none was."""
+    lines = [
+        f"- {kind}, longer than the {card['limit']:,} tokens of `{card['key']}`: "
+        + "; ".join(f"{name} {n['cut']:,} cut, {n['dropped']:,} dropped" for name, n in card["splits"].items())
+        for kind, card in cards.items()
+    ]
+    return "\n".join(["## Texts that were too long", "", *lines, "", ""]) if lines else ""
 
 
 def optional(name: str, action: Callable[[], None]) -> None:

@@ -5,12 +5,13 @@ With `scratch_control` the same training from random weights gives `models/instr
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from llm.checkpoint.folder import Checkpoint, CheckpointConfig
 from llm.data.batches import Batch, collate_pairs
-from llm.data.examples import pair_examples, read_pairs
+from llm.data.examples import pair_examples, read_pairs, too_long_pairs
 from llm.inference.generate import stream, stream_text
 from llm.model.gpt import GPT
 from llm.tokenizer.prompts import encode_prompt, stop_token
@@ -33,10 +34,16 @@ def make_task(run: Run, base: Checkpoint) -> FinetuneTask:
     system = base.config.system if base.config.template == section.template else None
     folder = Path("data/tokens/instructions")
     val_pairs = read_pairs(folder / "val.jsonl")
+    train_pairs = read_pairs(folder / "train.jsonl")
     train_set, val_set = (
         pair_examples(pairs, tokenizer, section.template, section.mask_prompt, gpt.context_length, system)
-        for pairs in (read_pairs(folder / "train.jsonl"), val_pairs)
+        for pairs in (train_pairs, val_pairs)
     )
+    for name, examples, pairs in (("train", train_set, train_pairs), ("val", val_set, val_pairs)):
+        if line := too_long_pairs(examples, pairs, stop_token(tokenizer, section.template)):
+            logging.getLogger("llm").warning(
+                "finetune-instruct: %s: longer than the context of %d tokens: %s", name, gpt.context_length, line
+            )
 
     def evaluate(batches: Iterable[Batch]) -> dict[str, float]:
         return {"val/loss": mean_loss(model, next_token_loss, batches)}

@@ -11,15 +11,18 @@ from typing import Any
 from llm.common.files import replaced_folder, write_atomic
 from llm.config import KINDS, SCRATCH, Params
 from llm.download.hub import source_files
-from llm.preprocess import data_card, supervised
+from llm.preprocess import data_card, lengths, supervised
 from llm.preprocess.corpus import Plan, line_batches, plan_corpus, training_texts
 from llm.preprocess.encode import encode_corpus
+from llm.preprocess.supervised import SplitRows
 from llm.preprocess.text import read_raw_json
 from llm.preprocess.workers import Workers
 from llm.tokenizer.bpe import Tokenizer
+from llm.tokenizer.build import ImportedTokenizer
 from llm.tokenizer.load import import_tokenizer
 from stages.runtime.run import Run, main
 
+logger = logging.getLogger("llm")
 RAW, TOKENS = Path("data/raw"), Path("data/tokens")
 
 
@@ -52,7 +55,9 @@ def write_tokens(run: Run, folder: Path) -> dict[str, Any]:
     n_workers = min(run.params.runtime.workers or cores(), len(line_batches(corpus)))
     with Workers(n_workers) as workers:
         plan = plan_corpus(corpus, params.corpus, seed, workers)
-        kind, tokenizer = make_tokenizer(run.params, corpus, plan)
+        kind, imported = make_tokenizer(run.params, corpus, plan)
+        tokenizer = imported.tokenizer
+        too_long = check_lengths(run.params, imported, split_messages, split_pairs)
         tokenizer.save(folder / "tokenizer")
         encoded = encode_corpus(corpus, folder / "corpus", plan, folder / "tokenizer", params.tokens_per_shard, workers)
 
@@ -63,25 +68,50 @@ def write_tokens(run: Run, folder: Path) -> dict[str, Any]:
         "messages": data_card.describe_messages(messages, split_messages, tokenizer, params.messages.split),
         "instructions": data_card.describe_instructions(pairs, split_pairs, tokenizer, params.instructions.split),
     }
+    for kind, counts in too_long.items():
+        card[kind]["too_long"] = counts
+    if too_long:
+        write_atomic(folder / "too_long.json", json.dumps(too_long, indent=2) + "\n")
     return data_card.without_texts(card, [kind for kind in KINDS if kind not in quotable])
 
 
-def make_tokenizer(params: Params, corpus: Path, plan: Plan) -> tuple[str, Tokenizer]:
+def make_tokenizer(params: Params, corpus: Path, plan: Plan) -> tuple[str, ImportedTokenizer]:
     """Return the tokenizer of the open weights, GPT-2's, or one trained on the train split, and its name."""
     section, init = params.tokenize.tokenizer, params.pretrain.init
     if init != SCRATCH:
-        return init, import_tokenizer(source_files(init, weights=False)).tokenizer
+        return init, import_tokenizer(source_files(init, weights=False))
     if section.kind == "gpt2":
-        return section.kind, Tokenizer.gpt2(RAW / "gpt2" / "encoder.json", RAW / "gpt2" / "vocab.bpe")
+        gpt2 = Tokenizer.gpt2(RAW / "gpt2" / "encoder.json", RAW / "gpt2" / "vocab.bpe")
+        return section.kind, ImportedTokenizer(gpt2, None, None)
     texts = training_texts(corpus, plan, section.train_chars)
     tokenizer = Tokenizer.train(texts, section.vocab_size, exact=False)
     if tokenizer.vocab_size < section.vocab_size:
-        logging.getLogger("llm").warning(
+        logger.warning(
             "tokenize.tokenizer.vocab_size: the corpus is too small for %s tokens; takes the %s that it has",
             f"{section.vocab_size:,}",
             f"{tokenizer.vocab_size:,}",
         )
-    return section.kind, tokenizer
+    return section.kind, ImportedTokenizer(tokenizer, None, None)
+
+
+def check_lengths(
+    params: Params, imported: ImportedTokenizer, messages: SplitRows, pairs: SplitRows
+) -> dict[str, dict[str, Any]]:
+    """Log and return what is longer than its training reads, by kind; raise `InputError` for too much of it."""
+    template = params.finetune_instruct.template
+    system = imported.system if imported.template == template else None
+    message_limit, pair_limit = lengths.finetuning_limits(params)
+    found = {"messages": (lengths.count_messages(messages, imported.tokenizer, message_limit), message_limit)}
+    if pair_limit is not None:
+        counts = lengths.count_pairs(pairs, imported.tokenizer, pair_limit, template, system)
+        found["instructions"] = counts, pair_limit
+    cards = {}
+    for kind, (counts, limit) in found.items():
+        line = lengths.check_lengths(kind, counts, limit, params.tokenize.max_too_long)
+        if line is not None:
+            logger.warning(line)
+            cards[kind] = lengths.lengths_card(counts, limit)
+    return cards
 
 
 def cores() -> int:

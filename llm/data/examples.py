@@ -88,6 +88,19 @@ def message_examples(
     return [Example(encode_message(tokenizer, m.text, max_length), 0, ids[m.label]) for m in messages]
 
 
+def too_long_pairs(examples: Sequence[Example], pairs: Sequence[Pair], stop: int) -> str:
+    """Describe how many pairs were cut before their stop token, and how many dropped; nothing for none."""
+    cut, dropped = sum(example.ids[-1] != stop for example in examples), len(pairs) - len(examples)
+    counts = [f"{n:,} {what}" for n, what in ((cut, "cut without their stop token"), (dropped, "dropped")) if n]
+    return f"{' and '.join(counts)} of {len(pairs):,}" if counts else ""
+
+
+def read_too_long(tokens: Path) -> dict[str, Any]:
+    """Return the counts of texts that their training cuts or drops, by kind of data; there may be none."""
+    path = tokens / "too_long.json"
+    return read_json(path, TOKENIZE) if path.exists() else {}
+
+
 def class_weights(examples: Sequence[Example], n_labels: int) -> Tensor:
     """Return weights inverse to each label's frequency, 1 on average over the examples: [labels]."""
     counts = torch.bincount(torch.tensor([example.label for example in examples]), minlength=n_labels)

@@ -16,6 +16,7 @@ from llm.common.markdown import escape
 from llm.config import HELD_OUT, KINDS, SPLITS, TRAIN
 from llm.preprocess.corpus import Array, Plan
 from llm.preprocess.encode import EncodedCorpus
+from llm.preprocess.lengths import too_long_line
 from llm.preprocess.supervised import Row, SplitRows
 from llm.preprocess.text import count_characters
 from llm.tokenizer.bpe import Tokenizer
@@ -263,6 +264,8 @@ def _rows(card: Card, kind: str) -> list[str]:
         _lengths("length", lengths),
         _scripts(part["characters_of"]),
     ]
+    if "too_long" in part:
+        blocks.append(too_long_line(kind, part["too_long"], part["splits"]))
     if part["most_repeated"]:
         rows = [(entry["times"], entry.get("text")) for entry in part["most_repeated"]]
         blocks.append(table(("times", "most repeated"), rows))

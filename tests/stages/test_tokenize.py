@@ -17,6 +17,7 @@ from llm.common.errors import InputError
 from llm.config import SPLITS, parse_params
 from llm.model.gpt import GPT
 from llm.tokenizer.bpe import Tokenizer
+from stages.evaluate import too_long_section
 from stages.pretrain import pretrain
 from stages.runtime.run import Run
 from stages.tokenize import tokenize
@@ -112,6 +113,30 @@ def test_a_corpus_too_small_for_the_vocabulary_gets_the_largest_that_fits(
     model, short = run.params.model.model_copy(update=small), run.params.pretrain.model_copy(update={"max_steps": 0})
     pretrain(Run("pretrain", run.params.model_copy(update={"model": model, "pretrain": short}), raw / "s", MagicMock()))
     assert load_checkpoint(Path("models/base")).config.gpt.vocab_size == size
+
+
+def test_what_is_too_long_is_said_and_refused_before_any_training(raw: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_lines(raw / "messages.jsonl", [{"text": f"text {i} " * 9, "label": "hs"[i % 2]} for i in range(50)])
+    (raw / "labels.json").write_text('["h", "s"]')
+    pairs = [{"instruction": f"do {i}", "output": "done " * (300 if i == 7 else 1)} for i in range(50)]
+    write_lines(raw / "instructions.jsonl", pairs)
+    run: Any = FakeRun(max_too_long=0.5)
+    with caplog.at_level(logging.WARNING, logger="llm"):
+        tokenize(run)
+    assert "data.instructions: longer than model.context_length (256 tokens): 1 cut of " in caplog.text
+    card, written = Path("reports/data_card.md").read_text(), json.loads(Path("data/tokens/too_long.json").read_text())
+    assert "Longer than the 256 tokens of `model.context_length`: 1 cut of " in card
+    assert list(written) == ["instructions"]
+    assert sum(counts["cut"] for counts in written["instructions"]["splits"].values()) == 1
+    assert "- instructions, longer than the 256 tokens of `model.context_length`: train " in too_long_section(written)
+
+    run = FakeRun(max_too_long=0.5)
+    short = run.params.finetune_classify.model_copy(update={"max_length": 8})
+    run.params = run.params.model_copy(update={"finetune_classify": short})
+    with pytest.raises(
+        InputError, match=r"data\.messages: longer than finetune_classify\.max_length .*: 35 cut"
+    ):
+        tokenize(run)
 
 
 def test_gpt2_files_that_are_missing(raw: Path) -> None:
