@@ -11,7 +11,7 @@ import os
 import sys
 from typing import Any, NoReturn
 
-from llm.cli import bench, chat, classify, export, generate, import_, score
+from llm.cli import bench, chat, classify, export, generate, import_, score, serve
 from llm.cli.options import add_command
 from llm.common.errors import InputError
 from llm.common.log import setup_logging
@@ -22,6 +22,7 @@ COMMANDS = {
     "chat": chat,
     "classify": classify,
     "score": score,
+    "serve": serve,
     "import": import_,
     "export": export,
     "bench": bench,

@@ -1,0 +1,42 @@
+"""Classification for the server, with the words that moved a label's probability."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from llm.api import Model
+from llm.common.errors import InputError
+
+MAX_WORDS = 256  # of a text that is explained: each is a text more to classify
+
+
+def classify(model: Model, texts: Sequence[str], explain: bool) -> list[dict[str, Any]]:
+    """Return label and probabilities of texts, and for `explain` the effect of each word."""
+    rows = model.classify(texts)
+    found: list[dict[str, Any]] = []
+    for index, (text, row) in enumerate(zip(texts, rows, strict=True)):
+        label = max(row, key=row.__getitem__)
+        found.append({"index": index, "label": label, "probabilities": row})
+        if explain:
+            found[-1]["words"] = effects(model, text, label, row[label])
+    return found
+
+
+def effects(model: Model, text: str, label: str, probability: float) -> list[dict[str, Any]]:
+    """Return each word of a text with its effect: how much lower the label's probability is without the word.
+
+    The effect of a text's only word is None, as nothing is left without it.
+    """
+    words = list(re.finditer(r"\S+", text))
+    if len(words) > MAX_WORDS:
+        raise InputError(f"input: {len(words)} words (expected at most {MAX_WORDS} to explain); send a shorter text")
+    without = [text[: word.start()] + text[word.end() :] for word in words]
+    changes: list[float | None] = [None] * len(words)
+    if len(words) > 1:
+        changes = [probability - row[label] for row in model.classify(without)]
+    return [
+        {"text": word[0], "start": word.start(), "end": word.end(), "effect": change}
+        for word, change in zip(words, changes, strict=True)
+    ]
