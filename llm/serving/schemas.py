@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 TOP_LOGPROBS = 20
+SURROGATES = re.compile("[\ud800-\udfff]")
 Text = Annotated[str, Field(min_length=1)]
 
 
@@ -14,6 +17,14 @@ class Body(BaseModel):
     """A JSON object with known fields and finite numbers."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _is_unicode(cls, value: Any) -> Any:
+        """Refuse half surrogates, which JSON can hold and UTF-8 cannot."""
+        if any(isinstance(text, str) and SURROGATES.search(text) for text in _leaves(value)):
+            raise ValueError("not valid Unicode: half of a surrogate pair")
+        return value
 
 
 class StreamOptions(Body):
@@ -120,3 +131,16 @@ class InspectRequest(Body):
 
 class ReloadRequest(Body):
     model: str | None = Field(None, description="a model's name; all models without it")
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """Yield the values in lists and objects of JSON, and the objects' keys."""
+    ahead = [value]
+    while ahead:
+        here = ahead.pop()
+        if isinstance(here, dict):
+            ahead += [*here, *here.values()]
+        elif isinstance(here, list):
+            ahead += here
+        else:
+            yield here

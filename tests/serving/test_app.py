@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import base64
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,66 +12,11 @@ import openai
 import pytest
 import requests
 import torch
-import uvicorn
 
 import llm
-from llm.checkpoint.folder import Checkpoint, CheckpointConfig, save_checkpoint
 from llm.inference.generate import generate
-from llm.model.classifier import GPTClassifier
-from llm.serving.answers import RequestLimits
-from llm.serving.app import Server, build_app
-from llm.serving.engine import Limits
-from llm.serving.middleware import Gate
-from llm.serving.models import CLASSIFIER, Loading, Models
-from tests.helpers import randomize, tiny_tokenizer
-from tests.inference.conftest import make_model
-from tests.serving.conftest import MODERN
-
-QUESTION: Any = [{"role": "user", "content": "the cat sat on"}]
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with base, instruct and spam, tiny random models."""
-    path = tmp_path_factory.mktemp("models")
-    config = MODERN.model_copy(update={"vocab_size": tiny_tokenizer().vocab_size, "context_length": 256})
-    for name, kind, template in (("base", "base", None), ("instruct", "instruct", "chatml")):
-        values: Any = {"kind": kind, "template": template, "gpt": config}
-        save_checkpoint(
-            path / name, Checkpoint(make_model(config).float(), tiny_tokenizer(), CheckpointConfig(**values))
-        )
-    torch.manual_seed(0)
-    classifier = randomize(GPTClassifier(make_model(config).float(), 2))
-    labels = CheckpointConfig(kind="classifier", gpt=config, labels=["ham", "spam"], max_length=32)
-    assert isinstance(classifier, GPTClassifier)
-    save_checkpoint(path / "spam", Checkpoint(classifier, tiny_tokenizer(), labels))
-    return path
-
-
-class Running:
-    """A server in a thread of this process."""
-
-    def __init__(self, place: Path, gate: Gate | None = None, limits: Limits | None = None, **values: Any) -> None:
-        self.models = Models(Loading("cpu", limits=limits or Limits(batch_size=4, chunk=32, deterministic=True)))
-        for name in ("base", "instruct"):
-            self.models.add(str(place / name))
-        self.models.add(str(place / "spam"), CLASSIFIER)
-        self.server = Server(self.models, RequestLimits(**values), gate or Gate())
-        config = uvicorn.Config(build_app(self.server), "127.0.0.1", 0, http="h11", log_level="error")
-        self.uvicorn, sockets = uvicorn.Server(config), [config.bind_socket()]
-        self.port = sockets[0].getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.thread = threading.Thread(target=self.uvicorn.run, args=(sockets,), daemon=True)
-        self.thread.start()
-        while not self.uvicorn.started:
-            time.sleep(0.01)
-
-    def client(self, **values: Any) -> openai.OpenAI:
-        return openai.OpenAI(**({"base_url": f"{self.url}/v1", "api_key": "none", "max_retries": 0} | values))
-
-    def stop(self) -> None:
-        self.uvicorn.should_exit = True
-        self.thread.join()
+from tests.helpers import tiny_tokenizer
+from tests.serving.conftest import MODERN, QUESTION, Running, metric, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -233,14 +176,6 @@ def test_a_client_that_gives_up_frees_its_place(server: Running) -> None:
     wait_until(lambda: not server.models.engines["base"].busy)
 
 
-def wait_until(condition: Any) -> None:
-    for _ in range(1000):
-        if condition():
-            return
-        time.sleep(0.01)
-    raise AssertionError("it did not come")
-
-
 def test_classify_and_its_words(server: Running, place: Path) -> None:
     texts = ["you have won spam", "ham"]
     body = {"model": "spam", "input": texts, "explain": True}
@@ -296,8 +231,3 @@ def test_health_and_metrics(server: Running, client: openai.OpenAI) -> None:
     assert metric(server, 'llm_batch_size_count{model="base"}') >= 2
     assert metric(server, 'llm_queue{model="base"}') == 0
     assert metric(server, 'llm_requests_total{path="/v1/completions",status="200"}') >= 2
-
-
-def metric(server: Running, name: str) -> float:
-    lines = requests.get(f"{server.url}/metrics").text.splitlines()
-    return next((float(line.split()[-1]) for line in lines if line.startswith(f"{name} ")), 0.0)
