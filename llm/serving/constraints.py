@@ -16,6 +16,7 @@ from llm.serving.models import Served
 from llm.serving.schemas import ResponseFormat
 from llm.tokenizer.bpe import Tokenizer
 
+WHITE_SPACE = r" |\n {0,16}"  # in JSON; a weak model would write it without end
 _tokenizers: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # llguidance's, by model
 
 
@@ -46,7 +47,7 @@ def grammar_of(form: ResponseFormat, llguidance: Any) -> str:
         if form.json_schema is None:
             raise ApiError(400, "response_format.json_schema: missing; give a schema", param="response_format")
         schema = form.json_schema.schema_
-    return str(llguidance.LLMatcher.grammar_from_json_schema(schema))
+    return str(llguidance.LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": WHITE_SPACE}))
 
 
 class GrammarConstraint:
@@ -67,6 +68,8 @@ class GrammarConstraint:
     def accept(self, token: int) -> bool:
         """Advance by a token; return whether nothing can follow."""
         self.matcher.consume_token(token)
+        if self.matcher.is_error():
+            raise RuntimeError(f"llguidance: {self.matcher.get_error()}")
         return bool(self.matcher.is_stopped())
 
 

@@ -194,7 +194,7 @@ class Engine:
                 continue
             self.prefixes.save(generation.prompt, _cache(generation))
             self.running.append(generation)
-            self._advance(generation, generation.choose(logits))
+            self._advance(generation, logits)
             self.observe("time_to_first_token", time.monotonic() - generation.arrived)
 
     def _shares_with_another(self, generation: Generation) -> bool:
@@ -234,12 +234,18 @@ class Engine:
             logits = decode_rows(self.model, tokens, [_cache(each) for each in group], rows).float()  # [B, V]
             likeliest = logits.argmax(-1).tolist()
             for generation, row, token in zip(group, logits, likeliest, strict=True):
-                plain = generation.choice.plain and generation.constraint is None
-                self._advance(generation, TokenInfo(token, 0.0) if plain else generation.choose(row))
+                self._advance(generation, row, token)
 
-    def _advance(self, generation: Generation, info: TokenInfo) -> None:
-        """Add a token to an answer, and end the answer where it is complete."""
-        complete = generation.constraint is not None and generation.constraint.accept(info.token)
+    def _advance(self, generation: Generation, logits: Tensor, likeliest: int | None = None) -> None:
+        """Add the next token to an answer, chosen from logits [V], and end the answer where it is complete."""
+        try:
+            plain = likeliest is not None and generation.choice.plain and generation.constraint is None
+            info = TokenInfo(likeliest, 0.0) if plain and likeliest is not None else generation.choose(logits)
+            complete = generation.constraint is not None and generation.constraint.accept(info.token)
+        except (RuntimeError, ValueError) as error:  # of its own grammar or settings: the others go on
+            log.error("a request ends: %s", error_text(error))
+            self._finish(generation, "error")
+            return
         if info.token in generation.stop_ids:
             self._finish(generation, "stop")
             return

@@ -217,6 +217,21 @@ def test_a_failed_step_ends_its_requests_and_not_the_engine(monkeypatch: pytest.
     assert finish(server, Client([1, 2], 5)) == generate(model, [[1, 2]], max_new_tokens=5)
 
 
+def test_a_failed_choice_ends_its_own_request_alone() -> None:
+    class Broken:
+        def mask(self, logits: torch.Tensor) -> torch.Tensor:
+            return logits
+
+        def accept(self, token: int) -> bool:
+            raise RuntimeError("too complex")
+
+    model = double_model(GPT2)
+    broken, other = Client([1, 2], 5, constraint=Broken()), Client([1, 2], 5)
+    finish(engine(model), broken, other)
+    assert broken.finish_reason == "error"
+    assert other.answer == generate(model, [[1, 2]], max_new_tokens=5)[0]
+
+
 def test_a_closed_engine_answers_what_it_has() -> None:
     model = double_model(GPT2)
     server, client, done = engine(model), Client([1, 2], 30), threading.Event()
