@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import runpy
 import subprocess
@@ -17,6 +18,7 @@ import yaml
 from llm.cli.main import build_parser
 
 ROOT = Path(__file__).resolve().parent.parent
+CELLS = runpy.run_path(str(ROOT / "docs/cells.py"))
 PAGES = runpy.run_path(str(ROOT / "docs/reference_pages.py"))
 
 
@@ -54,6 +56,62 @@ def commands(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParse
                     yield command
 
 
+BOOK = sorted((ROOT / "docs/book").glob("*.md"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", BOOK, ids=lambda page: page.stem)
+def test_the_blocks_of_the_book_pages_run(page: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(ROOT)
+    text = page.read_text(encoding="utf-8")
+    CELLS["run_page"](text, page.stem, tmp_path)
+    assert page.stem == "index" or ("```python" in text and "## Exercises" in text)
+
+
+def test_a_block_that_fails_is_named_and_one_that_is_skipped_says_why() -> None:
+    with pytest.raises(ZeroDivisionError) as error:
+        CELLS["run_page"]("```python\nx = 0\n```\ntext\n```python\n1 / x\n```\n", "page")
+    assert error.traceback[-1].path == Path("page, block 2") or "page, block 2" in str(error.traceback[-1].path)
+    shown = CELLS["run_page"]("<!-- skipped: it needs a model -->\n```python\n1 / 0\n```\n", "page")
+    assert "Not run here: it needs a model" in shown
+    assert CELLS["run_page"]("```python\nprint(6 * 7)\n```\n", "page").endswith("```\n\n```text\n42\n```\n")
+
+
+def exercises(folder: str) -> dict[str, str]:
+    """Return the outcome of each exercise's test, with the solutions of a folder."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-rA",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        "docs/book/exercises",
+    ]
+    environment = os.environ | {"LLM_SOLUTIONS": str(ROOT / folder), "PYTEST_ADDOPTS": ""}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    found = re.findall(r"^(PASSED|FAILED) \S+::(\w+)", done.stdout, re.MULTILINE)
+    return {name: outcome for outcome, name in found}
+
+
+@pytest.mark.slow
+def test_the_shipped_solutions_pass_and_the_empty_templates_fail() -> None:
+    solved, empty = exercises("docs/book/solutions"), exercises("docs/book/exercises")
+    assert len(solved) == 27 and set(solved.values()) == {"PASSED"}
+    assert empty.keys() == solved.keys() and set(empty.values()) == {"FAILED"}
+
+
+def test_every_exercise_of_a_page_has_a_template_and_a_solution() -> None:
+    for page in BOOK:
+        _, _, text = page.read_text(encoding="utf-8").partition("## Exercises")
+        for name in re.findall(r"^\d\. `(\w+)\(", text, re.MULTILINE):
+            for folder in ("exercises", "solutions"):
+                assert f"def {name}(" in (page.parent / folder / f"{page.stem.replace('-', '_')}.py").read_text()
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("site")
@@ -63,6 +121,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "html"
 
 
+@pytest.mark.slow
 def test_the_site_asks_no_other_host_for_anything(site: Path) -> None:
     for page in site.rglob("*.html"):
         found = re.findall(
@@ -73,6 +132,7 @@ def test_the_site_asks_no_other_host_for_anything(site: Path) -> None:
         assert not re.search(r"(?:url\(|@import )[\"']?(?:https?:)?//", style.read_text()), style.name
 
 
+@pytest.mark.slow
 def test_the_site_can_be_searched(site: Path) -> None:
     assert (site / "search.html").exists()
     assert '"kv"' in (site / "searchindex.js").read_text() or "kv:" in (site / "searchindex.js").read_text()
