@@ -41,6 +41,9 @@ def write_kind(run: Run, kind: str, folder: Path) -> dict[str, Any]:
         {"file": str(file), "sha256": file.sha256, "bytes": file.size, "records": count}
         for file, count in zip(files, written.counts, strict=True)
     ]
+    size = sum(file.size for file in files)
+    counts = f"{len(files)} {'file' if len(files) == 1 else 'files'}, {size:,} bytes, {sum(written.counts):,} records"
+    logging.getLogger("llm").info("download: %s of %s: %s", kind, name, counts)
     return {"source": name, "licence": source.licence, "quotable": source.quotable, "files": entries}
 
 

@@ -28,6 +28,10 @@ TIME_LINE = (
     "How long each stage took, and on what, differs from run to run and so is not in here: `python -m stages.timeline` "
     "draws it to `.work/timeline.png`, and MLflow has it beside the run."
 )
+NEXT = (
+    "Read reports/report.md. Talk to the model: python -m llm chat models/instruct",
+    "Compare runs: MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui --backend-store-uri sqlite:///mlflow.db",
+)
 
 
 def evaluate(run: Run) -> None:
@@ -56,6 +60,8 @@ def evaluate(run: Run) -> None:
         instruct = evaluate_instruct(order, template, TOKENS / "instructions", section)
     with run.phase("saving"):
         write_reports(run, base, classifiers, instruct)
+    for line in [*report.headlines(base, classifiers, instruct), *NEXT]:
+        logger.info(line)
     for path in (REPORTS / "report.md", FIGURES):
         optional(f"artifact {path}", partial(run.artifact, path))
     for name in ("base", "classifier", "instruct"):

@@ -34,6 +34,8 @@ def tokenize(run: Run) -> None:
     write_atomic(card_md, data_card.render(card))
     run.artifact(card_md)
     run.write_metrics(main_figures(card))
+    for line in summary(card):
+        logger.info("tokenize: %s", line)
 
 
 def write_tokens(run: Run, folder: Path) -> dict[str, Any]:
@@ -117,6 +119,17 @@ def check_lengths(
 def cores() -> int:
     """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def summary(card: dict[str, Any]) -> list[str]:
+    """Return a line on the tokens and one on the finetuning sets, for the terminal."""
+
+    def counts(kind: str, key: str) -> str:
+        return ", ".join(f"{values[key]:,} {split}" for split, values in card[kind]["splits"].items())
+
+    finetuning = "; ".join(f"{kind}: {counts(kind, 'records')}" for kind in ("messages", "instructions"))
+    size = card["tokenizer"]["vocab_size"]
+    return [f"vocabulary of {size:,}; tokens: {counts('corpus', 'tokens')}", finetuning]
 
 
 def main_figures(card: dict[str, Any]) -> dict[str, Any]:

@@ -55,6 +55,12 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tiny_copy(tmp_path_factory.mktemp("pipeline-in-a-place-of-its-own"))
     said = execute(folder, "dvc", "repro")
     assert re.findall(r"Running stage '(.*)'", said) == list(dvc_stages(folder)), "each runs once, in this order"
+    lines = (
+        "download: corpus of sample: 1 file, ",
+        "tokenize: vocabulary of 400; tokens: ",
+        "| follow instructions | ",
+    )
+    assert all(line in said for line in (*lines, "Read reports/report.md.")), said
     return folder
 
 

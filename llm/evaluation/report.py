@@ -44,7 +44,7 @@ def markdown(
         f"({escape(sources['messages'])}) and to follow instructions ({escape(sources['instructions'])}). All figures "
         "are on held-out data that no training and no baseline has learned from. Brackets hold 95 % intervals.",
         "",
-        *_headlines(base, classifiers, instruct),
+        *headlines(base, classifiers, instruct),
         *picture("training", "Losses of the three trainings, over steps"),
         *_base_section(base, picture("bpb", "Bits per byte of each model"), "corpus" in quotable),
         *_classifier_section(
@@ -61,7 +61,8 @@ def markdown(
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _headlines(base: BaseResult, classifiers: ClassifierResult, instruct: InstructResult) -> list[str]:
+def headlines(base: BaseResult, classifiers: ClassifierResult, instruct: InstructResult) -> list[str]:
+    """Return the lines of the first table: each task beside its best alternative."""
     bits = base.bpb()
     best = classifiers.best_classical()
     copied = instruct.best_alternative()

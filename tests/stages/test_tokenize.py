@@ -133,9 +133,7 @@ def test_what_is_too_long_is_said_and_refused_before_any_training(raw: Path, cap
     run = FakeRun(max_too_long=0.5)
     short = run.params.finetune_classify.model_copy(update={"max_length": 8})
     run.params = run.params.model_copy(update={"finetune_classify": short})
-    with pytest.raises(
-        InputError, match=r"data\.messages: longer than finetune_classify\.max_length .*: 35 cut"
-    ):
+    with pytest.raises(InputError, match=r"data\.messages: longer than finetune_classify\.max_length .*: 35 cut"):
         tokenize(run)
 
 
