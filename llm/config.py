@@ -7,12 +7,13 @@ theirs, and turns a bad file into one line that names the key, the expected valu
 
 from __future__ import annotations
 
+import codecs
 import re
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from llm.common.errors import InputError
 
@@ -57,10 +58,102 @@ Url = Annotated[str, AfterValidator(_checked_url)]
 # ---- data ------------------------------------------------------------------------------------------------------------
 
 
-class SourceFile(Strict):
+def _as_text(value: Any) -> Any:
+    """Return a number as text; raise `ValueError` for words that YAML makes other values of where no quotes are."""
+    if isinstance(value, bool):
+        words = "yes, on or true" if value else "no, off or false"
+        raise ValueError(f'expected text, found {value}, which YAML makes of {words}; quote the word, as in "no"')
+    if isinstance(value, int | float):
+        return str(value)
+    if value is not None and not isinstance(value, str | list | dict):
+        raise ValueError(f"expected text, found {type(value).__name__} {value}; write it in quotes")
+    return value
+
+
+def _as_label(value: Any) -> Any:
+    if value is None:
+        raise ValueError('expected text, found null, which YAML makes of null, ~ or nothing; quote it, as in "null"')
+    return _as_text(value)
+
+
+def _checked_labels(labels: list[str]) -> list[str]:
+    twice = sorted({label for label in labels if labels.count(label) > 1})
+    if twice:
+        raise ValueError(f"expected each label once, found {twice[0]!r} twice; remove one")
+    if len(labels) < 2 and labels != AUTO:
+        raise ValueError(f"expected two labels or more, or auto, found {labels}; add the others")
+    return labels
+
+
+AUTO = ["auto"]  # labels that are found out
+
+
+def _as_column(value: Any) -> Any:
+    if isinstance(value, dict):
+        raise ValueError("expected the name of a column; files for each split go to files: {train: ..., test: ...}")
+    return _as_text(value)
+
+
+Text = Annotated[str, BeforeValidator(_as_text)]
+OptionalText = Annotated[str | None, BeforeValidator(_as_text)]
+SplitColumn = Annotated[str | None, BeforeValidator(_as_column)]
+Labels = Annotated[
+    list[Annotated[str, BeforeValidator(_as_label)]],
+    BeforeValidator(lambda value: AUTO if value == "auto" else value),
+    AfterValidator(_checked_labels),
+]
+
+
+NO_ENCODINGS = ("idna", "punycode", "undefined", "unicode_escape", "raw_unicode_escape")  # of files, though of text
+
+
+def _checked_encoding(name: str) -> str:
+    try:
+        codecs.getincrementaldecoder(name)().decode(b"")
+        known = codecs.lookup(name).name not in (
+            "idna",
+            "punycode",
+            "undefined",
+            "unicode_escape",
+            "raw_unicode_escape",
+        )
+    except (LookupError, TypeError, ValueError, OSError):
+        known = False
+    if not known:
+        raise ValueError(f"expected the name of an encoding such as windows-1252 or gb18030, found {name!r}")
+    return name
+
+
+def _checked_separator(value: str) -> str:
+    found = {"\\t": "\t", "tab": "\t", "comma": ",", "semicolon": ";"}.get(value, value)
+    if len(found) != 1 or found in '"\r\n':
+        raise ValueError(f"expected one character or tab, found {value!r}")
+    return found
+
+
+def _checked_header(value: Any) -> Any:
+    names = [_as_label(name) for name in value] if isinstance(value, list) else value
+    if not isinstance(names, bool | None) and not (isinstance(names, list) and all(isinstance(n, str) for n in names)):
+        raise ValueError(f"expected true, false or a list of the columns' names, found {value!r}")
+    if isinstance(names, list) and (not names or len(set(names)) < len(names)):
+        raise ValueError(f"expected a name of its own for each column, found {names}")
+    return names
+
+
+class ReadOptions(Strict):
+    """Properties of files that are found out where they are not stated."""
+
+    format: Literal["text", "jsonl", "json", "csv", "tsv", "parquet"] | None = None  # else by name, or by content
+    encoding: Annotated[str, AfterValidator(_checked_encoding)] | None = None  # else UTF-8, or UTF-16 by its mark
+    separator: Annotated[str, AfterValidator(_checked_separator)] | None = None  # between the columns of a table
+    header: Annotated[Any, AfterValidator(_checked_header)] = None  # true, false, or names where the file has none
+    quoting: Literal["auto", "none", "csv"] | None = None  # none: quotes are characters like any other; else auto
+
+
+class SourceFile(ReadOptions):
     """One file of a source: a `url` (https, http, file, s3, gs, hf), or a local `path` that may be a glob.
 
-    `sha256` is of the content that is used: of `member` where the file is a zip with several, else of the file itself.
+    `sha256` is of the content that is used: of `member` where an archive has several, else of the file itself.
     A URL holds no secret, as DVC writes all params to `dvc.lock`: `${NAME}` in it is taken from the environment.
     """
 
@@ -69,6 +162,7 @@ class SourceFile(Strict):
     path: str | None = None
     sha256: Sha256 | None = None
     member: str | None = None
+    split: Literal["train", "val", "test", "from_name", "mixed"] | None = None  # of all its rows
 
     @model_validator(mode="after")
     def _one_place(self) -> Self:
@@ -85,35 +179,93 @@ class SourceFile(Strict):
         return self
 
 
-class CorpusSource(Strict):
+SPLIT_NAMES = {"train": "train", "training": "train", "test": "test", "testing": "test"} | dict.fromkeys(
+    ("val", "valid", "validation", "dev", "development", "eval"), "val"
+)
+
+
+def split_name(text: str) -> str | None:
+    """Return the split that a word names, such as val for `Dev`, or None."""
+    return SPLIT_NAMES.get(text.strip().lower())
+
+
+def _listed_files(value: Any) -> Any:
+    """Return the list of files that a mapping `{train: [...], validation: ..., test: ...}` stands for; else the value.
+
+    A file that is text alone is a path, or a URL.
+    """
+    if isinstance(value, str):
+        value = [value]
+    if isinstance(value, list):
+        return [_as_file(file) for file in value]
+    if not isinstance(value, Mapping):
+        return value
+    files = []
+    for key, entries in value.items():
+        split = split_name(key) if isinstance(key, str) else None
+        if split is None:
+            raise ValueError(
+                f"expected a list of files, or files for train, validation and test, found the key {key!r}"
+            )
+        for file in entries if isinstance(entries, list) else [entries]:
+            entry = _as_file(file)
+            files.append({"split": split} | dict(entry) if isinstance(entry, Mapping) else entry)
+    return files
+
+
+def _as_file(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    return {"url": value} if re.match(r"\w+://", value) else {"path": value}
+
+
+Files = Annotated[list[SourceFile], BeforeValidator(_listed_files), Field(min_length=1)]
+
+
+class FilesSource(ReadOptions):
+    """Files of one kind of data, and how to read them. A file's own options come before these."""
+
+    files: Files
+    max_rows: Positive | None = None  # rows or documents that are read, the first of all files
+    skip_invalid: bool = False  # leave out rows that cannot be used, and say which; else the first one is an error
+
+    def entry(self, file: SourceFile) -> SourceFile:
+        """Return a file with the options of its source where it has none of its own."""
+        shared, own = (
+            {name: value for name in ReadOptions.model_fields if (value := getattr(options, name)) is not None}
+            for options in (self, file)
+        )
+        return file.model_copy(update=shared | own)
+
+
+class CorpusSource(FilesSource):
     """Raw text. Each file is a document, unless `document_separator` cuts it into several or it has rows."""
 
-    files: Annotated[list[SourceFile], Field(min_length=1)]
     strip: Literal["gutenberg"] | None = None  # remove Project Gutenberg's header and licence
-    document_separator: str | None = None  # text between two documents of one .txt or .md file
-    text: str | None = None  # column or key of the text, for .csv, .jsonl, .json and .parquet
+    document_separator: str | None = None  # text between two documents of one text file
+    text: OptionalText = None  # column or key of the text, for files with rows
 
 
-class MessagesSource(Strict):
-    """Labelled messages: rows with a text and a label."""
+class MessagesSource(FilesSource):
+    """Labelled messages: rows with a text and a label.
 
-    files: Annotated[list[SourceFile], Field(min_length=1)]
-    format: Literal["tsv"] | None = None  # label TAB text without header or quotes, as the SMS collection
-    text: str = "text"
-    label: str = "label"
-    labels: Annotated[list[str], Field(min_length=2)]  # all of them, in the order of the classifier's outputs
-    split: str | None = None  # column that says train, val or test
+    Format `tsv` also stands for lines of label TAB text without header or quotes, as in the SMS collection.
+    """
+
+    text: Text = "text"
+    label: Text = "label"
+    labels: Labels  # all of them, in the order of the classifier's outputs; or auto
+    split: SplitColumn = None  # column that says train, val or test, under these names or such as validation, dev
 
 
-class InstructionsSource(Strict):
+class InstructionsSource(FilesSource):
     """Instruction pairs: rows with an instruction, an optional input and an output."""
 
-    files: Annotated[list[SourceFile], Field(min_length=1)]
-    instruction: str = "instruction"
-    input: str | None = "input"
-    output: str = "output"
-    task: str | None = None  # column that names the kind of task, for figures per task
-    split: str | None = None  # column that says train, val or test
+    instruction: Text = "instruction"
+    input: OptionalText = "input"
+    output: Text = "output"
+    task: OptionalText = None  # column that names the kind of task, for figures per task
+    split: SplitColumn = None  # column that says train, val or test, under these names or such as validation, dev
 
 
 class Source(Strict):
@@ -445,6 +597,8 @@ def explain(error: ValidationError, where: str, values: Mapping[str, Any] | None
         section, *inner = first["loc"]
         shareable = section in TRAININGS and bool(inner) and inner[0] in TrainParams.model_fields
         message = "missing key; add it here or to the section training" if shareable else "missing key; add it"
+        if inner[-1:] == ["labels"]:
+            message = "missing key; list all labels in the order of the outputs, or write labels: auto"
     elif kind != "value_error":
         shown = "something with a password or token" if SECRET.search(str(found)) else repr(found)
         message = f"{message[0].lower()}{message[1:]}, found {shown}"

@@ -22,9 +22,6 @@ def download(run: Run) -> None:
     tell_what_is_private(run.params)
     with replaced_folder(RAW) as draft:
         provenance = {kind: write_kind(run, kind, draft) for kind in KINDS}
-        messages = run.params.sources[run.params.data.messages].messages
-        assert messages is not None  # Params has checked it
-        write_json(draft / "labels.json", messages.labels)
         if run.params.tokenize.tokenizer.kind == "gpt2":
             provenance["gpt2"] = copy_gpt2_files(run.params, draft / "gpt2")
         write_json(draft / "sources.json", provenance)
@@ -34,8 +31,10 @@ def write_kind(run: Run, kind: str, folder: Path) -> dict[str, Any]:
     name = getattr(run.params.data, kind)
     source = run.params.sources[name]
     section = getattr(source, kind)
-    files = [found for file in section.files for found in fetch(file, downloads(), mirror())]
+    files = [found for file in section.files for found in fetch(section.entry(file), downloads(), mirror())]
     written = write_records(section, files, folder / f"{kind}.jsonl")
+    if kind == "messages":
+        write_json(folder / "labels.json", written.labels)
     run.dataset(name, written.md5, source=str(files[0]), context=kind)
     entries = [
         {"file": str(file), "sha256": file.sha256, "bytes": file.size, "records": count}
@@ -44,7 +43,8 @@ def write_kind(run: Run, kind: str, folder: Path) -> dict[str, Any]:
     size = sum(file.size for file in files)
     counts = f"{len(files)} {'file' if len(files) == 1 else 'files'}, {size:,} bytes, {sum(written.counts):,} records"
     logging.getLogger("llm").info("download: %s of %s: %s", kind, name, counts)
-    return {"source": name, "licence": source.licence, "quotable": source.quotable, "files": entries}
+    left_out = {"left_out": written.left_out.summary()} if written.left_out.counts else {}
+    return {"source": name, "licence": source.licence, "quotable": source.quotable, "files": entries} | left_out
 
 
 def tell_what_is_private(params: Params) -> None:

@@ -418,7 +418,7 @@ SOURCES: dict[str, Case] = {
     "member without an archive": Case(
         own("corpus", "b.txt", "a", member="x"),
         "download",
-        r"b\.txt: expected a \.zip, as it has member: x; remove member:",
+        r"b\.txt: expected a \.zip or \.tar, as it has member: x; remove member:",
     ),
 }
 
@@ -489,9 +489,9 @@ TABLES: dict[str, Case] = {
         own("messages", "b.tsv", "text\tlabel\n \tham\n"), "download", r"b\.tsv, line 2: expected text .*fill it"
     ),
     "unknown split": Case(
-        own("messages", "b.csv", "text,label,s\nhi,ham,dev\n", split="s"),
+        own("messages", "b.csv", "text,label,s\nhi,ham,first\n", split="s"),
         "download",
-        r"b\.csv, line 2: expected a split out of train",
+        r"b\.csv, line 2: expected a split, train",
     ),
     "no tab": Case(
         own("messages", "SMS", "spam b\n", format="tsv"), "download", r"SMS, line 1: expected label TAB text.*correct"

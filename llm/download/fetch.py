@@ -9,7 +9,6 @@ from __future__ import annotations
 import glob
 import hashlib
 import logging
-import re
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
@@ -20,15 +19,12 @@ from filelock import FileLock
 from llm.common.errors import InputError
 from llm.common.sanitize import error_text
 from llm.config import SourceFile
-from llm.download.archives import DataFile, zip_members
+from llm.download.archives import DataFile, archive_kind, archive_members, read_head
 from llm.download.remote import SCHEMES, redact
+from llm.download.signatures import HTML, check_pointer
 from llm.download.transfer import transfer
 
 TRACKED = (Path("data/own"), Path("data/sample"))  # DVC notices changes of local files here
-HTML = re.compile(
-    rb"(\xef\xbb\xbf)?\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)*<(!doctype\s+html|html|head|body)\b",
-    re.DOTALL | re.IGNORECASE,
-)
 
 log = logging.getLogger("llm")
 
@@ -139,15 +135,19 @@ def _accept(name: str, path: Path, file: SourceFile) -> list[DataFile]:
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
         stream.seek(0)
-        start = stream.read(2048)
-    if HTML.match(start) and digest != file.sha256:
-        raise InputError(f"{name}: expected data, found an HTML page (an error or login page?); open it in a browser")
+        start = read_head(stream)
+    check_pointer(name, start)
+    if HTML.match(start) and digest != file.sha256 and file.format != "text":
+        raise InputError(
+            f"{name}: expected data, found an HTML page (an error or login page?); open it in a browser, or, to read "
+            "its markup as text, write format: text"
+        )
     members: list[str | None] = [None]
-    if unquote(name).lower().endswith(".zip"):
-        members = [*zip_members(name, path, file.member)]
+    if archive_kind(name, path):
+        members = [*archive_members(name, path, file.member)]
     elif file.member is not None:
         raise InputError(
-            f"{name}: expected a .zip, as it has member: {file.member}; remove member: or correct the name"
+            f"{name}: expected a .zip or .tar, as it has member: {file.member}; remove member: or correct the name"
         )
     if members == [file.member] and file.member is not None:
         digest, size = _digest(DataFile(name, path, "", size, file.member).blocks())
@@ -156,7 +156,7 @@ def _accept(name: str, path: Path, file: SourceFile) -> list[DataFile]:
         raise InputError(
             f"{what}: expected sha256 {file.sha256}, found {digest}; if the new content is right, pin that one"
         )
-    return [DataFile(name, path, digest, size, member) for member in members]
+    return [DataFile(name, path, digest, size, member, file) for member in members]
 
 
 def _digest(blocks: Iterable[bytes]) -> tuple[str, int]:

@@ -1,57 +1,39 @@
-"""Parse files of every supported format into text or rows, streamed.
+"""Parse lines, JSON Lines, JSON and parquet, streamed. Every error names the file and the line or row.
 
-Formats go by suffix: .txt .md (text), .jsonl .json .csv .tsv .parquet (rows), each plain or as .gz, .zst or .zip.
-Every error names the file and the line or row.
+A row that cannot be used is yielded as its error: who reads the rows raises it, or leaves that row out.
 """
 
 from __future__ import annotations
 
-import codecs
-import csv
-import io
 import json
 import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 from llm.common.errors import InputError
 from llm.common.files import parse_json
 from llm.common.sanitize import error_text
+from llm.config import ReadOptions
 from llm.download.archives import BLOCK, DataFile
+from llm.download.encodings import decode_text
 
-TEXT = (".txt", ".md")
-ROWS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 LARGEST_ROW = 64_000_000  # characters
-BETWEEN = re.compile(r"[\s,]*")  # separates two objects of a JSON file
+BETWEEN = re.compile("[\\s,\ufeff]*")  # separates two objects of a JSON file
 
-Row = tuple[str, Mapping[str, Any]]  # its place, for messages; its columns
+Row = tuple[str, Mapping[str, Any] | InputError]  # its place, for messages; its columns, or why it has none
 
 
-def decode_text(file: DataFile) -> Iterator[str]:
-    """Yield UTF-8 text, without byte order mark, each line end as a line feed."""
-    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")(), translate=True)
-    offset, at_start = 0, True
+class Wanted(NamedTuple):
+    """The columns that a source reads."""
 
-    def decode(block: bytes, final: bool) -> str:
-        held_back = len(decoder.getstate()[0])  # the first bytes of a character that the last block cut
-        try:
-            return decoder.decode(block, final=final)
-        except UnicodeDecodeError as error:
-            at = offset - held_back + error.start
-            raise InputError(
-                f"{file}: expected UTF-8, found byte 0x{error.object[error.start]:02x} at offset {at}; "
-                "convert it, for example with: iconv -f WINDOWS-1252 -t UTF-8"
-            ) from None
-
-    for block in file.blocks():
-        text = decode(block, final=False)
-        offset += len(block)
-        if text:
-            yield text.removeprefix("\ufeff") if at_start else text
-            at_start = False
-    yield decode(b"", final=True)
+    columns: Mapping[str, str]  # names that must be there, and the params that state them
+    label: str | None = None  # the one with the labels
+    labels: tuple[str, ...] = ()  # as far as they are known
+    label_first: bool = False  # a table without header has lines of label TAB text
+    may_be_text: bool = False  # a file without rows is text
+    optional: tuple[str, ...] = ()  # names that may be missing
 
 
 def split_lines(text: Iterable[str], name: str) -> Iterator[str]:
@@ -66,54 +48,35 @@ def split_lines(text: Iterable[str], name: str) -> Iterator[str]:
         yield rest
 
 
-def read_rows(file: DataFile, columns: set[str]) -> Iterator[Row]:
-    """Yield the rows of a file of any format with columns."""
-    readers = {".jsonl": _json_lines, ".json": _json_rows, ".csv": _csv_rows, ".tsv": _csv_rows}
-    if file.suffix == ".parquet":
-        return _parquet_rows(file, columns)
-    if file.suffix not in readers:
-        known = f"{' '.join(ROWS)} (rows) or, for a corpus, {' '.join(TEXT)}"
-        found = file.suffix or "no ending"
-        raise InputError(f"{file}: expected a name that ends in {known}, found {found}; convert or rename it")
-    return readers[file.suffix](file)
-
-
-def unquoted_rows(file: DataFile, label_column: str, text_column: str) -> Iterator[Row]:
-    """Yield rows of label TAB text, without header; quotes are plain characters."""
-    for number, line in enumerate(split_lines(decode_text(file), str(file)), 1):
-        label, tab, text = line.partition("\t")
-        if not tab and line.strip():
-            raise InputError(f"{file}, line {number}: expected label TAB text, found no tab; correct the line")
-        if tab:
-            yield f"{file}, line {number}", {label_column: label, text_column: text}
-
-
-def _json_lines(file: DataFile) -> Iterator[Row]:
-    for number, line in enumerate(split_lines(decode_text(file), str(file)), 1):
+def json_lines(file: DataFile, options: ReadOptions) -> Iterator[Row]:
+    """Yield the objects of JSON Lines."""
+    for number, line in enumerate(split_lines(decode_text(file, options.encoding), str(file)), 1):
         where = f"{file}, line {number}"
-        if not line.strip():
+        if not line.strip("\ufeff \t\r"):
             continue
         try:
-            row = parse_json(line)
+            row = parse_json(line.removeprefix("\ufeff"))  # between files that were joined
         except ValueError as error:
-            raise InputError(f"{where}: expected one JSON object, found an error ({error}); correct the line") from None
-        if not isinstance(row, dict):
-            raise InputError(f"{where}: expected one JSON object, found {type(row).__name__}; correct the line")
-        yield where, row
+            problem = f"found an error ({error}); correct the line, or, if objects span lines, write format: json"
+            yield where, InputError(f"{where}: expected one JSON object, {problem}")
+            continue
+        if isinstance(row, dict):
+            yield where, row
+        else:
+            problem = f"found {type(row).__name__}; correct the line"
+            yield where, InputError(f"{where}: expected one JSON object, {problem}")
 
 
-def _json_rows(file: DataFile) -> Iterator[Row]:
-    """Yield the objects of a JSON array, or objects in a row, decoded one at a time."""
-    decode, blocks = json.JSONDecoder().raw_decode, decode_text(file)
+def json_rows(file: DataFile, options: ReadOptions) -> Iterator[Row]:
+    """Yield the objects of JSON arrays, of several one after the other too, or objects in a row, one at a time."""
+    decode, blocks = json.JSONDecoder().raw_decode, decode_text(file, options.encoding)
     waiting, at, passed = "", 0, 0  # text, the position in it, and how many lines came before it
-    array, number = False, 0
+    in_array, number = False, 0
     while True:
         at = BETWEEN.match(waiting, at).end()  # type: ignore[union-attr]  # it matches nothing, too
-        if number == 0 and not array and waiting.startswith("[", at):
-            array, at = True, at + 1
+        if waiting.startswith("]" if in_array else "[", at):
+            in_array, at = not in_array, at + 1
             continue
-        if array and waiting.startswith("]", at):
-            return
         try:
             row, end = decode(waiting, at)
         except (ValueError, RecursionError) as error:
@@ -122,59 +85,44 @@ def _json_rows(file: DataFile) -> Iterator[Row]:
                 passed += waiting.count("\n", 0, at)
                 waiting, at = waiting[at:] + more, 0
                 continue
-            if at == len(waiting) and not array:
+            if at == len(waiting) and not in_array:
                 return
             line = passed + (error.lineno if isinstance(error, json.JSONDecodeError) else 1)
             raise InputError(
                 f"{file}, line {line}: expected a list of JSON objects, found an error ({error})"
             ) from None
         number += 1
-        if not isinstance(row, dict):
-            raise InputError(
-                f"{file}, row {number}: expected a JSON object, found {type(row).__name__}; correct the file"
-            )
-        yield f"{file}, row {number}", row
+        where = f"{file}, row {number}"
+        if isinstance(row, dict):
+            yield where, row
+        else:
+            problem = f"found {type(row).__name__}; correct the file"
+            yield where, InputError(f"{where}: expected a JSON object, {problem}")
         at = end
 
 
-def _csv_rows(file: DataFile) -> Iterator[Row]:
-    csv.field_size_limit(LARGEST_ROW)
-    lines = (line + "\n" for line in split_lines(decode_text(file), str(file)))
-    reader = csv.reader(lines, delimiter="\t" if file.suffix == ".tsv" else ",", strict=True)
-    try:
-        header = next(reader, [])
-        for cells in reader:
-            where = f"{file}, line {reader.line_num}"
-            if cells and len(cells) != len(header):
-                raise InputError(
-                    f"{where}: expected {len(header)} columns as in line 1, found {len(cells)}; correct the row"
-                )
-            if cells:
-                yield where, dict(zip(header, cells, strict=True))
-    except csv.Error as error:
-        where = f"{file}, line {reader.line_num}"
-        hint = "write a quote inside a quoted cell twice"
-        raise InputError(f"{where}: expected cells with closed quotes, found an error ({error}); {hint}") from None
-
-
-def _parquet_rows(file: DataFile, columns: set[str]) -> Iterator[Row]:
+def parquet_rows(file: DataFile, wanted: Wanted) -> Iterator[Row]:
+    """Yield the rows of a parquet file, with the wanted columns only if it has them all."""
     import pyarrow
     import pyarrow.parquet
 
+    is_plain = file.is_plain
     with tempfile.TemporaryFile() as unpacked:  # parquet is read from its end
-        if file.compression:
+        if not is_plain:
             for block in file.blocks():
                 unpacked.write(block)
         try:
-            table = pyarrow.parquet.ParquetFile(unpacked if file.compression else file.path)
+            table = pyarrow.parquet.ParquetFile(file.path if is_plain else unpacked)
             names = table.schema_arrow.names
-            wanted = sorted(columns) if columns <= set(names) else names  # all of them, so that a message can tell
+            # all of them where one is missing, so that a message can tell
+            needed = sorted({*wanted.columns, *wanted.optional} & {*names})
+            columns = needed if wanted.columns.keys() <= {*names} else names
             number = 0
-            for batch in table.iter_batches(batch_size=1024, columns=wanted):
+            for batch in table.iter_batches(batch_size=1024, columns=columns):
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{file}, row {number}", row
         except (pyarrow.ArrowException, EOFError, OSError, ValueError) as error:
-            if isinstance(error, OSError) and error.errno is not None:
+            if isinstance(error, InputError) or (isinstance(error, OSError) and error.errno is not None):
                 raise
             raise InputError(f"{file}: expected a parquet file, found an error ({error_text(error)})") from None

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import math
 import os
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from itertools import groupby, islice
 from operator import itemgetter
 from pathlib import Path
@@ -17,55 +20,175 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from llm.common.errors import InputError
-from llm.config import SPLITS, CorpusSource, InstructionsSource, MessagesSource
+from llm.config import AUTO, CorpusSource, InstructionsSource, MessagesSource, ReadOptions, SourceFile, split_name
 from llm.download.archives import DataFile
+from llm.download.detect import find_format, read_rows
 from llm.download.documents import cut_pieces, split_documents
-from llm.download.formats import TEXT, decode_text, read_rows, unquoted_rows
+from llm.download.encodings import decode_text
+from llm.download.formats import Wanted
 from llm.download.gutenberg import read_books
+from llm.download.shapes import describe_shape
+from llm.download.splits import Section, file_splits
 
-Section = CorpusSource | MessagesSource | InstructionsSource
+MOST_LABELS = 200  # that are found out; more are no labels
+SHOWN = 5  # examples of rows that are left out, for each reason
+SPLIT_COLUMNS = ("split", "set", "subset", "partition", "fold")
+
+log = logging.getLogger("llm")
+
+
+class LeftOut:
+    """Rows that were left out, by reason; their list goes to a file beside the records."""
+
+    def __init__(self, path: Path, skip: bool) -> None:
+        self.counts: Counter[str] = Counter()
+        self.examples: dict[str, list[str]] = {}
+        self._path, self._skip = path, skip
+        path.unlink(missing_ok=True)
+
+    def add(self, where: str, error: InputError) -> None:
+        """Record a row, or raise its error where none may be left out."""
+        if not self._skip:
+            raise error
+        reason = str(error).removeprefix(f"{where}: ").partition(";")[0]
+        self.counts[reason] += 1
+        examples = self.examples.setdefault(reason, [])
+        if len(examples) < SHOWN:
+            examples.append(where)
+        with self._path.open("a", encoding="utf-8") as out:
+            out.write(json.dumps({"row": where, "reason": reason}, ensure_ascii=False) + "\n")
+
+    def tell(self, kept: int) -> None:
+        """Log how many rows were left out, why, and the first of them."""
+        if not self.counts:
+            return
+        reasons = "; ".join(
+            f"{count:,}: {reason} ({', '.join(self.examples[reason])}{', ...' if count > SHOWN else ''})"
+            for reason, count in self.counts.most_common(SHOWN)
+        )
+        total = self.counts.total()
+        log.warning("%s: left out %s of %s rows: %s", self._path.stem.split(".")[0], total, total + kept, reasons)
+
+    def summary(self) -> dict[str, Any]:
+        reasons = [{"reason": reason, "rows": count} for reason, count in self.counts.most_common(20)]
+        return {"rows": self.counts.total(), "reasons": reasons}
 
 
 class Written(NamedTuple):
     counts: list[int]  # documents or rows from each file
     md5: str
+    labels: list[str]  # of messages
+    left_out: LeftOut
 
 
 def write_records(section: Section, files: list[DataFile], path: Path) -> Written:
-    """Write all files of a section as one JSON Lines file: see `corpus`, `messages` and `instructions`."""
+    """Write all files of a section as one JSON Lines file: see `corpus`, `messages` and `instructions`.
+
+    Rows that are left out are listed beside it, in a file that ends in `.left_out.jsonl`.
+    """
+    splits = file_splits(section, files)
     digest = hashlib.md5(usedforsecurity=False)
     counts: list[int] = []
+    labels: dict[str, None] = {}
+    left_out = LeftOut(path.with_suffix(".left_out.jsonl"), section.skip_invalid)
+    read: Counter[str | None] = Counter()  # records of each split
     with path.open("wb") as out, tqdm(desc=path.stem, unit=" records", disable=None, leave=False) as bar:
-        for file in files:
+        for file, split in zip(files, splits, strict=True):
             count = 0
-            for record in _records(section, file, sum(counts)):
-                line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
+            if section.max_rows is not None and read[split] >= section.max_rows:
+                counts.append(0)
+                continue
+            for record in _records(section, file, sum(counts), left_out):
+                number = record["doc"] - sum(counts) if "doc" in record else count
+                if section.max_rows is not None and read[split] + number >= section.max_rows:
+                    break
+                count = number + 1
+                labels.setdefault(record.get("label", ""))
+                line = json.dumps(record | ({"split": split} if split else {}), ensure_ascii=False).encode() + b"\n"
                 out.write(line)
                 digest.update(line)
                 bar.update()
-                count = record["doc"] + 1 - sum(counts) if "doc" in record else count + 1
             if count == 0:
-                raise InputError(f"{file}: expected text, found none; remove it from the source or fill it")
+                why = next(iter(left_out.counts), "found none").removeprefix("expected text, ")
+                raise InputError(f"{file}: expected text, {why}; remove it from the source or fill it")
             counts.append(count)
+            read[split] += count
         out.flush()
         os.fsync(out.fileno())
-    return Written(counts, digest.hexdigest())
+    left_out.tell(sum(counts))
+    return Written(counts, digest.hexdigest(), _all_labels(section, labels), left_out)
 
 
-def _records(section: Section, file: DataFile, first: int) -> Iterator[dict[str, Any]]:
+def _all_labels(section: Section, found: Mapping[str, None]) -> list[str]:
+    if not isinstance(section, MessagesSource) or section.labels != AUTO:
+        return section.labels if isinstance(section, MessagesSource) else []
+    labels = sorted(found)
+    if len(labels) < 2:
+        raise InputError(
+            f"labels: auto: expected two labels or more in {section.label!r}, found {labels}; correct label:"
+        )
+    log.warning("labels: auto: found %s; to have a new one refused, write labels: [%s]", len(labels), ", ".join(labels))
+    return labels
+
+
+def _records(section: Section, file: DataFile, first: int, left_out: LeftOut) -> Iterator[dict[str, Any]]:
     if isinstance(section, CorpusSource):
-        return corpus(section, file, first)
-    return messages(section, file) if isinstance(section, MessagesSource) else instructions(section, file)
+        return corpus(section, file, left_out, first)
+    return (
+        messages(section, file, left_out)
+        if isinstance(section, MessagesSource)
+        else instructions(section, file, left_out)
+    )
 
 
-def corpus(section: CorpusSource, file: DataFile, first: int = 0) -> Iterator[dict[str, Any]]:
+def read_options(section: Section, file: DataFile) -> ReadOptions:
+    """Return what is stated about a file, or about all of its source."""
+    return section.entry(file.declared or SourceFile(path=file.name))
+
+
+def wanted_columns(section: Section) -> Wanted:
+    """Return the columns that a source reads."""
+    if isinstance(section, CorpusSource):
+        return Wanted({section.text or "text": "text"}, may_be_text=True)
+    keys = ["text", "label"] if isinstance(section, MessagesSource) else ["instruction", "output", "task"]
+    if isinstance(section, InstructionsSource) and "input" in section.model_fields_set:
+        keys.insert(1, "input")  # a column named `input` may be absent, one that you name not
+    columns = {getattr(section, key): key for key in [*keys, "split"] if getattr(section, key) is not None}
+    if isinstance(section, InstructionsSource):
+        return Wanted(columns, optional=(section.input,) if section.input else ())
+    return Wanted(columns, section.label, () if section.labels == AUTO else tuple(section.labels))
+
+
+def _convert(
+    section: Section, file: DataFile, left_out: LeftOut, convert: Callable[[Mapping[str, Any], str], dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """Yield the records that the rows of a file make."""
+    options, wanted = read_options(section, file), wanted_columns(section)
+    if isinstance(section, MessagesSource):
+        wanted = wanted._replace(label_first=options.format == "tsv" and section.split is None)
+    is_first = True
+    for where, row in read_rows(file, find_format(file, wanted, options), wanted, options):
+        try:
+            if isinstance(row, InputError):
+                raise row
+            if is_first:
+                _tell_of_split_column(section, file, row)
+                is_first = False
+            record = convert(row, where)
+        except InputError as error:
+            left_out.add(where, error)
+        else:
+            yield record
+
+
+def corpus(section: CorpusSource, file: DataFile, left_out: LeftOut, first: int = 0) -> Iterator[dict[str, Any]]:
     """Yield `{"doc": 0, "text": ...}`. Records in a row with one number are one document, numbered from `first`."""
-    if file.suffix in TEXT:
+    if find_format(file, wanted_columns(section), read_options(section, file)) == "text":
         documents = _text_documents(section, file)
     else:
         column = section.text or "text"
-        cells = (_value(row, column, "text", where) for where, row in read_rows(file, {column}))
-        texts = enumerate(filter(str.strip, cells))
+        cells = _convert(section, file, left_out, lambda row, where: {"text": _value(row, column, "text", where)})
+        texts = enumerate(cell["text"] for cell in cells if cell["text"].strip())
         documents = ((number, piece) for number, text in texts for piece in cut_pieces(text))
     for number, piece in documents:
         yield {"doc": first + number, "text": piece}
@@ -73,60 +196,97 @@ def corpus(section: CorpusSource, file: DataFile, first: int = 0) -> Iterator[di
 
 def _text_documents(section: CorpusSource, file: DataFile) -> Iterator[tuple[int, str]]:
     """Yield numbered documents in pieces; each book of Project Gutenberg is a document, or several."""
+    text = decode_text(file, read_options(section, file).encoding)
     if section.strip != "gutenberg":
-        yield from split_documents(decode_text(file), section.document_separator)
+        yield from split_documents(text, section.document_separator)
         return
     first = 0
-    for _, lines in groupby(read_books(decode_text(file), str(file)), key=itemgetter(0)):
-        text = iter(lambda lines=lines: "".join(line for _, line in islice(lines, 10_000)), "")  # type: ignore[misc]
+    for _, lines in groupby(read_books(text, str(file)), key=itemgetter(0)):
+        book = iter(lambda lines=lines: "".join(line for _, line in islice(lines, 10_000)), "")  # type: ignore[misc]
         number = -1
-        for number, piece in split_documents(text, section.document_separator):
+        for number, piece in split_documents(book, section.document_separator):
             yield first + number, piece
         first += number + 1
 
 
-def messages(section: MessagesSource, file: DataFile) -> Iterator[dict[str, Any]]:
+def messages(section: MessagesSource, file: DataFile, left_out: LeftOut) -> Iterator[dict[str, Any]]:
     """Yield `{"text", "label"}`, and `"split"` where the source has such a column."""
-    columns = {section.text, section.label} | ({section.split} if section.split else set())
-    rows = unquoted_rows(file, section.label, section.text) if section.format == "tsv" else read_rows(file, columns)
-    for where, row in rows:
-        record = {
-            "text": _filled(row, section.text, "text", where),
-            "label": _filled(row, section.label, "label", where),
-        }
-        if record["label"] not in section.labels:
-            allowed = ", ".join(section.labels)
+    found: set[str] = set()
+
+    def convert(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+        text, label = _filled(row, section.text, "text", where), _label(section, row, where)
+        found.add(label)
+        if len(found) > MOST_LABELS:
             raise InputError(
-                f"{where}: expected a label out of {allowed}, found {record['label']!r}; correct it or labels:"
+                f"{file}: expected labels in {section.label!r}, found more than {MOST_LABELS} different ones; "
+                "correct label:, or list them under labels:"
             )
-        yield record | _split(row, section.split, where)
+        return {"text": text, "label": label} | _split(row, section.split, where)
+
+    return _convert(section, file, left_out, convert)
 
 
-def instructions(section: InstructionsSource, file: DataFile) -> Iterator[dict[str, Any]]:
+def _label(section: MessagesSource, row: Mapping[str, Any], where: str) -> str:
+    text = _filled(row, section.label, "label", where)
+    if section.labels == AUTO:
+        return text.strip()
+    value = row[section.label]
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    for label in section.labels:
+        same = text.strip() == label or (isinstance(value, bool) and text.lower() == label)
+        if text == label or same or (is_number and _number(label) == value):
+            return label
+    allowed = ", ".join(section.labels)
+    raise InputError(
+        f"{where}: expected a label out of {allowed}, found {text!r}; correct it or labels:, or write labels: auto"
+    )
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def instructions(section: InstructionsSource, file: DataFile, left_out: LeftOut) -> Iterator[dict[str, Any]]:
     """Yield `{"instruction", "input", "output"}`, with `"task"` and `"split"` where the source has such columns."""
-    names = (section.instruction, section.input, section.output, section.task, section.split)
-    must_have_input = "input" in section.model_fields_set  # a column named `input` may be absent, one that you name not
-    for where, row in read_rows(file, {name for name in names if name}):
+    must_have_input = "input" in section.model_fields_set
+
+    def convert(row: Mapping[str, Any], where: str) -> dict[str, Any]:
         record = {"instruction": _filled(row, section.instruction, "instruction", where), "input": ""}
         if section.input and (must_have_input or section.input in row):
             record["input"] = _value(row, section.input, "input", where)
         record["output"] = _filled(row, section.output, "output", where)
         if section.task:
             record["task"] = _value(row, section.task, "task", where)
-        yield record | _split(row, section.split, where)
+        return record | _split(row, section.split, where)
+
+    return _convert(section, file, left_out, convert)
+
+
+# ---- cells -----------------------------------------------------------------------------------------------------------
 
 
 def _value(row: Mapping[str, Any], column: str, key: str, where: str) -> str:
-    """Return a cell as text. Numbers and truth values are taken as they are written."""
+    """Return a cell as text: numbers and truth values as they are written, what is no number as nothing."""
+    value = row.get(column)
+    if (column not in row or isinstance(value, list | Mapping)) and (shape := describe_shape(row)):
+        raise InputError(
+            f"{where}: expected text in {column!r}, found {shape}; this form is not read yet: "
+            "write one text, message or pair a row"
+        )
     if column not in row:
         raise InputError(
             f"{where}: expected {column!r}, found only {', '.join(row) or 'nothing'}; name the right one with {key}:"
         )
-    value = row[column]
-    if value is None:
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return ""
     if not isinstance(value, str | int | float):
-        raise InputError(f"{where}: expected text in {column!r}, found {type(value).__name__}; correct the row")
+        several = ", of which one may have several" if key == "label" else ""
+        raise InputError(
+            f"{where}: expected text in {column!r}, found {type(value).__name__}{several}; correct the row"
+        )
     text = str(value)
     try:
         text.encode()
@@ -141,14 +301,28 @@ def _value(row: Mapping[str, Any], column: str, key: str, where: str) -> str:
 def _filled(row: Mapping[str, Any], column: str, key: str, where: str) -> str:
     text = _value(row, column, key, where)
     if not text.strip():
-        raise InputError(f"{where}: expected text in {column!r}, found none; fill it or remove the row")
+        raise InputError(
+            f"{where}: expected text in {column!r}, found none; fill it or remove the row, or write skip_invalid: true"
+        )
     return text
 
 
 def _split(row: Mapping[str, Any], column: str | None, where: str) -> dict[str, str]:
     if column is None:
         return {}
-    split = _value(row, column, "split", where)
-    if split not in SPLITS:
-        raise InputError(f"{where}: expected a split out of {', '.join(SPLITS)}, found {split!r}; correct it")
+    value = _value(row, column, "split", where)
+    split = split_name(value)
+    if split is None:
+        raise InputError(f"{where}: expected a split, train, validation or test, found {value!r}; correct it")
     return {"split": split}
+
+
+def _tell_of_split_column(section: Section, file: DataFile, row: Mapping[str, Any]) -> None:
+    """Log that a column that looks like splits is not used."""
+    if isinstance(section, CorpusSource) or section.split is not None or (file.declared and file.declared.split):
+        return
+    for name, value in row.items():
+        if name.lower() in SPLIT_COLUMNS and isinstance(value, str) and split_name(value):
+            log.warning(
+                "%s: column %r looks like splits and is not used; to keep them, write split: %s", file, name, name
+            )

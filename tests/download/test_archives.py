@@ -56,7 +56,7 @@ def test_members(tmp_path: Path, cache: Path) -> None:
     assert f"expected sha256 {sha(packed)}, found {sha(b'two')}" in refused(
         local(tmp_path, "a.zip", packed, "b.txt", sha(packed)), cache
     )
-    assert "expected a .zip" in refused(local(tmp_path, "a.txt", DATA, "b.txt"), cache)
+    assert "expected a .zip or .tar" in refused(local(tmp_path, "a.txt", DATA, "b.txt"), cache)
 
 
 @pytest.mark.parametrize(

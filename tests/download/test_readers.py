@@ -102,11 +102,11 @@ def test_documents_of_all_files_are_numbered(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("_blocks")
 @pytest.mark.parametrize(
     ("content", "offset"),
-    [("Grüße ".encode() + b"caf\xe9 au lait", 11), (b"only half a character \xf0\x9f\x98", 22), (b"\xff\xfea\0", 0)],
+    [("Grüße ".encode() + b"caf\xe9 au lait", 11), (b"only half a character \xf0\x9f\x98", 22), (b"\x93a\x94", 0)],
 )
 def test_undecodable(tmp_path: Path, content: bytes, offset: int) -> None:
     message = refused(CORPUS, data_file(tmp_path, "a.txt", content))
-    assert f"found byte 0x{content[offset]:02x} at offset {offset};" in message and "iconv" in message
+    assert f"found byte 0x{content[offset]:02x} at offset {offset};" in message and "iconv" not in message
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv", "a.json"])
@@ -239,8 +239,8 @@ def test_missing_parquet_column(tmp_path: Path) -> None:
 
 def test_wrong_split(tmp_path: Path) -> None:
     section = MessagesSource(files=FILES, labels=["ham", "spam"], split="split")
-    file = data_file(tmp_path, "a.csv", "text,label,split\nhi,ham,dev\n")
-    assert ", line 2: expected a split out of train, val, test, found 'dev'" in refused(section, file)
+    file = data_file(tmp_path, "a.csv", "text,label,split\nhi,ham,first\n")
+    assert ", line 2: expected a split, train, validation or test, found 'first'" in refused(section, file)
 
 
 def test_rows_that_never_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
