@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,11 @@ from llm.inference.generate import generate, stream, stream_text
 from llm.inference.int8 import to_int8
 from llm.inference.prefill import PrefixCache
 from llm.inference.request import Decoder
-from llm.inference.sampling import GREEDY, Sampling
+from llm.inference.sampling import GREEDY, Sampling, sampling_of
 from llm.inference.score import Score, score_tokens
 from llm.model.gpt import GPT
 from llm.tokenizer.conversation import ConversationEncoder, fit_turns
-from llm.tokenizer.prompts import Message, end_tokens
+from llm.tokenizer.prompts import Message
 
 __all__ = ["InputError", "Message", "Model", "Prompt", "Sampling", "Score", "load"]
 
@@ -101,13 +102,14 @@ class Model:
 
     @property
     def sampling(self) -> Sampling:
-        """Return the default choice of tokens, greedy unless the model says otherwise."""
-        return GREEDY
+        """Return the default choice of tokens, greedy unless the model's generation settings say otherwise."""
+        settings = self.checkpoint.config.generation
+        return GREEDY if settings is None else sampling_of(settings)
 
     @property
     def stop_ids(self) -> frozenset[int]:
         """Return all tokens that end a text."""
-        return frozenset(end_tokens(self.checkpoint.tokenizer, self.checkpoint.config.template))
+        return self.checkpoint.config.stop_ids(self.checkpoint.tokenizer)
 
     def encode_conversation(
         self,
@@ -118,7 +120,7 @@ class Model:
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """Return the tokens of a conversation of any length; see `ConversationEncoder.encode`."""
-        return self._conversations().encode(
+        return self._conversations.encode(
             messages, add_generation_prompt=add_generation_prompt, tools=tools, template_kwargs=template_kwargs
         )
 
@@ -136,7 +138,7 @@ class Model:
         System messages and the last turn stay. Raises `InputError` where these alone are longer than the context, and
         where no question is at the end.
         """
-        encoder, context_length = self._conversations(), self.gpt.config.context_length
+        encoder, context_length = self._conversations, self.gpt.config.context_length
         kept, ids, left_out = fit_turns(
             messages,
             lambda kept: encoder.encode(kept, tools=tools, template_kwargs=template_kwargs),
@@ -278,11 +280,10 @@ class Model:
             raise InputError("a single token; the first is never scored, so a text needs at least two")
         return score_tokens(self.gpt, torch.tensor(ids))
 
+    @cached_property
     def _conversations(self) -> ConversationEncoder:
         self.require("instruct")
-        config = self.checkpoint.config
-        assert config.template is not None
-        return ConversationEncoder(self.checkpoint.tokenizer, config.template, config.system)
+        return self.checkpoint.config.conversations(self.checkpoint.tokenizer)
 
     def _encode(self, prompt: Prompt, max_new_tokens: int) -> list[int]:
         if not isinstance(prompt, str):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
-from pydantic import ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from llm.checkpoint.weights import (
     check_layers,
@@ -23,6 +24,18 @@ from llm.config import GPTConfig, Positive, Strict, Template, explain
 from llm.model.classifier import GPTClassifier
 from llm.model.gpt import GPT
 from llm.tokenizer.bpe import Tokenizer
+from llm.tokenizer.chat_source import (
+    ChatSource,
+    GenerationConfig,
+    default_special_tokens,
+    read_template_files,
+    template_files,
+)
+from llm.tokenizer.conversation import ConversationEncoder
+from llm.tokenizer.own_template import DEFAULT, OwnTemplate
+from llm.tokenizer.prompts import TEMPLATES, end_tokens
+
+log = logging.getLogger("llm")
 
 
 class CheckpointConfig(Strict):
@@ -32,18 +45,44 @@ class CheckpointConfig(Strict):
     gpt: GPTConfig
     labels: list[str] | None = None  # classifier: in the order of its outputs
     max_length: Positive | None = None  # classifier: tokens of a text that it reads
-    template: Template | None = None  # instruct: how a prompt is written
+    template: Template | None = None  # instruct: how a prompt is written, or what is nearest to the own template
     system: str | None = None  # instruct: what stands before every prompt, where the template has a place for it
+    special_tokens: dict[str, str] | None = None  # of open weights: bos_token, eos_token, pad_token ...
+    generation: GenerationConfig | None = None  # of open weights
+    chat_templates: dict[str, str] | None = Field(default=None, exclude=True)  # own ones by name, in files beside
 
     @model_validator(mode="after")
     def _belongs_to_kind(self) -> Self:
         if (self.kind == "classifier") != (bool(self.labels) and self.max_length is not None):
             raise ValueError(f"labels and max_length go with kind classifier, found kind {self.kind}")
-        if (self.kind == "instruct") != (self.template is not None):
+        if self.kind == "instruct" and self.template is None and self.chat_templates is None:
+            raise ValueError(
+                "a template goes with kind instruct, found none, nor a chat_template.jinja beside this file"
+            )
+        if self.kind != "instruct" and self.template is not None:
             raise ValueError(f"a template goes with kind instruct, found kind {self.kind}")
         if self.system is not None and self.template in (None, "alpaca"):
             raise ValueError(f"system goes with the templates chatml and llama3, found {self.template}")
         return self
+
+    @property
+    def chat_source(self) -> ChatSource:
+        """Return the model's own chat templates, tokens and settings."""
+        return ChatSource(self.chat_templates, self.special_tokens, self.generation)
+
+    def conversations(self, tokenizer: Tokenizer) -> ConversationEncoder:
+        """Return the encoder of conversations; raise `InputError` for a model that has no template."""
+        if self.template is None and self.chat_templates is None:
+            raise InputError(f"a model of kind {self.kind} has no chat template; use an instruct model")
+        own = None
+        if self.chat_templates is not None:
+            own = OwnTemplate(tokenizer, self.chat_templates, self.special_tokens or {})
+        return ConversationEncoder(tokenizer, self.template, self.system, own)
+
+    def stop_ids(self, tokenizer: Tokenizer) -> frozenset[int]:
+        """Return all tokens that end a text of the model."""
+        stated = self.generation.eos_token_id if self.generation is not None else None
+        return frozenset(end_tokens(tokenizer, self.template) | set(stated or ()))
 
 
 class Checkpoint(NamedTuple):
@@ -54,11 +93,66 @@ class Checkpoint(NamedTuple):
     config: CheckpointConfig
 
 
-def lm_checkpoint(model: GPT, tokenizer: Tokenizer, template: Template | None, system: str | None) -> Checkpoint:
-    """Return the checkpoint of a GPT, in evaluation mode; its kind is instruct where there is a template, else base."""
-    kind: Literal["base", "instruct"] = "base" if template is None else "instruct"
-    config = CheckpointConfig(kind=kind, gpt=model.config, template=template, system=system)
-    return Checkpoint(model.eval(), tokenizer, config)
+def lm_checkpoint(
+    model: GPT,
+    tokenizer: Tokenizer,
+    template: Template | None,
+    system: str | None,
+    chat: ChatSource | None = None,
+    where: Path | None = None,
+) -> Checkpoint:
+    """Return the checkpoint of a GPT, in evaluation mode; its kind is instruct where it can be asked, else base.
+
+    `chat` is of open weights from the place `where`. Their own chat template is the one that is used. Where it cannot
+    be rendered, a warning says so, and the model is a base model that keeps the template for its exports.
+    """
+    chat = _without_ours(chat or ChatSource(), tokenizer, template, system)
+    config = CheckpointConfig(kind="base", gpt=model.config, **_chat_fields(chat))
+    asked = {"kind": "instruct", "template": template, "system": system}
+    if chat.templates is None:
+        config = config if template is None else config.model_copy(update=asked)
+    elif problem := _problem(own := config.conversations(tokenizer)):
+        log.warning("%s: its chat template cannot be used, only kept: %s", where or "model", problem)
+    else:
+        config = config.model_copy(update=asked)
+        settings = config.generation or GenerationConfig()
+        if settings.eos_token_id is None and own.turn_end is not None:
+            ends = list(dict.fromkeys([own.turn_end, tokenizer.eot]))
+            config = config.model_copy(update={"generation": settings.model_copy(update={"eos_token_id": ends})})
+    return Checkpoint(model.eval(), tokenizer, CheckpointConfig.model_validate(dict(config)))
+
+
+def _without_ours(chat: ChatSource, tokenizer: Tokenizer, template: Template | None, system: str | None) -> ChatSource:
+    """Return what a foreign file says beyond what our exports write by themselves."""
+    templates, special_tokens, generation = chat
+    if template is not None and templates == {DEFAULT: TEMPLATES[template].jinja(tokenizer, system)}:
+        templates = None
+    if special_tokens == default_special_tokens(tokenizer):
+        special_tokens = None
+    if generation is not None:
+        plain = GenerationConfig(bos_token_id=tokenizer.bos, eos_token_id=sorted(end_tokens(tokenizer, template)))
+        ends = sorted(generation.eos_token_id or [])
+        if generation.model_copy(update={"eos_token_id": ends}) == plain:
+            generation = None
+    return ChatSource(templates, special_tokens, generation)
+
+
+def _chat_fields(chat: ChatSource) -> dict[str, Any]:
+    return {"chat_templates": chat.templates, "special_tokens": chat.special_tokens, "generation": chat.generation}
+
+
+def _problem(conversations: ConversationEncoder) -> str | None:
+    """Return the reason why a chat template can render no question, not even below a system message."""
+    question = {"role": "user", "content": "How are you?"}
+    problem = ""
+    for messages in ([question], [{"role": "system", "content": "Be kind."}, question]):
+        try:
+            conversations.encode(messages)
+        except InputError as error:
+            problem = problem or str(error).removeprefix("messages: ")
+        else:
+            return None
+    return problem
 
 
 def save_checkpoint(folder: Path, content: Checkpoint, more: Mapping[str, bytes] | None = None) -> None:
@@ -71,7 +165,7 @@ def save_checkpoint(folder: Path, content: Checkpoint, more: Mapping[str, bytes]
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in stored_tensors(content.model).items()}
         write_tensors(new / "model.safetensors", weights)
         content.tokenizer.save(new)
-        for name, data in (more or {}).items():
+        for name, data in {**template_files(content.config.chat_templates or {}), **(more or {})}.items():
             (new / name).parent.mkdir(exist_ok=True)
             (new / name).write_bytes(data)
 
@@ -102,6 +196,8 @@ def read_checkpoint_config(folder: Path) -> tuple[CheckpointConfig, Tokenizer]:
     if not path.is_file():
         raise InputError(f"{folder}: not a model folder: config.json is missing; name a folder such as models/base")
     content = read_json(path, "make the model folder again")
+    if isinstance(content, dict) and (templates := read_template_files(folder)) is not None:
+        content["chat_templates"] = templates
     try:
         config = CheckpointConfig.model_validate(content)
     except ValidationError as error:

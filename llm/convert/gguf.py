@@ -33,6 +33,7 @@ from llm.convert.families.base import Family, fused_names, fused_shapes
 from llm.convert.families.metadata import Metadata
 from llm.convert.families.registry import FAMILIES, family_with
 from llm.model.gpt import GPT
+from llm.tokenizer.chat_source import ChatSource, gguf_chat, gguf_chat_fields
 from llm.tokenizer.gguf import gguf_tokenizer_fields, parse_gguf_tokenizer
 
 CHUNK = 2**18  # numbers that are dequantized at a time
@@ -54,6 +55,7 @@ def read_gguf(path: Path, dtype: torch.dtype | None) -> Checkpoint:
     header = read_gguf_header(path)
     family, config = _config(path, header)
     tokenizer, template, system = parse_gguf_tokenizer(path, header.fields)
+    chat = _chat(path, header.fields)
     n_tokens = max(len(header.fields.pop("tokenizer.ggml.tokens")), tokenizer.vocab_size)
     header.fields.pop("tokenizer.ggml.merges", None)  # as large as the tokens; neither is needed beside the weights
     if n_tokens != config.vocab_size:
@@ -83,7 +85,14 @@ def read_gguf(path: Path, dtype: torch.dtype | None) -> Checkpoint:
                 assign_tensor(model, name, tensor)
                 first_row += shape[0]
     tie_head(model)
-    return lm_checkpoint(model, tokenizer, template, system)
+    return lm_checkpoint(model, tokenizer, template, system, chat, path)
+
+
+def _chat(path: Path, fields: dict[str, Any]) -> ChatSource:
+    try:
+        return gguf_chat(fields)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
 
 
 def _config(path: Path, header: GGUFHeader) -> tuple[Family, GPTConfig]:
@@ -216,7 +225,10 @@ def _tensors_out(
 
 def _tokenizer_fields(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return the tokenizer's metadata; the spare rows of the embedding need names too."""
-    fields = gguf_tokenizer_fields(checkpoint.tokenizer, checkpoint.config.template, checkpoint.config.system)
+    _, tokenizer, config = checkpoint
+    fields = gguf_tokenizer_fields(tokenizer, config.template, config.system)
+    turn_end = config.conversations(tokenizer).turn_end if config.kind == "instruct" else None
+    fields |= gguf_chat_fields(config.chat_source, tokenizer, turn_end)
     tokens, types = (list(fields[f"tokenizer.ggml.{name}"]) for name in ("tokens", "token_type"))
     spare = range(len(tokens), checkpoint.config.gpt.vocab_size)
     unused = int(gguf_package().TokenType.UNUSED)

@@ -10,13 +10,14 @@ import math
 import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from llm.checkpoint.folder import Checkpoint, lm_checkpoint
+from llm.checkpoint.folder import Checkpoint, CheckpointConfig, lm_checkpoint
 from llm.checkpoint.weights import (
     assign_tensor,
     check_layers,
@@ -36,6 +37,8 @@ from llm.convert.families.base import TAKE, Family, HFConfig, fused_names, fused
 from llm.convert.families.registry import FAMILIES, family_with
 from llm.download.hub import PICKLED
 from llm.model.gpt import GPT
+from llm.tokenizer.bpe import Tokenizer
+from llm.tokenizer.chat_source import NAMED_TOKENS, ChatSource, GenerationConfig, read_hf_chat, template_files
 from llm.tokenizer.hf import read_tokenizer_json, write_tokenizer_json
 from llm.tokenizer.prompts import end_tokens
 
@@ -75,7 +78,7 @@ def read_hf(path: Path, dtype: torch.dtype | None) -> Checkpoint:
     with without_weights():
         model = GPT(config)
     read_weights(model, path, found, family, dtype)
-    return lm_checkpoint(model, tokenizer, template, system)
+    return lm_checkpoint(model, tokenizer, template, system, read_hf_chat(path), path)
 
 
 def read_hf_config(path: Path) -> tuple[Family, HFConfig]:
@@ -267,8 +270,8 @@ def export_hf(checkpoint: Checkpoint, out: Path) -> None:
         tensors = [ours[name].detach().cpu() for name in parts]
         tensor = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
         weights[theirs] = (tensor.t() if theirs.endswith(family.conv1d_weights) else tensor).contiguous()
-    ends = sorted(end_tokens(tokenizer, config.template))
-    ids = {"bos_token_id": tokenizer.bos, "eos_token_id": ends[0] if len(ends) == 1 else ends}
+    settings = _generation_values(config, tokenizer)
+    ids = {key: settings.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     values = {
         "architectures": [family.hf_class],
         **hf_config.model_dump(exclude_unset=True),
@@ -277,6 +280,35 @@ def export_hf(checkpoint: Checkpoint, out: Path) -> None:
     }
     with replaced_folder(out) as new:
         write_atomic(new / "config.json", json.dumps(values, indent=2) + "\n")
-        write_atomic(new / "generation_config.json", json.dumps(ids, indent=2) + "\n")
+        write_atomic(new / "generation_config.json", json.dumps(settings, indent=2) + "\n")
         write_tensors(new / WEIGHTS, weights, {"format": "pt"})
-        write_tokenizer_json(new, tokenizer, config.template, config.system)
+        own = config.chat_templates
+        write_tokenizer_json(new, tokenizer, config.template if own is None else None, config.system)
+        _write_own_chat(new, config.chat_source)
+
+
+def _generation_values(config: CheckpointConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return the generation settings of an export: the original's, and the tokens that end a text here."""
+    settings = config.generation or GenerationConfig(bos_token_id=tokenizer.bos)
+    values: dict[str, Any] = {"bos_token_id": None, **settings.to_hf()}
+    for key in ("bos_token", "pad_token"):
+        named = (config.special_tokens or {}).get(key)
+        if values.get(f"{key}_id") is None and named in tokenizer.special_tokens:
+            values[f"{key}_id"] = tokenizer.special_tokens[named]
+    if settings.eos_token_id is None or (config.template is not None and config.chat_templates is None):
+        ends = [*(settings.eos_token_id or []), *sorted(end_tokens(tokenizer, config.template))]
+        ends = list(dict.fromkeys(ends))
+        values["eos_token_id"] = ends[0] if len(ends) == 1 else ends
+    return values
+
+
+def _write_own_chat(folder: Path, chat: ChatSource) -> None:
+    """Add the chat templates and the named tokens that came with the model to the files of its tokenizer."""
+    for name, data in template_files(chat.templates or {}).items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(data)
+    if chat.special_tokens is not None:
+        for name in ("tokenizer_config.json", "special_tokens_map.json"):
+            content = read_json_object(folder / name)
+            named = {key: value for key, value in content.items() if key not in NAMED_TOKENS} | chat.special_tokens
+            write_atomic(folder / name, json.dumps(named, ensure_ascii=False, indent=1) + "\n")

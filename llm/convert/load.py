@@ -36,5 +36,7 @@ def describe(checkpoint: Checkpoint) -> str:
     words = [f"{sum(p.numel() for p in parameters):,} parameters", *dtypes]
     with contextlib.suppress(InputError):
         words.insert(0, hf_config_of(checkpoint.config.gpt)[0].model_type)
-    words.append(f"template {checkpoint.config.template}" if checkpoint.config.template else checkpoint.config.kind)
+    config = checkpoint.config
+    own = config.kind == "instruct" and config.chat_templates is not None
+    words.append("its own chat template" if own else f"template {config.template}" if config.template else config.kind)
     return ", ".join(words)

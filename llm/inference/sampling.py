@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm.common.errors import InputError
+from llm.tokenizer.chat_source import GenerationConfig
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,24 @@ class Sampling:
 
 
 GREEDY = Sampling()
+
+
+def sampling_of(settings: GenerationConfig) -> Sampling:
+    """Return the choice of tokens that a model's generation settings state.
+
+    They are greedy where `do_sample` is false, and where neither it nor any filter is stated.
+    """
+    stated = any(value is not None for value in (settings.temperature, settings.top_k, settings.top_p, settings.min_p))
+    penalty = 1.0 if settings.repetition_penalty is None else settings.repetition_penalty
+    if settings.do_sample is False or not (settings.do_sample or stated):
+        return Sampling(repetition_penalty=penalty)
+    return Sampling(
+        repetition_penalty=penalty,
+        temperature=1.0 if settings.temperature is None else settings.temperature,
+        top_k=settings.top_k or None,  # 0: off
+        top_p=settings.top_p,
+        min_p=settings.min_p,
+    )
 
 
 def apply_repetition_penalty(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import bisect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import takewhile
 from typing import Any
 
 from llm.common.errors import InputError
 from llm.config import Template
 from llm.tokenizer.bpe import Tokenizer
+from llm.tokenizer.own_template import OwnTemplate
 from llm.tokenizer.prompts import TEMPLATES, Message
 
 ROLES = ("system", "user", "assistant")
@@ -17,11 +20,12 @@ ROLES = ("system", "user", "assistant")
 
 @dataclass(frozen=True)
 class ConversationEncoder:
-    """The tokens of conversations with one model."""
+    """The tokens of conversations with one model: in its own chat template, else in one of ours."""
 
     tokenizer: Tokenizer
-    template: Template
-    system: str | None = None  # begins a conversation that has no system message
+    template: Template | None
+    system: str | None = None  # begins a conversation that has no system message; a template of ours
+    own: OwnTemplate | None = None
 
     def encode(
         self,
@@ -37,9 +41,31 @@ class ConversationEncoder:
         `template_kwargs` further variables of the model's own chat template, such as enable_thinking. Raises
         `InputError` for a conversation that the template cannot express.
         """
+        check_messages(messages)
+        if self.own is not None:
+            return self.own.encode(
+                messages, add_generation_prompt=add_generation_prompt, tools=tools, template_kwargs=template_kwargs
+            )
+        assert self.template is not None
         self._check_ours(messages, tools, template_kwargs)
         template = TEMPLATES[self.template]
         return template.encode_messages(self.tokenizer, messages, self.system, add_generation_prompt)
+
+    @cached_property
+    def turn_end(self) -> int | None:
+        """Return the token behind an answer, if the template has one."""
+        if self.own is None:
+            return None if self.template is None else TEMPLATES[self.template].stop_token(self.tokenizer)
+        one, two = (
+            self.encode(
+                [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}],
+                add_generation_prompt=False,
+            )[::-1]
+            for answer in ("x", "1")
+        )
+        behind = [a for a, b in takewhile(lambda pair: pair[0] == pair[1], zip(one, two, strict=False))][::-1]
+        special = set(self.tokenizer.special_tokens.values())
+        return next((number for number in behind if number in special), None)
 
     def _check_ours(
         self,
@@ -48,12 +74,14 @@ class ConversationEncoder:
         template_kwargs: Mapping[str, Any] | None,
     ) -> None:
         """Raise `InputError` for anything that a template of ours has no place for."""
-        check_messages(messages)
+        assert self.template is not None
         name = self.template
         for i, message in enumerate(messages):
             if (role := message["role"]) not in ROLES or (role == "system" and i > 0):
                 place = "only as the first message" if role == "system" else f"not one of {', '.join(ROLES)}"
                 raise InputError(f"messages: message {i + 1} has the role {role} ({place}); leave it out")
+            if not isinstance(message.get("content"), str):
+                raise InputError(f"messages: the {role} message has no text as its content; give a string")
         if messages[0]["role"] == "system" and not TEMPLATES[name].has_system:
             raise InputError(f"messages: the template {name} has no place for a system message; leave it out")
         for what, given in (("tools", tools), ("template_kwargs", template_kwargs)):
@@ -62,15 +90,13 @@ class ConversationEncoder:
 
 
 def check_messages(messages: Sequence[Message]) -> None:
-    """Raise `InputError` for messages without a role or a text."""
+    """Raise `InputError` for no messages, and for one without a role."""
     if not messages:
         raise InputError("messages: none (expected system, if any, then user and assistant in turn); give a question")
     for i, message in enumerate(messages, start=1):
         role = message.get("role")
         if not isinstance(role, str) or not role:
             raise InputError(f"messages: message {i} has no role (expected {', '.join(ROLES)}); name one")
-        if not isinstance(message.get("content"), str):
-            raise InputError(f"messages: the {role} message has no text as its content; give a string")
 
 
 def split_turns(messages: Sequence[Message]) -> tuple[list[Message], list[list[Message]]]:

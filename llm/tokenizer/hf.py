@@ -28,6 +28,7 @@ from llm.tokenizer.build import (
     short_json,
     token_names,
 )
+from llm.tokenizer.chat_source import default_special_tokens
 from llm.tokenizer.pre_tokenizers import DIGIT, GPT2_STEP, PRE_TOKENIZERS, PreTokenizer, pre_tokenizer_of
 from llm.tokenizer.prompts import TEMPLATES
 
@@ -206,11 +207,10 @@ def _chat_template_of(folder: Path, config: Mapping[str, Any]) -> str | None:
 def write_tokenizer_json(folder: Path, tokenizer: Tokenizer, template: Template | None, system: str | None) -> None:
     """Write the files that transformers' `AutoTokenizer` opens, with the same ids and the same prompts."""
     # eos_token stands between texts, as in training; where a turn ends otherwise, generation_config.json says so.
-    eot, bos = tokenizer.eot_token, tokenizer.bos_token
-    special = {"bos_token": bos or eot, "eos_token": eot, "pad_token": eot}
+    special = default_special_tokens(tokenizer)
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "add_bos_token": bos is not None,
+        "add_bos_token": tokenizer.bos is not None,
         "clean_up_tokenization_spaces": False,
         **special,
     }
