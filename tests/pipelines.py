@@ -42,6 +42,7 @@ def tiny_copy(folder: Path) -> Path:
     values = read_params(folder)
     values["tokenize"]["tokenizer"]["vocab_size"] = 400
     values["tokenize"]["tokens_per_shard"] = 5000
+    values["tokenize"]["max_too_long"] = 1.0
     write_params(folder, values)
     execute(folder, "git", "init", "-q")
     return folder
