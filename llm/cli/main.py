@@ -11,7 +11,7 @@ import os
 import sys
 from typing import Any, NoReturn
 
-from llm.cli import bench, chat, classify, export, generate, import_, score, serve
+from llm.cli import bench, chat, classify, compare, export, generate, import_, score, serve
 from llm.cli.options import add_command
 from llm.common.errors import InputError
 from llm.common.log import setup_logging
@@ -22,6 +22,7 @@ COMMANDS = {
     "chat": chat,
     "classify": classify,
     "score": score,
+    "compare": compare,
     "serve": serve,
     "import": import_,
     "export": export,
@@ -63,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         setup_logging(getattr(args, "log_level", None))
-        args.run(args)
+        status: int | None = args.run(args)
     except BrokenPipeError:  # the reader of the answers left, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing left to fail at exit
         return 141  # as shells report the signal SIGPIPE
@@ -74,4 +75,4 @@ def main(argv: list[str] | None = None) -> int:
         message = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
         print(one_line(f"python -m llm {args.command}: {message}"), file=sys.stderr)
         return 1
-    return 0
+    return status or 0

@@ -54,7 +54,7 @@ def read_rows(path: Path, column: str | None = None) -> Iterator[Row]:
     if suffix in LINES:
         rows = _text_lines(path, name)
     else:
-        rows = _table(path, TABLES[suffix]) if suffix in TABLES else _json_lines(path)
+        rows = read_table(path)
     for where, row in rows:
         if name not in row:
             found = ", ".join(row) or "nothing"
@@ -64,6 +64,12 @@ def read_rows(path: Path, column: str | None = None) -> Iterator[Row]:
         yield row
     if not where:
         raise InputError(f"{path}: no row to read (expected at least one); fill it or leave it out")
+
+
+def read_table(path: Path) -> Iterator[tuple[str, Row]]:
+    """Yield the rows of a .csv, .tsv or .jsonl file, each behind its place for messages."""
+    delimiter = TABLES.get(path.suffix.lower())
+    return _json_lines(path) if delimiter is None else _table(path, delimiter)
 
 
 def text_of(row: Mapping[str, Any], column: str | None = None) -> str:

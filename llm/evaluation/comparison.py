@@ -103,13 +103,15 @@ def compare(metrics: Sequence[Metric], seed: int = 0, resamples: int = RESAMPLES
 
 def _compare_one(metric: Metric, n_metrics: int, seed: int, resamples: int) -> MetricComparison:
     n = len(metric.a)
-    count = min(resamples, max(FEWEST_RESAMPLES, CELLS // n))
-    a, b = (float(metric.value(x.sum(axis=0))) for x in (metric.a, metric.b))
-    differences = bootstrap(metric, count, np.random.default_rng([seed, 0]))
+    metric, counts = grouped(metric)
+    count = min(resamples, max(FEWEST_RESAMPLES, CELLS // len(counts)))
+    a, b = (float(metric.value(counts @ x)) for x in (metric.a, metric.b))
+    differences = bootstrap(metric, counts, count, np.random.default_rng([seed, 0]))
     low, high = (float(x) for x in np.quantile(differences, (0.025, 0.975)))
     only_a = only_b = p = None
     if metric.binary:
-        only_a, only_b = (int((x[:, 0] > y[:, 0]).sum()) for x, y in ((metric.a, metric.b), (metric.b, metric.a)))
+        hits_a, hits_b = metric.a[:, 0], metric.b[:, 0]
+        only_a, only_b = int(counts[hits_a > hits_b].sum()), int(counts[hits_b > hits_a].sum())
         p = mcnemar(only_a, only_b)
         smallest = smallest_visible(n, only_a + only_b, ALPHA / n_metrics)
     else:
@@ -124,11 +126,18 @@ def _compare_one(metric: Metric, n_metrics: int, seed: int, resamples: int) -> M
         only_a=only_a,
         only_b=only_b,
         p_mcnemar=p,
-        p_permutation=permutation(metric, count, np.random.default_rng([seed, 1])),
+        p_permutation=permutation(metric, counts, count, np.random.default_rng([seed, 1])),
         p_holm=math.nan,
         smallest=smallest,
         verdict="not to be told apart",
     )
+
+
+def grouped(metric: Metric) -> tuple[Metric, Ints]:
+    """Return the metric with its different examples alone, and how often each of them occurs."""
+    both, counts = np.unique(np.hstack((metric.a, metric.b)), axis=0, return_counts=True)
+    a, b = np.hsplit(both, 2)
+    return metric._replace(a=a, b=b), counts
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
@@ -138,28 +147,27 @@ def mcnemar(only_a: int, only_b: int) -> float:
     return float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
 
 
-def bootstrap(metric: Metric, count: int, random: np.random.Generator) -> Floats:
-    """Return the differences of `count` resamples of the examples, drawn for both models alike: [R]."""
-    n = len(metric.a)
+def bootstrap(metric: Metric, counts: Ints, resamples: int, random: np.random.Generator) -> Floats:
+    """Return the differences of resamples of the examples, drawn for both models alike: [R]."""
+    n = int(counts.sum())
     parts = []
-    for size in _chunks(count, n):
-        drawn = random.multinomial(n, np.full(n, 1 / n), size=size).astype(np.float64)  # [R, N]: how often each
+    for size in _chunks(resamples, len(counts)):
+        drawn = random.multinomial(n, counts / n, size=size).astype(np.float64)  # [R, N]: how often each
         parts.append(metric.value(drawn @ metric.b) - metric.value(drawn @ metric.a))
     return np.concatenate(parts)
 
 
-def permutation(metric: Metric, count: int, random: np.random.Generator) -> float:
-    """Return the two-sided p-value of `count` random exchanges of the two models' results on single examples."""
-    n = len(metric.a)
-    total, change = (metric.a + metric.b).sum(axis=0), metric.b - metric.a
-    found = abs(float(metric.value(metric.b.sum(axis=0)) - metric.value(metric.a.sum(axis=0))))
+def permutation(metric: Metric, counts: Ints, resamples: int, random: np.random.Generator) -> float:
+    """Return the two-sided p-value of random exchanges of the two models' results on single examples."""
+    sums_a, sums_b, change = counts @ metric.a, counts @ metric.b, metric.b - metric.a
+    found = abs(float(metric.value(sums_b) - metric.value(sums_a)))
     as_large = 0
-    for size in _chunks(count, n):
-        exchanged = random.integers(0, 2, size=(size, n)).astype(np.float64)
-        a = metric.a.sum(axis=0) + exchanged @ change
-        differences = np.abs(metric.value(total - a) - metric.value(a))
+    for size in _chunks(resamples, len(counts)):
+        exchanged = random.binomial(counts, 0.5, size=(size, len(counts)))  # [R, N]: of how many
+        a = sums_a + exchanged @ change
+        differences = np.abs(metric.value(sums_a + sums_b - a) - metric.value(a))
         as_large += int((differences >= found - 1e-12).sum())
-    return (1 + as_large) / (1 + count)
+    return (1 + as_large) / (1 + resamples)
 
 
 def _chunks(count: int, n: int) -> list[int]:

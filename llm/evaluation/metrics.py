@@ -152,20 +152,25 @@ def fold(text: str) -> str:
 
 def answer_report(answers: Sequence[str], expected: Sequence[str]) -> AnswerReport:
     """Compute exact match, ROUGE-L (rouge-score; words of any script) and corpus chrF (sacrebleu) of answers."""
-    from rouge_score.rouge_scorer import RougeScorer
     from sacrebleu.metrics.chrf import CHRF
 
     if not answers:
         return AnswerReport(0, wilson(0, 0), 0.0, 0.0)
-    scorer = RougeScorer(["rougeL"], tokenizer=_Words())
-    rouge = [scorer.score(e, a)["rougeL"].fmeasure for a, e in zip(answers, expected, strict=True)]
     exact = sum(fold(a) == fold(e) for a, e in zip(answers, expected, strict=True))
     return AnswerReport(
         rows=len(answers),
         exact_match=wilson(exact, len(answers)),
-        rouge_l=float(np.mean(rouge)),
+        rouge_l=float(np.mean(rouge_l_scores(answers, expected))),
         chrf=float(CHRF().corpus_score(list(answers), [list(expected)]).score),
     )
+
+
+def rouge_l_scores(answers: Sequence[str], expected: Sequence[str]) -> list[float]:
+    """Return the ROUGE-L of each answer."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rougeL"], tokenizer=_Words())
+    return [scorer.score(e, a)["rougeL"].fmeasure for a, e in zip(answers, expected, strict=True)]
 
 
 class _Words:

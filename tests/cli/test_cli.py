@@ -565,7 +565,7 @@ def test_help_shows_examples_without_loading_torch() -> None:
         "    assert 'torch' not in sys.modules, command\n"
     )
     kinds = [f"bench {kind}" for kind in ("tokenize", "train", "finetune", "generate", "learn", "scale")]
-    commands = ["generate", "chat", "classify", "score", "import", "export", "bench", *kinds]
+    commands = ["generate", "chat", "classify", "score", "compare", "import", "export", "bench", *kinds]
     subprocess.run([sys.executable, "-c", code, *commands], cwd=ROOT, check=True)
 
 
