@@ -6,6 +6,7 @@ import base64
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ from llm.serving.schemas import (
     TokenizeRequest,
 )
 
+PAGE = Path(__file__).parent / "page"
 MAX_PROMPTS = 64  # of a completion or an embedding
 MAX_WAITING = 64  # requests beside the engines'
 
@@ -87,6 +89,7 @@ def build_app(server: Server) -> Any:
     add_embeddings(app, server)
     add_tools(app, server)
     add_operations(app, server)
+    add_page(app)
     if server.origins:
         app.add_middleware(CORSMiddleware, allow_origins=[*server.origins], allow_methods=["*"], allow_headers=["*"])
     app.add_middleware(Guard, gate=server.gate, metrics=server.models.metrics, respond=respond)
@@ -294,3 +297,19 @@ def add_operations(app: Any, server: Server) -> None:
             return {"reloaded": await run_in_threadpool(server.models.reload, body.model)}
         except (OSError, RuntimeError) as error:
             raise ApiError(400, f"not reloaded, the models stay as they were: {error_text(error)}") from None
+
+
+def add_page(app: Any) -> None:
+    """Add the page, and the API's description."""
+    from starlette.responses import FileResponse
+    from starlette.staticfiles import StaticFiles
+
+    @app.get("/", include_in_schema=False)
+    async def index() -> Any:
+        return FileResponse(PAGE / "index.html")
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> Any:
+        return FileResponse(PAGE / "docs.html")
+
+    app.mount("/page", StaticFiles(directory=PAGE), name="page")
