@@ -10,7 +10,7 @@ from __future__ import annotations
 import codecs
 import re
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -336,7 +336,7 @@ class ModelParams(Strict):
     rope_theta: PositiveFloat
     norm: Literal["layernorm", "rmsnorm"]
     norm_eps: PositiveFloat
-    activation: Literal["gelu", "swiglu", "relu2"]
+    activation: Literal["gelu", "swiglu", "geglu", "relu2"]
     qk_norm: bool
     qkv_bias: bool
     bias: bool
@@ -385,12 +385,68 @@ class RopeScaling(Strict):
         return self
 
 
+class LayerKind(NamedTuple):
+    """The positions that a layer of a `GPT` sees, and their angles."""
+
+    window: int | None  # tokens that a position attends to, itself included; None: all before it
+    rope_theta: float | None  # None: no position turns anything
+    rope_scaling: RopeScaling | None
+
+
+LayerNumbers = Annotated[tuple[NonNegative, ...], Field(min_length=1, strict=False)]  # JSON has lists
+
+
 class GPTConfig(ModelParams):
-    """Config of a `GPT`, and the content of a model folder's `config.json`."""
+    """Config of a `GPT`, and the content of a model folder's `config.json`.
+
+    Beside those of `params.yaml` it has options that only open weights use. None leaves an option out.
+    """
 
     vocab_size: Size  # at least the tokenizer's; open weights often have rows to spare
     rope_scaling: RopeScaling | None = None
     sliding_window: Positive | None = None  # tokens that a position attends to, itself included; None: all before it
+    full_layers: LayerNumbers | None = None  # layers without the sliding window, the first being 0
+    local_rope_theta: PositiveFloat | None = None  # rope_theta of layers with the window, which no scaling stretches
+    nope_layers: LayerNumbers | None = None  # layers without rotary positions
+    rotary_dim: Positive | None = None  # the first numbers of each head, which rotary positions turn; None: all
+    ffn_bias: bool | None = None  # of the feed-forward layers; None: as `bias`
+    joint_qk_norm: Literal[True] | None = None  # qk_norm spans all heads together; None: each head alone
+    norm_place: Literal["after", "both"] | None = None  # of attention and feed-forward layers; None: before
+    unit_offset_norm: Literal[True] | None = None  # norms multiply with 1 + weight
+    embedding_scale: PositiveFloat | None = None  # token embeddings are multiplied with
+    attention_scale: PositiveFloat | None = None  # scores are multiplied with; None: 1 / sqrt(head_dim)
+
+    @model_validator(mode="after")
+    def _options_fit(self) -> Self:
+        needs = {
+            "full_layers": self.sliding_window is not None,
+            "local_rope_theta": self.sliding_window is not None and self.positions == "rotary",
+            "nope_layers": self.positions == "rotary",
+            "rotary_dim": self.positions == "rotary",
+            "joint_qk_norm": self.qk_norm,
+            "unit_offset_norm": self.norm == "rmsnorm",
+        }
+        for name, fits in needs.items():
+            if getattr(self, name) is not None and not fits:
+                raise ValueError(f"{name} has no place without the option that it changes; leave it out")
+        for layers in (self.full_layers or (), self.nope_layers or ()):
+            if list(layers) != sorted({*layers}) or any(layer >= self.n_layers for layer in layers):
+                raise ValueError(f"layers {list(layers)}: expected numbers below {self.n_layers}, in order")
+        if self.ffn_bias is not None and self.ffn_bias == self.bias:
+            raise ValueError("ffn_bias is that of bias; leave it out")
+        if self.rotary_dim is not None and (self.rotary_dim % 2 or self.rotary_dim >= self.head_dim):
+            raise ValueError(f"rotary_dim {self.rotary_dim} must be even and less than head_dim {self.head_dim}")
+        return self
+
+    def layer_kind(self, layer: int) -> LayerKind:
+        """Return the kind of a layer, the first being 0."""
+        local = self.sliding_window is not None and layer not in (self.full_layers or ())
+        window = self.sliding_window if local else None
+        if layer in (self.nope_layers or ()):
+            return LayerKind(window, None, None)
+        if local and self.local_rope_theta is not None:
+            return LayerKind(window, self.local_rope_theta, None)
+        return LayerKind(window, self.rope_theta, self.rope_scaling)
 
 
 Template = Literal["alpaca", "chatml", "llama3"]  # prompt template of an instruct model

@@ -43,6 +43,13 @@ FORMS: dict[str, dict[str, Any]] = {
     "shipped": SHIPPED_FORM,
     "learned positions, rmsnorm, qk_norm": {"norm": "rmsnorm", "qk_norm": True, "n_kv_heads": 2},
     "rotary positions, layernorm": {"positions": "rotary", "head_dim": 8},
+    # Options of open weights alone.
+    "local and full layers, norms before and after": LLAMA_FORM
+    | {"activation": "geglu", "qk_norm": True, "norm_place": "both", "unit_offset_norm": True, "embedding_scale": 4.0}
+    | {"sliding_window": 3, "full_layers": (1,), "local_rope_theta": 50.0, "attention_scale": 0.4, "head_dim": 6},
+    "a layer without positions, norms after": LLAMA_FORM
+    | {"norm_place": "after", "qk_norm": True, "joint_qk_norm": True, "nope_layers": (0,), "rotary_dim": 4}
+    | {"head_dim": 6, "n_kv_heads": 2, "ffn_bias": True},
 }
 
 

@@ -10,10 +10,10 @@ from llm.cli.options import check_output
 
 SUMMARY = "make a model folder of open weights"
 DESCRIPTION = (
-    "Makes a model folder of another tool's model: a folder of transformers (gpt2, llama, mistral, qwen2, qwen3; "
-    "safetensors only), a .gguf file, or a name on the Hugging Face hub, whose cache is looked in first and which "
-    "HF_HUB_OFFLINE=1 keeps from the network. The weights keep their dtype. A model folder is a source too: with "
-    "--adapter it is the base that an adapter is merged into."
+    "Makes a model folder of another tool's model: a folder of transformers (gpt2, llama, mistral, qwen2, qwen3, "
+    "smollm3, olmo2, phi3, gemma3_text; safetensors only), a .gguf file, or a name on the Hugging Face hub, whose "
+    "cache is looked in first and which HF_HUB_OFFLINE=1 keeps from the network. The weights keep their dtype. A model "
+    "folder is a source too: with --adapter it is the base that an adapter is merged into."
 )
 EXAMPLES = (
     "python -m llm import SmolLM2-135M-Instruct.Q8_0.gguf models/smollm2",

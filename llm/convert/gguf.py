@@ -37,6 +37,7 @@ from llm.tokenizer.chat_source import ChatSource, gguf_chat, gguf_chat_fields
 from llm.tokenizer.gguf import gguf_tokenizer_fields, parse_gguf_tokenizer
 
 CHUNK = 2**18  # numbers that are dequantized at a time
+HEAD = "lm_head.weight"
 POSITIONS = "position_embd.weight"  # llama.cpp's converter keeps it in fp32 whatever the other matrices are in
 FileType = Literal["f32", "f16", "q8_0"]
 FILE_TYPES: dict[FileType, int] = {"f32": 0, "f16": 1, "q8_0": 7}  # general.file_type
@@ -82,6 +83,8 @@ def read_gguf(path: Path, dtype: torch.dtype | None) -> Checkpoint:
                 if heads := family.rotary_heads(config, name):
                     order = _neighbours(order, heads)
                 tensor = _read_tensor(file, header.tensors[theirs], first_row, order, shape, dtype)
+                if offset := family.gguf_offset(name):
+                    tensor.sub_(offset)
                 assign_tensor(model, name, tensor)
                 first_row += shape[0]
     tie_head(model)
@@ -202,7 +205,8 @@ def export_gguf(checkpoint: Checkpoint, out: Path, kind: FileType) -> None:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for name, tensor in _tensors_out(family, config, layout, stored_tensors(checkpoint.model)):
+        weights = {HEAD: checkpoint.model.lm_head.weight, **stored_tensors(checkpoint.model)}
+        for name, tensor in _tensors_out(family, config, layout, weights):
             type_out, largest = _type_out(name, tensor, kind), tensor.abs().max().item()
             if type_out != gguf.GGMLQuantizationType.F32 and not largest <= torch.finfo(torch.float16).max:
                 raise InputError(
@@ -218,6 +222,8 @@ def _tensors_out(
     for target, names in fused_names(family.gguf_names, layout).items():
         tensors = [weights[name] if name in weights else torch.zeros(layout[name].shape) for name in names]
         tensor = torch.cat([tensor.detach().float() for tensor in tensors])
+        if offset := family.gguf_offset(names[0]):
+            tensor = tensor + offset
         heads = family.rotary_heads(config, names[0])
         yield target, _neighbours(tensor, heads) if heads else tensor
     yield from family.gguf_constants(config).items()

@@ -125,9 +125,10 @@ def _decode_one_token(
     """
     layers, _, S, _ = keys.shape
     positions = torch.arange(S - 1, S, device=idx.device)  # [1]
-    seen = model.mask(positions, S, pad).flatten()  # [S]
+    masks = [model.mask(positions, S, pad, kind.window).flatten() for kind in model.kinds]  # each [S]
     positions = (positions - pad)[None]  # [1, 1]
-    cos_sin = model.cos_sin(positions)
+    angles = [model.cos_sin(kind, positions) for kind in model.kinds]
+    inputs = _inputs_of_layers(model, angles, masks)
 
     def is_left(layer: Tensor, _: Tensor) -> Tensor:
         return layer < layers
@@ -137,11 +138,26 @@ def _decode_one_token(
         torch._check(i >= 0)
         torch._check(i < layers)
         own = {f"block.{name}": stacked[i] for name, stacked in weights.items()}
-        return layer + 1, functional_call(block, own, (x, cos_sin, seen, keys[i], values[i]))
+        return layer + 1, functional_call(block, own, (x, *inputs(i), keys[i], values[i]))
 
     first = torch.zeros((), dtype=torch.long, device=idx.device)
     _, x = while_loop(is_left, next_block, (first, model.embed(idx, positions)))
     return model.lm_head(model.final_norm(x))
+
+
+def _inputs_of_layers(
+    model: GPT, angles: list[tuple[Tensor, Tensor] | None], masks: list[Tensor]
+) -> Callable[[int], tuple[tuple[Tensor, Tensor] | None, Tensor]]:
+    """Return a function from a layer to its angles and its mask, which of each kind of layer are given."""
+    if len(model.kinds) == 1:
+        return lambda _: (angles[0], masks[0])
+    seen = torch.stack([masks[kind] for kind in model.kind_of_layer])  # [layers, S]
+    pairs = [angles[kind] for kind in model.kind_of_layer]
+    turned = [pair for pair in pairs if pair is not None]  # all layers, or none where positions are learned
+    if not turned:
+        return lambda i: (None, seen[i])
+    cos, sin = (torch.stack(parts) for parts in zip(*turned, strict=True))  # 2 x [layers, 1, 1, 1, R/2]
+    return lambda i: ((cos[i], sin[i]), seen[i])
 
 
 def _attend_one_query(q: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:
@@ -201,12 +217,14 @@ def _decode_at(model: GPT, idx: Tensor, pad: Tensor, position: Tensor, cache: KV
 
     All that changes between steps is in tensors: attention reads the whole cache, with a mask.
     """
-    mask = model.mask(position, cache.max_length, pad)  # [1, 1, 1, max_length]
+    masks = [model.mask(position, cache.max_length, pad, kind.window) for kind in model.kinds]  # [1, 1, 1, max_length]
     positions = (position - pad)[None]  # [1, 1]
-    cos_sin, x = model.cos_sin(positions), model.embed(idx, positions)
-    for block, keys, values in zip(model.blocks, *cache.slice(0, 0, cache.max_length), strict=True):
+    angles, x = [model.cos_sin(kind, positions) for kind in model.kinds], model.embed(idx, positions)
+    caches = zip(*cache.slice(0, 0, cache.max_length), strict=True)
+    for block, kind, (keys, values) in zip(model.blocks, model.kind_of_layer, caches, strict=True):
         assert isinstance(block, TransformerBlock)
-        q, k, v = block.project_qkv(x, cos_sin)  # [1, H, 1, D], 2 x [1, K, 1, D]
+        mask = masks[kind]
+        q, k, v = block.project_qkv(x, angles[kind])  # [1, H, 1, D], 2 x [1, K, 1, D]
         keys.index_copy_(1, position, k[0])
         values.index_copy_(1, position, v[0])
         y = F.scaled_dot_product_attention(q, keys[None], values[None], attn_mask=mask, enable_gqa=True)

@@ -1,8 +1,9 @@
 """GPT: a decoder-only transformer, from token ids to logits, with a key-value cache for generation.
 
 With learned positions, layernorm, gelu and biases it is GPT-2 (Radford et al. 2019). Other options give the modern
-block: rotary positions (Su et al. 2021), RMSNorm (Zhang and Sennrich 2019), SwiGLU (Shazeer 2020) or squared ReLU (So
-et al. 2021), grouped-query attention (Ainslie et al. 2023), QK-norm (Henry et al. 2020).
+block: rotary positions (Su et al. 2021), RMSNorm (Zhang and Sennrich 2019), SwiGLU or GeGLU (Shazeer 2020) or squared
+ReLU (So et al. 2021), grouped-query attention (Ainslie et al. 2023), QK-norm (Henry et al. 2020). Options that only
+open weights use are None where they are off (see `GPTConfig`).
 
 Shapes: B batch, T tokens of this call, S tokens attended to (cached ones included), C emb_dim, H n_heads, K n_kv_heads,
 D head_dim, F ffn_dim, V vocab_size.
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from llm.config import GPTConfig
+from llm.config import GPTConfig, LayerKind
 from llm.model.cpu_attention import causal_attention
 from llm.model.kv_cache import KVCache
 from llm.model.linear import Linear
@@ -26,16 +27,27 @@ from llm.model.rotary import apply_rotary_emb, rotary_cos_sin
 
 
 class RMSNorm(nn.RMSNorm):
-    """RMSNorm with its weight in the input's dtype, also under autocast: PyTorch's fused kernel needs that."""
+    """RMSNorm with its weight in the input's dtype, also under autocast: PyTorch's fused kernel needs that.
+
+    With `unit_offset` it multiplies with 1 + weight, as Gemma does, in fp32.
+    """
+
+    def __init__(self, size: int, eps: float, unit_offset: bool = False) -> None:
+        super().__init__(size, eps=eps)
+        self.unit_offset = unit_offset
+        if unit_offset:
+            nn.init.zeros_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         assert self.weight is not None
+        if self.unit_offset:
+            return F.rms_norm(x.float(), self.normalized_shape, 1 + self.weight.float(), self.eps).to(x.dtype)
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 def make_norm(config: GPTConfig, size: int) -> nn.Module:
     if config.norm == "rmsnorm":
-        return RMSNorm(size, eps=config.norm_eps)
+        return RMSNorm(size, config.norm_eps, bool(config.unit_offset_norm))
     return nn.LayerNorm(size, eps=config.norm_eps, bias=config.bias)
 
 
@@ -51,20 +63,24 @@ class CausalSelfAttention(nn.Module):
         self.v_proj = Linear(config.emb_dim, kv_dim, bias=config.qkv_bias)
         self.out_proj = Linear(config.n_heads * config.head_dim, config.emb_dim, bias=config.bias)
         if config.qk_norm:
-            self.q_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
-            self.k_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
+            q_size, k_size = (H if config.joint_qk_norm else 1 for H in (config.n_heads, config.n_kv_heads))
+            self.q_norm = RMSNorm(q_size * config.head_dim, config.norm_eps, bool(config.unit_offset_norm))
+            self.k_norm = RMSNorm(k_size * config.head_dim, config.norm_eps, bool(config.unit_offset_norm))
 
     def qkv(self, x: Tensor, cos_sin: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries [B, H, T, D], keys and values [B, K, T, D] of the normed residual stream [B, T, C]."""
         B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, -1, self.config.head_dim)  # [B, T, H, D]
-        k = self.k_proj(x).view(B, T, -1, self.config.head_dim)  # [B, T, K, D]
-        v = self.v_proj(x).view(B, T, -1, self.config.head_dim)  # [B, T, K, D]
-        if self.config.qk_norm:
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)  # [B, T, H * D], 2 x [B, T, K * D]
+        if self.config.joint_qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (part.view(B, T, -1, self.config.head_dim) for part in (q, k, v))  # [B, T, H or K, D]
+        if self.config.qk_norm and not self.config.joint_qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, H or K, T, D]
         if cos_sin is not None:
             q, k = apply_rotary_emb(q, *cos_sin), apply_rotary_emb(k, *cos_sin)
+        if self.config.attention_scale is not None:  # in place of 1 / sqrt(D), with which all kernels multiply
+            q = q * (self.config.attention_scale * math.sqrt(self.config.head_dim))
         return q, k, v
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
@@ -86,14 +102,17 @@ class FeedForward(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.activation = config.activation
-        self.up_proj = Linear(config.emb_dim, config.ffn_dim, bias=config.bias)
-        if config.activation == "swiglu":
-            self.gate_proj = Linear(config.emb_dim, config.ffn_dim, bias=config.bias)
-        self.down_proj = Linear(config.ffn_dim, config.emb_dim, bias=config.bias)
+        bias = config.bias if config.ffn_bias is None else config.ffn_bias
+        self.up_proj = Linear(config.emb_dim, config.ffn_dim, bias=bias)
+        if config.activation in ("swiglu", "geglu"):
+            self.gate_proj = Linear(config.emb_dim, config.ffn_dim, bias=bias)
+        self.down_proj = Linear(config.ffn_dim, config.emb_dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.activation == "swiglu":
             x = F.silu(self.gate_proj(x)) * self.up_proj(x)  # [B, T, F]
+        elif self.activation == "geglu":
+            x = F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x)  # [B, T, F]
         elif self.activation == "relu2":
             x = F.relu(self.up_proj(x)).square()  # [B, T, F]
         else:
@@ -104,10 +123,13 @@ class FeedForward(nn.Module):
 class TransformerBlock(nn.Module):
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
-        self.norm1 = make_norm(config, config.emb_dim)
+        before, after = config.norm_place != "after", config.norm_place is not None
+        self.norm1 = make_norm(config, config.emb_dim) if before else nn.Identity()
         self.attn = CausalSelfAttention(config, layer)
-        self.norm2 = make_norm(config, config.emb_dim)
+        self.post_norm1 = make_norm(config, config.emb_dim) if after else nn.Identity()
+        self.norm2 = make_norm(config, config.emb_dim) if before else nn.Identity()
         self.ffn = FeedForward(config)
+        self.post_norm2 = make_norm(config, config.emb_dim) if after else nn.Identity()
         self.drop = nn.Dropout(0.0)
 
     def project_qkv(self, x: Tensor, cos_sin: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -116,8 +138,8 @@ class TransformerBlock(nn.Module):
 
     def finish(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the block's output [B, T, C] from its input [B, T, C] and the attention output [B, T, H * D]."""
-        x = x + self.drop(self.attn.out_proj(y))
-        return x + self.drop(self.ffn(self.norm2(x)))
+        x = x + self.drop(self.post_norm1(self.attn.out_proj(y)))
+        return x + self.drop(self.post_norm2(self.ffn(self.norm2(x))))
 
     def forward(
         self, x: Tensor, cos_sin: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache: KVCache | None
@@ -135,6 +157,9 @@ class GPT(nn.Module):
             self.pos_emb = nn.Embedding(config.context_length, config.emb_dim)
         self.drop = nn.Dropout(0.0)
         self.blocks = nn.ModuleList(TransformerBlock(config, layer) for layer in range(config.n_layers))
+        kinds = [config.layer_kind(layer) for layer in range(config.n_layers)]
+        self.kinds = list(dict.fromkeys(kinds))
+        self.kind_of_layer = [self.kinds.index(kind) for kind in kinds]
         self.final_norm = make_norm(config, config.emb_dim)
         self.lm_head = Linear(config.emb_dim, config.vocab_size, bias=False)
         if config.tie_embeddings:
@@ -194,15 +219,18 @@ class GPT(nn.Module):
         if start + T > self.config.context_length:
             raise ValueError(f"{start + T} tokens exceed the context length {self.config.context_length}")
         positions = torch.arange(start, start + T, device=idx.device)  # [T]
-        window = self.config.sliding_window
-        narrow = window is not None and start + T > window
-        mask = self.mask(positions, start + T, pad) if pad is not None or (start > 0 and T > 1) or narrow else None
+        masks = []  # of each kind of layer
+        for kind in self.kinds:
+            narrow = kind.window is not None and start + T > kind.window
+            needed = pad is not None or (start > 0 and T > 1) or narrow
+            masks.append(self.mask(positions, start + T, pad, kind.window) if needed else None)
         if pad is not None:
             positions = (positions - pad[:, None]).clamp(min=0)  # [B, T]
 
-        cos_sin = self.cos_sin(positions)
+        angles = [self.cos_sin(kind, positions) for kind in self.kinds]
         x = self.embed(idx, positions) if cached_hidden is None else cached_hidden  # [B, T, C]
-        for block in islice(self.blocks, start_layer, n_blocks):
+        for block, kind_index in islice(zip(self.blocks, self.kind_of_layer, strict=True), start_layer, n_blocks):
+            cos_sin, mask = angles[kind_index], masks[kind_index]
             if self.activation_checkpointing and self.training:
                 x = checkpoint(block, x, cos_sin, mask, None, use_reentrant=False)
             else:
@@ -211,23 +239,27 @@ class GPT(nn.Module):
             cache.length += T
         return x
 
-    def cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Return `rotary_cos_sin` of the positions, or None where positions are learned."""
-        return rotary_cos_sin(self.config, positions) if self.config.positions == "rotary" else None
+    def cos_sin(self, kind: LayerKind, positions: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return `rotary_cos_sin` of the positions in layers of a kind, or None where positions are learned."""
+        if self.config.positions == "learned":
+            return None
+        return rotary_cos_sin(kind, self.config.rotary_dim or self.config.head_dim, positions)
 
     def embed(self, idx: Tensor, positions: Tensor) -> Tensor:
         """Return the input [B, T, C] of the first block, for token ids [B, T] at `positions` [T] or [B, T]."""
         x = self.tok_emb(idx)  # [B, T, C]
+        if self.config.embedding_scale is not None:
+            x = x * torch.tensor(self.config.embedding_scale, dtype=x.dtype)  # rounded to it, as Gemma's is
         if self.config.positions == "learned":
             x = x + self.pos_emb(positions)
         return self.drop(x)
 
-    def mask(self, positions: Tensor, n_keys: int, pad: Tensor | None) -> Tensor:
+    def mask(self, positions: Tensor, n_keys: int, pad: Tensor | None, window: int | None) -> Tensor:
         """Return the attention mask [1 or B, 1, T, S] of queries at `positions` [T]; True is visible."""
         keys = torch.arange(n_keys, device=positions.device)  # [S]
         mask = (keys <= positions[:, None])[None, None]  # [1, 1, T, S]
-        if self.config.sliding_window is not None:
-            mask = mask & (keys > positions[:, None] - self.config.sliding_window)
+        if window is not None:
+            mask = mask & (keys > positions[:, None] - window)
         if pad is not None:
             mask = mask & (keys >= pad[:, None])[:, None, None]  # [B, 1, T, S]
             mask = mask | (keys == positions[:, None])  # a padding query sees itself: an empty row would give NaN

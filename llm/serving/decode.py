@@ -30,13 +30,14 @@ def decode_rows(model: GPT, tokens: Sequence[int], caches: Sequence[KVCache], ro
     dummies = max(0, rows - len(caches))
     positions = torch.tensor([[cache.length] for cache in caches] + [[0]] * dummies, device=device)  # [M, 1]
     idx = torch.tensor([[token] for token in tokens] + [[0]] * dummies, device=device)  # [M, 1]
-    cos_sin = model.cos_sin(positions)
+    angles = [model.cos_sin(kind, positions) for kind in model.kinds]
     x = model.embed(idx, positions)  # [M, 1, C]
-    for block in model.blocks:
+    for block, kind in zip(model.blocks, model.kind_of_layer, strict=True):
         assert isinstance(block, TransformerBlock)
-        q, k, v = block.project_qkv(x, cos_sin)  # [M, H, 1, D], 2 x [M, K, 1, D]
+        window = model.kinds[kind].window
+        q, k, v = block.project_qkv(x, angles[kind])  # [M, H, 1, D], 2 x [M, K, 1, D]
         y = [
-            block.attn.attend(q[row, None], k[row, None], v[row, None], _window_mask(model, cache), cache)
+            block.attn.attend(q[row, None], k[row, None], v[row, None], _window_mask(model, cache, window), cache)
             for row, cache in enumerate(caches)
         ]  # B x [1, 1, H * D]
         if dummies:
@@ -48,12 +49,12 @@ def decode_rows(model: GPT, tokens: Sequence[int], caches: Sequence[KVCache], ro
     return logits[: len(caches)]
 
 
-def _window_mask(model: GPT, cache: KVCache) -> Tensor | None:
+def _window_mask(model: GPT, cache: KVCache, window: int | None) -> Tensor | None:
     """Return the mask [1, 1, 1, S] of a sliding window that is shorter than the cache; else None."""
-    window, n_keys = model.config.sliding_window, cache.length + 1
+    n_keys = cache.length + 1
     if window is None or n_keys <= window:
         return None
-    return model.mask(torch.arange(n_keys - 1, n_keys, device=model.tok_emb.weight.device), n_keys, None)
+    return model.mask(torch.arange(n_keys - 1, n_keys, device=model.tok_emb.weight.device), n_keys, None, window)
 
 
 def invariant_rows(model: GPT, most: int) -> list[int]:

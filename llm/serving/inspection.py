@@ -62,11 +62,12 @@ def run_layers(gpt: GPT, ids: list[int], layer: int, head: int) -> tuple[list[Te
     """Return the residual streams [T, C] before the first and after each block, and a head's attention [T, T]."""
     idx = torch.tensor([ids], device=gpt.tok_emb.weight.device)  # [1, T]
     positions = torch.arange(len(ids), device=idx.device)
-    cos_sin, mask = gpt.cos_sin(positions), gpt.mask(positions, len(ids), None)
+    inputs = [(gpt.cos_sin(kind, positions), gpt.mask(positions, len(ids), None, kind.window)) for kind in gpt.kinds]
     x = gpt.embed(idx, positions)
     streams, attention = [x[0]], torch.empty(0)
     for number, block in enumerate(gpt.blocks):
         assert isinstance(block, TransformerBlock)
+        cos_sin, mask = inputs[gpt.kind_of_layer[number]]
         q, k, v = block.project_qkv(x, cos_sin)
         if number == layer:
             keys = k[0, head * k.shape[1] // q.shape[1]]  # [T, D], of the queries' group

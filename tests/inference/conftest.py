@@ -18,6 +18,11 @@ from tests.helpers import LLAMA_FORM, gpt_config
 GPT2 = gpt_config(vocab_size=61, context_length=24, emb_dim=32, head_dim=8, ffn_dim=64)
 MODERN = gpt_config(**GPT2.model_dump() | LLAMA_FORM | {"n_kv_heads": 2, "qk_norm": True, "tie_embeddings": False})
 NARROW = gpt_config(**MODERN.model_dump() | {"sliding_window": 5})
+MIXED = gpt_config(
+    **NARROW.model_dump()
+    | {"n_layers": 3, "full_layers": (1, 2), "local_rope_theta": 50.0, "nope_layers": (2,), "rotary_dim": 4}
+    | {"norm_place": "both", "unit_offset_norm": True, "attention_scale": 0.3, "embedding_scale": 4.0}
+)
 PROMPTS = [[5, 17, 3, 44], [9], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10], [60, 0], [12, 30, 31]]
 
 

@@ -20,9 +20,11 @@ from llm.inference.request import Decoder
 from llm.model.gpt import GPT
 from llm.model.kv_cache import KVCache
 from llm.model.linear import to_packed
-from tests.inference.conftest import GPT2, MODERN, NARROW, PROMPTS, make_model
+from tests.inference.conftest import GPT2, MIXED, MODERN, NARROW, PROMPTS, make_model
 
-every_config = pytest.mark.parametrize("config", [GPT2, MODERN, NARROW], ids=["learned", "rotary", "sliding window"])
+every_config = pytest.mark.parametrize(
+    "config", [GPT2, MODERN, NARROW, MIXED], ids=["learned", "rotary", "sliding window", "several kinds of layers"]
+)
 
 
 def uncompiled_decoder(model: GPT, monkeypatch: pytest.MonkeyPatch) -> tuple[CompiledDecoder, list[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -10,9 +11,10 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from torch import Tensor
 
-from llm.config import GPTConfig
+from llm.config import GPTConfig, LayerKind, ModelParams
 from llm.model.classifier import GPTClassifier
 from llm.model.gpt import GPT
 from llm.model.kv_cache import KVCache
@@ -347,3 +349,36 @@ def test_the_classifier_reads_the_last_real_token_only(form: dict[str, Any]) -> 
             changed = idx[b : b + 1, :length].clone()
             changed[0, -1] = (changed[0, -1] + 1) % 61
             assert not torch.allclose(classifier(changed, lengths[b : b + 1]), alone)
+
+
+def test_options_of_open_weights_leave_no_trace_where_they_are_off() -> None:
+    """The config.json of a model that uses none is what it was before they came: byte for byte, and so its digest."""
+    config = gpt_config(**SHIPPED_FORM)
+    written = json.loads(config.model_dump_json(exclude_none=True))
+    assert list(written) == [*ModelParams.model_fields, "vocab_size"]
+    assert GPT(config).kinds == [LayerKind(None, 10000.0, None)]
+    assert GPTConfig.model_validate(written) == config
+    mixed = gpt_config(**FORMS["local and full layers, norms before and after"])
+    again = GPTConfig.model_validate(json.loads(mixed.model_dump_json(exclude_none=True)))
+    assert again == mixed and again.layer_kind(1) == LayerKind(None, 10000.0, None)
+    assert again.layer_kind(0) == LayerKind(3, 50.0, None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"full_layers": (0,)}, "full_layers has no place without the option that it changes"),
+        ({"local_rope_theta": 5.0}, "local_rope_theta has no place"),
+        ({"joint_qk_norm": True}, "joint_qk_norm has no place"),
+        ({"positions": "learned", "nope_layers": (0,)}, "nope_layers has no place"),
+        ({"nope_layers": (2,)}, r"layers \[2\]: expected numbers below 2, in order"),
+        ({"nope_layers": (1, 0)}, r"layers \[1, 0\]: expected numbers below 2, in order"),
+        ({"rotary_dim": 3}, "rotary_dim 3 must be even and less than head_dim 4"),
+        ({"rotary_dim": 4}, "rotary_dim 4 must be even and less than head_dim 4"),
+        ({"ffn_bias": False}, "ffn_bias is that of bias"),
+        ({"norm": "layernorm", "unit_offset_norm": True}, "unit_offset_norm has no place"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        gpt_config(**(LLAMA_FORM | changes))

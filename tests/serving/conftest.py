@@ -28,10 +28,10 @@ from tests.inference.conftest import make_model
 
 GPT2 = gpt_config(vocab_size=280, context_length=128, emb_dim=32, head_dim=8, ffn_dim=64)
 MODERN = gpt_config(**GPT2.model_dump() | LLAMA_FORM | {"n_kv_heads": 2, "qk_norm": True, "tie_embeddings": False})
-NARROW = gpt_config(**MODERN.model_dump() | {"sliding_window": 5})
+NARROW = gpt_config(**MODERN.model_dump() | {"sliding_window": 5, "full_layers": (1,), "local_rope_theta": 50.0})
 
 
-@pytest.fixture(scope="module", params=[GPT2, MODERN, NARROW], ids=["learned", "rotary", "sliding window"])
+@pytest.fixture(scope="module", params=[GPT2, MODERN, NARROW], ids=["learned", "rotary", "window in a layer"])
 def model(request: pytest.FixtureRequest) -> GPT:
     return make_model(request.param)
 

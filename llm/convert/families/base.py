@@ -92,6 +92,14 @@ class HFConfig(BaseModel, ABC):
         """Return the config nearest to that of a `GPT`; `gpt_config` tells whether it is the same."""
 
 
+NO_BIASES = {"qkv_bias": False, "bias": False, "ffn_bias": None}
+# Options of `GPT` that no architecture of llama.cpp has unless its family says so.
+RARE = (
+    *("full_layers", "local_rope_theta", "nope_layers", "rotary_dim", "joint_qk_norm", "norm_place"),
+    *("unit_offset_norm", "embedding_scale", "attention_scale"),
+)
+
+
 class Family(ABC):
     """The names of a family of open weights and its config, both ways.
 
@@ -109,6 +117,8 @@ class Family(ABC):
     gguf_names: ClassVar[dict[str, str]] = GGUF_NAMES
     fixed: ClassVar[dict[str, Any]]  # options of GPT that have one value in this family
     gguf_fixed: ClassVar[dict[str, Any]] = {}  # options that have one value in llama.cpp only
+    gguf_options: ClassVar[tuple[str, ...]] = ()  # of RARE, those that llama.cpp has in this architecture
+    gguf_keys: ClassVar[tuple[str, ...]] = ()  # metadata that only this architecture has
 
     @abstractmethod
     def matches(self, gpt: GPTConfig) -> bool:
@@ -125,23 +135,32 @@ class Family(ABC):
         """Return the heads of a parameter whose rows GGUF keeps as neighbouring rotary pairs; 0: its rows stay."""
         return 0
 
+    def gguf_offset(self, name: str) -> int:
+        """Return what GGUF adds to the numbers of a parameter."""
+        return 0
+
     def gguf_constants(self, gpt: GPTConfig) -> dict[str, Tensor]:
         """Return the tensors of a GGUF file that are no weights."""
         return {}
 
     def gpt_config(self, metadata: Metadata, tensors: Mapping[str, StoredTensor]) -> GPTConfig:
         """Return the config that a GGUF file describes; raise `InputError` for what `GPT` cannot express."""
-        metadata.check_keys()
+        metadata.check_keys(self.gguf_keys)
         size, number = metadata.size, metadata.number
         sizes = {option: size(key) for key, option in SIZES.items()}
         n_heads = size("attention.head_count")
         head_dim = size("attention.key_length", sizes["emb_dim"] // n_heads)
-        for key in ("attention.value_length", "rope.dimension_count"):
+        rotary_dim = size("rope.dimension_count", head_dim)
+        whole = ["attention.value_length", *([] if "rotary_dim" in self.gguf_options else ["rope.dimension_count"])]
+        for key in whole:
             if size(key, head_dim) != head_dim:
                 raise metadata.unsupported(f"{metadata.arch}.{key} = {size(key)}", f"only a whole head, {head_dim}")
         if "token_embd.weight" not in tensors:
             raise InputError(f"{metadata.path}: tensor token_embd.weight is missing; take a file of a whole model")
-        q_proj, out_proj = (self.gguf_names[f"blocks.{{}}.attn.{name}"].format(0) for name in ("q_proj", "out_proj"))
+        q_bias, bias, ffn_bias = (
+            self.gguf_names[f"blocks.{{}}.{name}"].format(0) + ".bias" in tensors
+            for name in ("attn.q_proj", "attn.out_proj", "ffn.down_proj")
+        )
         config = GPTConfig(
             vocab_size=tensors["token_embd.weight"].shape[0],
             n_heads=n_heads,
@@ -149,8 +168,10 @@ class Family(ABC):
             head_dim=head_dim,
             rope_theta=number("rope.freq_base", 10000.0),
             norm_eps=number(NORM_EPS[self.fixed["norm"]]),
-            qkv_bias=f"{q_proj}.bias" in tensors,
-            bias=f"{out_proj}.bias" in tensors,
+            rotary_dim=None if rotary_dim == head_dim else rotary_dim,
+            qkv_bias=q_bias,
+            bias=bias,
+            ffn_bias=None if ffn_bias == bias else ffn_bias,
             tie_embeddings="output.weight" not in tensors,
             sliding_window=size(WINDOW) if metadata.value(WINDOW, 0) != 0 else None,
             **(sizes | self.fixed),
@@ -170,12 +191,15 @@ class Family(ABC):
         for option, value in (self.fixed | self.gguf_fixed).items():
             if getattr(gpt, option) != value:
                 raise not_in_gguf(gpt, option, f"{option} {value}")
+        for option in RARE:
+            if getattr(gpt, option) != self.fixed.get(option) and option not in self.gguf_options:
+                raise not_in_gguf(gpt, option, str(self.fixed.get(option)))
         if gpt.sliding_window is not None and gpt.sliding_window < gpt.context_length:
             raise not_in_gguf(gpt, "sliding_window", "none: make context_length as short")
         scaling = gpt.rope_scaling
         if scaling is not None and scaling.kind == "yarn" and (scaling.beta_fast, scaling.beta_slow) != (32, 1):
             raise not_in_gguf(gpt, "rope_scaling", "one with beta_fast 32 and beta_slow 1")
-        return gpt.model_copy(update={"sliding_window": None})
+        return gpt.model_copy(update=dict.fromkeys(("sliding_window", "full_layers", "local_rope_theta")))
 
     def gguf_fields(self, gpt: GPTConfig) -> dict[str, Any]:
         """Return the metadata of a config."""
@@ -190,7 +214,7 @@ class Family(ABC):
             values |= {
                 "attention.key_length": gpt.head_dim,
                 "attention.value_length": gpt.head_dim,
-                "rope.dimension_count": gpt.head_dim,
+                "rope.dimension_count": gpt.rotary_dim or gpt.head_dim,
                 "rope.freq_base": float(gpt.rope_theta),
             }
         if gpt.rope_scaling is not None:
@@ -207,14 +231,15 @@ def not_in_gguf(gpt: GPTConfig, option: str, instead: str) -> InputError:
 
 
 def fused_names(names: Mapping[str, str], parameters: Iterable[str]) -> dict[str, list[str]]:
-    """Return the tensors that hold parameters of `GPT`, each with the parameters that are stacked in it."""
-    fused: dict[str, list[str]] = {}
+    """Return the tensors that hold parameters of `GPT`, each with those that are stacked in it, as `names` has them."""
+    order = {ours: number for number, ours in enumerate(names)}
+    fused: dict[str, list[tuple[int, str]]] = {}
     for name in parameters:
         module, _, leaf = name.rpartition(".")
         layer = re.findall(r"^blocks\.(\d+)", module)
-        theirs = names[re.sub(r"^blocks\.\d+", "blocks.{}", module)].format(*layer)
-        fused.setdefault(f"{theirs}.{leaf}", []).append(name)
-    return fused
+        ours = re.sub(r"^blocks\.\d+", "blocks.{}", module)
+        fused.setdefault(f"{names[ours].format(*layer)}.{leaf}", []).append((order[ours], name))
+    return {theirs: [name for _, name in sorted(parts)] for theirs, parts in fused.items()}
 
 
 def fused_shapes(fused: Mapping[str, Sequence[str]], weights: Mapping[str, Tensor]) -> dict[str, list[int]]:

@@ -14,7 +14,16 @@ from torch import Tensor
 from llm.common.errors import InputError
 from llm.common.gguf_header import read_exactly
 from llm.common.stored_tensor import StoredTensor
-from llm.config import GPTConfig, Layers, NonNegative, NonNegativeFloat, Positive, PositiveFloat, RopeScaling
+from llm.config import (
+    GPTConfig,
+    LayerKind,
+    Layers,
+    NonNegative,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    RopeScaling,
+)
 from llm.convert.families.base import ROPE_FREQS, Family, HFConfig
 from llm.convert.families.metadata import Metadata, decimal
 from llm.model.rotary import rotary_frequencies
@@ -68,7 +77,7 @@ class HFRopeScaling(BaseModel):
     mscale: NonNegativeFloat | None = None
     mscale_all_dim: NonNegativeFloat | None = None
     truncate: Literal[True] | None = None
-    partial_rotary_factor: Annotated[float, Field(ge=1, le=1)] | None = None
+    partial_rotary_factor: Annotated[float, Field(gt=0, le=1)] | None = None
 
     @model_validator(mode="after")
     def _known(self) -> Self:
@@ -122,7 +131,7 @@ class RotaryHFConfig(HFConfig):
     rope_scaling: HFRopeScaling | None = None
     rope_parameters: HFRopeScaling | None = None
     original_max_position_embeddings: Positive | None = None
-    partial_rotary_factor: Annotated[float, Field(ge=1, le=1)] = 1.0
+    partial_rotary_factor: Annotated[float, Field(gt=0, le=1)] = 1.0
     rope_interleaved: Literal[False] = False
     sliding_window: Positive | None = 4096  # of mistral; of qwen where it is switched on
     use_sliding_window: bool = False
@@ -130,40 +139,62 @@ class RotaryHFConfig(HFConfig):
     layer_types: list[Literal["full_attention", "sliding_attention"]] | None = None
 
     options: ClassVar[dict[str, str]] = OPTIONS
-    qk_norm: ClassVar[bool] = False
-    qkv_bias: ClassVar[bool | None] = None  # None: attention_bias and mlp_bias say it
+    fixed: ClassVar[dict[str, Any]] = FIXED
+    qkv_bias: ClassVar[bool | None] = None  # None: attention_bias says it, of the layer behind the attention too
+    has_mlp_bias: ClassVar[bool] = False  # whether mlp_bias is read
+    partial_rotary: ClassVar[bool] = False  # whether partial_rotary_factor may be less than 1
 
     @model_validator(mode="after")
     def _expressible(self) -> Self:
-        if self.qkv_bias is None and self.attention_bias != self.mlp_bias:
-            raise ValueError(
-                f"attention_bias {self.attention_bias} with mlp_bias {self.mlp_bias}: GPT has biases behind the "
-                "attention and in the feed-forward layers, or in neither"
-            )
-        if len(self._kinds_of_attention()) > 1:
-            raise ValueError("layer_types: full and sliding attention are mixed, GPT has one kind for all layers")
+        rope = self.rope()
+        for where, factor in (
+            ("partial_rotary_factor", self.partial_rotary_factor),
+            ("rope_parameters.partial_rotary_factor", rope.partial_rotary_factor),
+        ):
+            if factor not in (None, 1) and not self.partial_rotary:
+                raise ValueError(f"{where}: expected 1 in {self.model_type}, found {factor}")
+        if self.layer_types is not None and len(self.layer_types) != self.num_hidden_layers:
+            raise ValueError(f"layer_types: expected {self.num_hidden_layers} of them, found {len(self.layer_types)}")
         return self
 
-    def _kinds_of_attention(self) -> set[str]:
-        return set(self.default_layer_types() if self.layer_types is None else self.layer_types)
+    def rope(self) -> HFRopeScaling:
+        """Return the parameters of the rotary positions of layers with full attention."""
+        return self.rope_scaling or self.rope_parameters or HFRopeScaling()
+
+    def window_options(self) -> dict[str, Any]:
+        """Return the options of `GPT` about the sliding window."""
+        kinds = self.default_layer_types() if self.layer_types is None else self.layer_types
+        if self.sliding_window is None or "sliding_attention" not in kinds:
+            return {}
+        full = tuple(i for i, kind in enumerate(kinds) if kind == "full_attention")
+        return {"sliding_window": self.sliding_window, "full_layers": full or None}
 
     def default_layer_types(self) -> list[str]:
         """Return the kind of attention of each layer where the file does not list them."""
         return ["full_attention"] * self.num_hidden_layers
 
     def gpt_config(self) -> GPTConfig:
-        rope = self.rope_scaling or self.rope_parameters or HFRopeScaling()
+        rope = self.rope()
         original = self.original_max_position_embeddings or rope.original_max_position_embeddings
+        head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        rotary_dim = int(head_dim * (rope.partial_rotary_factor or self.partial_rotary_factor))
+        bias = self.attention_bias and self.qkv_bias is None
+        ffn_bias = self.mlp_bias and self.has_mlp_bias
         return GPTConfig(
             n_kv_heads=self.num_key_value_heads or self.num_attention_heads,
-            head_dim=self.head_dim or self.hidden_size // self.num_attention_heads,
+            head_dim=head_dim,
             rope_theta=rope.rope_theta or self.rope_theta,
             rope_scaling=rope.rope_scaling(original or self.max_position_embeddings),
+            rotary_dim=None if rotary_dim == head_dim else rotary_dim,
             qkv_bias=self.attention_bias if self.qkv_bias is None else self.qkv_bias,
-            bias=self.mlp_bias and self.qkv_bias is None,
-            sliding_window=self.sliding_window if "sliding_attention" in self._kinds_of_attention() else None,
-            **(self.shared_options() | FIXED | {"qk_norm": self.qk_norm}),
+            bias=bias,
+            ffn_bias=None if ffn_bias == bias else ffn_bias,
+            **(self.shared_options() | self.fixed | self.window_options() | self.own_options()),
         )
+
+    def own_options(self) -> dict[str, Any]:
+        """Return the options of `GPT` that only this family has."""
+        return {}
 
     @classmethod
     def from_gpt(cls, gpt: GPTConfig) -> Self:
@@ -174,6 +205,10 @@ class RotaryHFConfig(HFConfig):
             "hidden_act": "silu",
             "rope_theta": gpt.rope_theta,
         }
+        if cls.qkv_bias is None:
+            values["attention_bias"] = gpt.bias
+        if cls.has_mlp_bias:
+            values["mlp_bias"] = gpt.bias if gpt.ffn_bias is None else gpt.ffn_bias
         if gpt.rope_scaling is not None:  # as transformers 4 and 5 both read it
             scaling = gpt.rope_scaling.model_dump(exclude_none=True)
             renamed = {"kind": "rope_type", "original_context_length": "original_max_position_embeddings"}
@@ -190,10 +225,13 @@ class LlamaHFConfig(RotaryHFConfig):
     """Llama's `config.json`."""
 
     model_type: Literal["llama"] = "llama"
+    has_mlp_bias: ClassVar[bool] = True
 
-    @classmethod
-    def own_values(cls, gpt: GPTConfig) -> dict[str, Any]:
-        return {"attention_bias": gpt.bias, "mlp_bias": gpt.bias}
+
+def layer_types(gpt: GPTConfig) -> list[str]:
+    """Return the kind of attention of each layer in transformers' words."""
+    windows = (gpt.layer_kind(layer).window for layer in range(gpt.n_layers))
+    return ["full_attention" if window is None else "sliding_attention" for window in windows]
 
 
 class RotaryFamily(Family):
@@ -209,7 +247,7 @@ class Llama(RotaryFamily):
 
     model_type = "llama"
     hf_class = "LlamaForCausalLM"
-    hf_config = LlamaHFConfig
+    hf_config: ClassVar[type[HFConfig]] = LlamaHFConfig
     gguf_arch = "llama"
 
     def matches(self, gpt: GPTConfig) -> bool:
@@ -253,8 +291,6 @@ class Llama(RotaryFamily):
 
 def _frequency_divisors(gpt: GPTConfig) -> Tensor:
     """Return the divisor of each rotary pair's frequency, [D/2]."""
-    plain, scaled = (
-        rotary_frequencies(config, torch.device("cpu"))
-        for config in (gpt.model_copy(update={"rope_scaling": None}), gpt)
-    )
+    kinds = (LayerKind(None, gpt.rope_theta, scaling) for scaling in (None, gpt.rope_scaling))
+    plain, scaled = (rotary_frequencies(kind, gpt.head_dim, torch.device("cpu")) for kind in kinds)
     return plain / scaled

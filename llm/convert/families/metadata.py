@@ -70,11 +70,11 @@ class Metadata(NamedTuple):
         """Return the error for something that `GPT` cannot express."""
         return InputError(f"{self.path}: {problem} is not supported in {self.arch}; {instead}")
 
-    def check_keys(self) -> None:
-        """Raise `InputError` for a key of the architecture that is not understood."""
+    def check_keys(self, more: tuple[str, ...] = ()) -> None:
+        """Raise `InputError` for a key of the architecture that neither all nor this one (`more`) understand."""
         for key in self.fields:
             own = key.removeprefix(f"{self.arch}.")
-            if own == key or own in UNDERSTOOD or self.value(own, None) in HARMLESS.get(own, ()):
+            if own == key or own in UNDERSTOOD or own in more or self.value(own, None) in HARMLESS.get(own, ()):
                 continue
             of_experts = own.startswith("expert_") or own == "leading_dense_block_count"
             if own == "expert_count" or not of_experts or self.value("expert_count", 0) != 0:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import model_validator
 
 from llm.config import GPTConfig, Positive
 from llm.convert.families.llama import RotaryFamily, RotaryHFConfig
@@ -16,6 +18,12 @@ class MistralHFConfig(RotaryHFConfig):
     intermediate_size: Positive = 14336
     num_key_value_heads: Positive | None = 8
     qkv_bias: ClassVar[bool | None] = False
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        if len(set(self.layer_types or ())) > 1:
+            raise ValueError("layer_types: transformers' mistral has one kind of attention in all layers")
+        return self
 
     def default_layer_types(self) -> list[str]:
         return ["sliding_attention"] * self.num_hidden_layers

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from llm.common.errors import InputError
 from llm.config import GPTConfig, Positive
-from llm.convert.families.llama import RotaryFamily, RotaryHFConfig
+from llm.convert.families.llama import RotaryFamily, RotaryHFConfig, layer_types
 from llm.tokenizer.bpe import Tokenizer
 
 
@@ -27,7 +27,8 @@ class QwenHFConfig(RotaryHFConfig):
     def own_values(cls, gpt: GPTConfig) -> dict[str, Any]:
         if gpt.sliding_window is None:
             return {}
-        return {"use_sliding_window": True, "sliding_window": gpt.sliding_window, "max_window_layers": 0}
+        windows = {"use_sliding_window": True, "sliding_window": gpt.sliding_window, "max_window_layers": 0}
+        return windows | ({} if gpt.full_layers is None else {"layer_types": layer_types(gpt)})
 
 
 class Qwen2HFConfig(QwenHFConfig):
@@ -44,6 +45,7 @@ class Qwen2(RotaryFamily):
     hf_class = "Qwen2ForCausalLM"
     hf_config = Qwen2HFConfig
     gguf_arch = "qwen2"
+    gguf_fixed: ClassVar[dict[str, Any]] = {"ffn_bias": None}
 
     def matches(self, gpt: GPTConfig) -> bool:
         return gpt.positions == "rotary" and gpt.qkv_bias and not gpt.bias

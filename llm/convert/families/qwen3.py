@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from llm.config import GPTConfig, Positive
-from llm.convert.families.base import not_in_gguf
+from llm.convert.families.base import NO_BIASES, not_in_gguf
 from llm.convert.families.llama import FIXED, RotaryFamily
 from llm.convert.families.qwen2 import QwenHFConfig
 
@@ -15,7 +15,7 @@ class Qwen3HFConfig(QwenHFConfig):
 
     model_type: Literal["qwen3"] = "qwen3"
     head_dim: Positive | None = 128
-    qk_norm: ClassVar[bool] = True
+    fixed: ClassVar[dict[str, Any]] = FIXED | {"qk_norm": True}
 
 
 class Qwen3(RotaryFamily):
@@ -26,7 +26,7 @@ class Qwen3(RotaryFamily):
     hf_config = Qwen3HFConfig
     gguf_arch = "qwen3"
     fixed = FIXED | {"qk_norm": True}
-    gguf_fixed = dict.fromkeys(("qkv_bias", "bias"), False)
+    gguf_fixed = NO_BIASES
 
     def matches(self, gpt: GPTConfig) -> bool:
         return gpt.positions == "rotary" and gpt.qk_norm

@@ -7,11 +7,15 @@ from typing import Literal
 
 from llm.common.errors import InputError
 from llm.convert.families.base import Family
+from llm.convert.families.gemma3_text import Gemma3
 from llm.convert.families.gpt2 import GPT2
 from llm.convert.families.llama import Llama
 from llm.convert.families.mistral import Mistral
+from llm.convert.families.olmo2 import Olmo2
+from llm.convert.families.phi3 import Phi3
 from llm.convert.families.qwen2 import Qwen2
 from llm.convert.families.qwen3 import Qwen3
+from llm.convert.families.smollm3 import SmolLM3
 
 # What GPT lacks for families that are not known, by expressions for their names; the first that fits counts.
 NEEDS = {
@@ -27,7 +31,9 @@ NEEDS = {
     r"granite|minicpm": "multipliers of embeddings, residuals and logits",
 }
 KEYS = {"model_type": "model_type", "gguf_arch": "general.architecture"}  # in the files
-FAMILIES: list[Family] = [GPT2(), Qwen3(), Qwen2(), Mistral(), Llama()]  # the first that matches a config writes it
+PLAIN: list[Family] = [GPT2(), Qwen3(), Qwen2(), Mistral(), Llama()]
+WITH_RARE_OPTIONS: list[Family] = [Gemma3(), Olmo2(), Phi3(), SmolLM3()]
+FAMILIES = [*WITH_RARE_OPTIONS, *PLAIN]  # the first that matches a config writes it
 
 
 def family_with(name: Literal["model_type", "gguf_arch"], value: object) -> Family:
@@ -35,7 +41,8 @@ def family_with(name: Literal["model_type", "gguf_arch"], value: object) -> Fami
     for family in FAMILIES:
         if value is not None and getattr(family, name) == value:
             return family
-    known = ", ".join(sorted(each for family in FAMILIES if (each := getattr(family, name))))
+    names = [sorted(each for one in group if (each := getattr(one, name))) for group in (PLAIN, WITH_RARE_OPTIONS)]
+    known = ", ".join(names[0] + names[1])
     needs = next((what for pattern, what in NEEDS.items() if re.search(pattern, str(value), re.IGNORECASE)), None)
     raise InputError(
         f"{KEYS[name]} {f'{value!r:.80}'} is not known; known are {known}"
