@@ -242,7 +242,7 @@ class Model:
             stop=self.stop_ids,
             batch_size=batch_size,
         )
-        return [self.checkpoint.tokenizer.decode(ids) for ids in answers]
+        return ["".join(stream_text(self.checkpoint.tokenizer, ids)) for ids in answers]
 
     def classify(self, texts: Sequence[str]) -> list[dict[str, float]]:
         """Return the probability of each label, for each text; a text with nothing to label is refused.
@@ -289,7 +289,7 @@ class Model:
         if not isinstance(prompt, str):
             return self.fit_messages(prompt, max_new_tokens=max_new_tokens)[1]
         tokenizer, context_length = self.checkpoint.tokenizer, self.gpt.config.context_length
-        ids = [*([] if tokenizer.bos is None else [tokenizer.bos]), *tokenizer.encode(prompt)]
+        ids = [*tokenizer.bos_ids, *tokenizer.encode(prompt)]
         if len(ids) > context_length:
             log.warning("the prompt has %d tokens, the model reads the last %d", len(ids), context_length)
         return ids

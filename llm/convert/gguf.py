@@ -238,6 +238,8 @@ def _tokenizer_fields(checkpoint: Checkpoint) -> dict[str, Any]:
     tokens, types = (list(fields[f"tokenizer.ggml.{name}"]) for name in ("tokens", "token_type"))
     spare = range(len(tokens), checkpoint.config.gpt.vocab_size)
     unused = int(gguf_package().TokenType.UNUSED)
+    if scores := fields.get("tokenizer.ggml.scores"):
+        fields["tokenizer.ggml.scores"] = [*scores, *(0.0 for _ in spare)]
     return fields | {
         "tokenizer.ggml.tokens": [*tokens, *(f"[PAD{i}]" for i in spare)],
         "tokenizer.ggml.token_type": [*types, *(unused for _ in spare)],

@@ -121,7 +121,7 @@ def pair_examples(
     examples = []
     for pair in pairs:
         prompt = encode_prompt(tokenizer, template, pair.instruction, pair.input, system)
-        ids = [*prompt, *tokenizer.encode(pair.output), stop_token(tokenizer, template)]
+        ids = [*prompt, *tokenizer.encode_after(prompt, pair.output), stop_token(tokenizer, template)]
         if len(prompt) <= max_length:
             examples.append(Example(ids[: max_length + 1], len(prompt) - 1 if mask_prompt else 0, 0))
     if pairs and not examples:

@@ -13,7 +13,7 @@ from llm.common.errors import InputError
 from llm.config import EvaluateParams
 from llm.data.shards import TokenShards
 from llm.evaluation.baselines import NGram, xz_bytes
-from llm.inference.generate import generate
+from llm.inference.generate import generate, stream_text
 from llm.inference.sampling import GREEDY, Sampling
 from llm.inference.score import Score, score_tokens
 from llm.model.gpt import GPT
@@ -81,7 +81,7 @@ def text_bytes(tokenizer: Tokenizer, ids: Ints) -> list[bytes]:
     """Return the documents in UTF-8; a separator token at the end leaves an empty one behind it."""
     ends = np.flatnonzero(ids == tokenizer.eot)
     documents = np.split(ids, ends + 1)
-    return [tokenizer.decode_bytes(document[document != tokenizer.eot].tolist()) for document in documents]
+    return [tokenizer.decode_bytes(document[document != tokenizer.eot].tolist(), start=True) for document in documents]
 
 
 def complete(model: GPT, tokenizer: Tokenizer, params: EvaluateParams, seed: int) -> list[Completion]:
@@ -94,6 +94,6 @@ def complete(model: GPT, tokenizer: Tokenizer, params: EvaluateParams, seed: int
         for sampling in (GREEDY, Sampling(temperature=0.8))
     )
     return [
-        Completion(prompt, tokenizer.decode(g), tokenizer.decode(s))
+        Completion(prompt, "".join(stream_text(tokenizer, g)), "".join(stream_text(tokenizer, s)))
         for prompt, g, s in zip(params.prompts, greedy, sampled, strict=True)
     ]

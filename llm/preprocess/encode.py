@@ -41,9 +41,11 @@ def encode_batch(job: EncodeJob, path: Path, tokenizer_folder: Path) -> Encoded:
     separator = np.array([tokenizer.eot], np.uint32)
     chunk = 0
     for (_, text), n_chunks in zip(read_batch(path, job.batch), job.record_chunks, strict=True):
+        starts = True  # a document, or its first chunk in a split
         for piece in cut_at(text, job.chunk_lengths[chunk : chunk + n_chunks]):
-            ids = tokenizer.encode_array(piece)
             split = job.chunk_split[chunk]
+            ids = tokenizer.encode_array(piece, start=starts)
+            starts = job.chunk_ends[chunk]
             streams[split] += [ids, separator] if job.chunk_ends[chunk] else [ids]
             n_bytes[split] += len(piece.encode())
             chunk_tokens.append(len(ids))

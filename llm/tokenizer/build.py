@@ -8,12 +8,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import AnyStr, NamedTuple
 
 from llm.common.errors import InputError
 from llm.config import Template
-from llm.tokenizer.bpe import MAX_VOCAB_SIZE, Tokenizer, bytes_to_unicode
+from llm.tokenizer.bpe import MAX_VOCAB_SIZE, Form, Tokenizer, bytes_to_unicode
 from llm.tokenizer.chat_template import render, render_untrusted
+from llm.tokenizer.codecs import BYTE_NAMES, Pieces
 from llm.tokenizer.pre_tokenizers import PreTokenizer
 from llm.tokenizer.prompts import TEMPLATES
 
@@ -29,18 +30,19 @@ class ImportedTokenizer(NamedTuple):
 
 
 class Vocabulary(NamedTuple):
-    """A foreign tokenizer as its file describes it, bytes as GPT-2's characters."""
+    """A foreign tokenizer as its file describes it; where bytes merge, they are written as GPT-2's characters."""
 
     where: str  # for messages
     ids: dict[str, int]  # may name the special tokens too
     merges: Sequence[tuple[str, str]]
     special: dict[str, int]
-    pre_tokenizer: PreTokenizer
-    ignore_merges: bool
-    nfc: bool
     eot_token: str
     bos_token: str | None
-    user_defined: list[str]
+    user_defined: list[str]  # of the special ones, those that any text may hold
+    form: Form
+    pre_tokenizer: PreTokenizer | None = None  # None: characters merge, not bytes
+    ignore_merges: bool = False
+    nfc: bool = False
 
 
 def short_json(value: object) -> str:
@@ -57,6 +59,8 @@ def merge_pair(merge: str | Sequence[str]) -> tuple[str, str]:
 
 def build_tokenizer(vocabulary: Vocabulary) -> Tokenizer:
     """Build the tokenizer with the original's ids; raise `InputError` for a vocabulary that allows none."""
+    if vocabulary.pre_tokenizer is None:
+        return build_piece_tokenizer(vocabulary)
     where, special = vocabulary.where, vocabulary.special
     _check_ids(vocabulary)
     tokens = _ordinary_tokens(vocabulary)
@@ -70,7 +74,63 @@ def build_tokenizer(vocabulary: Vocabulary) -> Tokenizer:
             raise InputError(f"{where}: no merge makes token {number} {token!r}; such a vocabulary is not known here")
         ranks[number] = token
     pattern, ends = vocabulary.pre_tokenizer.pattern, (vocabulary.eot_token, vocabulary.bos_token)
-    return Tokenizer(ranks, pattern, special, *ends, vocabulary.nfc, vocabulary.user_defined)
+    return Tokenizer(ranks, pattern, special, *ends, vocabulary.nfc, vocabulary.user_defined, vocabulary.form)
+
+
+def build_piece_tokenizer(
+    vocabulary: Vocabulary, scores: Mapping[str, float] | None = None, split: bool = False
+) -> Tokenizer:
+    """Build a tokenizer whose characters merge: by scores, the highest first, or else by the list of merges."""
+    where, special, ids = vocabulary.where, vocabulary.special, vocabulary.ids
+    _check_ids(vocabulary)
+    byte_ids = [ids.get(name, ids.get(chr(byte), -1) if byte < 128 else -1) for byte, name in enumerate(BYTE_NAMES)]
+    if -1 in byte_ids:
+        name = BYTE_NAMES[byte_ids.index(-1)]
+        raise InputError(f"{where}: no byte fallback: there is no token {name}; such a vocabulary cannot be imported")
+    pieces = {name: number for name, number in ids.items() if name not in special and name not in BYTE_NAMES}
+    for name, number in pieces.items():
+        if not 0 < len(name) <= MAX_TOKEN:
+            raise InputError(f"{where}: token {number} has {len(name):,} characters; damaged: fetch the file again")
+    order = _order_of_merges(vocabulary, pieces) if scores is None else _order_of_scores(where, pieces, scores)
+    ranks: list[bytes | None] = [None] * (max(pieces.values(), default=-1) + 1)
+    for name, number in pieces.items():
+        ranks[number] = name.encode()
+    form = vocabulary.form._replace(pieces=Pieces(byte_ids, order, split))
+    ends = vocabulary.eot_token, vocabulary.bos_token
+    return Tokenizer(ranks, "", special, *ends, user_defined=vocabulary.user_defined, form=form)
+
+
+def _order_of_scores(where: str, pieces: Mapping[str, int], scores: Mapping[str, float]) -> list[int]:
+    """Return the ids of the pieces that merges make, the highest score first."""
+    ranks: dict[str, int] = {}
+    last = None
+    for name in sorted((name for name in pieces if len(name) > 1), key=lambda name: (-scores[name], pieces[name])):
+        if len(_merge(name, ranks)) == 2:
+            if last is not None and scores[last] == scores[name]:
+                raise InputError(
+                    f"{where}: the pieces {last!r} and {name!r} have the same score {scores[name]:g}, so which merges "
+                    "first is not known; take a file made from the model's tokenizer.model"
+                )
+            ranks[name], last = len(ranks), name
+    return [pieces[name] for name in ranks]
+
+
+def _order_of_merges(vocabulary: Vocabulary, pieces: Mapping[str, int]) -> list[int]:
+    """Return the ids of the pieces that a list of merges makes, in its order.
+
+    A merge whose two parts are not those that the merges before it leave of a piece is never used; see
+    `_split_by_merges`.
+    """
+    ranks: dict[str, int] = {}
+    for i, (left, right) in enumerate(vocabulary.merges):
+        name = left + right
+        if not {left, right, name} <= vocabulary.ids.keys():
+            raise InputError(
+                f"{vocabulary.where}: merge {i} {left} {right} is of tokens that it has not; fetch it again"
+            )
+        if name in pieces and name not in ranks and _merge(name, ranks) == (left, right):
+            ranks[name] = len(ranks)
+    return [pieces[name] for name in ranks]
 
 
 def _check_ids(vocabulary: Vocabulary) -> None:
@@ -137,7 +197,7 @@ def _split_by_merges(tokens: Mapping[int, bytes]) -> dict[bytes, tuple[bytes, ..
     return made
 
 
-def _merge(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, ...]:
+def _merge(token: AnyStr, ranks: Mapping[AnyStr, int]) -> tuple[AnyStr, ...]:
     """Merge the two neighbours of the lowest rank until none have one (Sennrich et al. 2016), but never all."""
     parts = [token[i : i + 1] for i in range(len(token))]
     found = [ranks.get(left + right, MAX_VOCAB_SIZE) for left, right in pairwise(parts)]  # by the left neighbour
@@ -153,14 +213,37 @@ def _merge(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, ...]:
 
 def token_names(tokenizer: Tokenizer) -> list[str | None]:
     """Return the name of each id in other tools' files, bytes as GPT-2's characters: [vocab_size]."""
-    character_of = {byte: character for character, byte in bytes_to_unicode().items()}
     names: list[str | None] = [None] * tokenizer.vocab_size
+    if pieces := tokenizer.form.pieces:
+        for byte, number in enumerate(pieces.byte_ids):
+            names[number] = BYTE_NAMES[byte]
+    character_of = {byte: character for character, byte in bytes_to_unicode().items()}
     for number, token in enumerate(tokenizer.ranks):
         if token is not None:
-            names[number] = "".join(character_of[byte] for byte in token)
+            names[number] = token.decode() if pieces else "".join(character_of[byte] for byte in token)
     for name, number in tokenizer.special_tokens.items():
         names[number] = name
     return names
+
+
+def piece_merges(tokenizer: Tokenizer) -> list[list[str]]:
+    """Return the pair that makes each piece, in the order of merging."""
+    ranks: dict[str, int] = {}
+    pairs = []
+    for number in tokenizer.form.pieces.order if tokenizer.form.pieces else ():
+        name = (tokenizer.ranks[number] or b"").decode()
+        pairs.append([*_merge(name, ranks)])
+        ranks[name] = len(ranks)
+    return pairs
+
+
+def mergeable_without_merge(tokenizer: Tokenizer) -> str | None:
+    """Return a piece that two others would make, though no merge of the tokenizer's does."""
+    names = [None if token is None else token.decode() for token in tokenizer.ranks]
+    order = tokenizer.form.pieces.order if tokenizer.form.pieces else ()
+    ranks = {str(names[number]): rank for rank, number in enumerate(order)}
+    others = (name for name in names if name is not None and len(name) > 1 and name not in ranks)
+    return next((name for name in others if len(_merge(name, ranks)) == 2), None)
 
 
 def merges_of(tokenizer: Tokenizer) -> tuple[list[str], bool]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from llm.common.errors import InputError
-from llm.tokenizer.bpe import GPT2_PATTERN, MAX_SPACES, Tokenizer
+from llm.tokenizer.bpe import END_OF_TEXT, GPT2_PATTERN, Tokenizer
+from llm.tokenizer.codecs import MAX_SPACES
 
 
 class PreTokenizer(NamedTuple):
@@ -22,6 +23,7 @@ class PreTokenizer(NamedTuple):
     ignore_merges: bool = False  # llama.cpp: a piece that is a token needs no merges
     add_bos: bool = False  # llama.cpp: texts begin with the bos token unless the file says otherwise
     nfc: bool = False  # the original composes characters first, which no GGUF file mentions
+    vocabulary_signs: tuple[tuple[str, int], ...] = ()  # tokens with ids that only vocabularies of this family have
 
 
 DIGIT = r"\p{N}"
@@ -53,20 +55,29 @@ DEEPSEEK_PATTERN = (
 )
 
 PRE_TOKENIZERS = (
-    PreTokenizer((GPT2_STEP,), GPT2_PATTERN, ("gpt-2",)),  # a vocabulary trained here too
+    PreTokenizer(  # a vocabulary trained here too
+        (GPT2_STEP,), GPT2_PATTERN, ("gpt-2",), vocabulary_signs=((END_OF_TEXT, 50256),)
+    ),
     PreTokenizer(  # SmolLM2, StarCoder: each digit alone, and to the rest of the text it is an end
         (DIGIT, GPT2_STEP),
         r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++|\p{N}| ?[^\s\p{L}\p{N}]++|\s++(?=\p{N}|$)|\s+(?!\S)|\s",
         ("smollm", "starcoder", "refact"),
+        vocabulary_signs=(("<|im_start|>", 1), ("<fim_prefix>", 1)),
     ),
     PreTokenizer(
-        (LLAMA3_STEP,), LLAMA3_PATTERN, ("llama-bpe", "llama3", "llama-v3", "falcon3"), ignore_merges=True, add_bos=True
+        (LLAMA3_STEP,),
+        LLAMA3_PATTERN,
+        ("llama-bpe", "llama3", "llama-v3", "falcon3"),
+        ignore_merges=True,
+        add_bos=True,
+        vocabulary_signs=(("<|begin_of_text|>", 128000),),
     ),
     PreTokenizer(  # Qwen2.5, Qwen3
         (LLAMA3_STEP.replace("{1,3}", ""),),
         LLAMA3_PATTERN.replace("{1,3}+", ""),
         ("qwen2", "deepseek-r1-qwen"),
         nfc=True,
+        vocabulary_signs=(("<|endoftext|>", 151643), ("<｜end▁of▁sentence｜>", 151643)),
     ),
     PreTokenizer(  # Mistral Nemo. llama.cpp's own expression takes capitals beyond A-Z for small letters.
         (rf"{TEKKEN_WORDS}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",),
@@ -74,6 +85,7 @@ PRE_TOKENIZERS = (
         ("tekken",),
         ignore_merges=True,
         add_bos=True,
+        vocabulary_signs=(("[TOOL_CALLS]", 9),),
     ),
     PreTokenizer(  # DeepSeek V3
         (
@@ -84,6 +96,7 @@ PRE_TOKENIZERS = (
         ),
         DEEPSEEK_PATTERN,
         ("deepseek-v3",),
+        vocabulary_signs=(("<｜end▁of▁sentence｜>", 1),),
     ),
     PreTokenizer(  # what llama.cpp falls back to
         (r"[\p{P}\$\+<=>\^~\|]+", GPT2_STEP.removesuffix(r"|\s+"), r"\p{N}+", "[0-9][0-9][0-9]"),

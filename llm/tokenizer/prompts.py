@@ -83,7 +83,7 @@ class AlpacaTemplate(PromptTemplate):
                 parts += [f"{self.response}{message['content']}", tokenizer.eot]
         if add_generation_prompt:
             parts.append(self.response)
-        return _bos_ids(tokenizer) + _encode_parts(tokenizer, parts)
+        return tokenizer.encode_parts([*tokenizer.bos_ids, *parts])
 
     def jinja(self, tokenizer: Tokenizer, system: str | None) -> str:
         preamble, instruction, response = map(_quoted, (self.preamble, self.instruction, self.response))
@@ -122,7 +122,7 @@ class TurnsTemplate(PromptTemplate):
         parts = [part for role, text in turns for part in (*head, role, *middle, text, *tail)]
         if add_generation_prompt:
             parts += [*head, "assistant", *middle]
-        return _bos_ids(tokenizer) + _encode_parts(tokenizer, parts)
+        return tokenizer.encode_parts([*tokenizer.bos_ids, *parts])
 
     def jinja(self, tokenizer: Tokenizer, system: str | None) -> str:
         head, middle, tail = map(_quoted, (self.head, self.middle, self.tail))
@@ -188,10 +188,6 @@ def with_input(message: Message) -> str:
     return f"{content}\n{more}" if more else content
 
 
-def _bos_ids(tokenizer: Tokenizer) -> list[int]:
-    return [] if tokenizer.bos is None else [tokenizer.bos]
-
-
 def _jinja_bos(tokenizer: Tokenizer) -> str:
     return "" if tokenizer.bos_token is None else f"{{{{ {_quoted(tokenizer.bos_token)} }}}}"
 
@@ -204,16 +200,3 @@ def _marked(tokenizer: Tokenizer, text: str) -> list[int | str]:
     """Split text at its markers: one token each where the tokenizer has it, else (GPT-2) the marker's characters."""
     parts = MARKER.split(text)
     return [tokenizer.special_tokens.get(part, part) if MARKER.fullmatch(part) else part for part in parts]
-
-
-def _encode_parts(tokenizer: Tokenizer, parts: list[int | str]) -> list[int]:
-    """Return tokens as they are, and the text between two of them encoded as a whole."""
-    ids: list[int] = []
-    text = ""
-    for part in parts:
-        if isinstance(part, int):
-            ids += [*tokenizer.encode(text), part]
-            text = ""
-        else:
-            text += part
-    return ids + tokenizer.encode(text)
