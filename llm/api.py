@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,14 @@ def load(
     return model
 
 
+@dataclass
+class Usage:
+    """The tokens of one text: read and written so far."""
+
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+
+
 class Model:
     """A checkpoint in memory, for one caller at a time."""
 
@@ -80,6 +89,7 @@ class Model:
         self.checkpoint, self.path = checkpoint, path
         self.decoder: Decoder | None = None  # in place of the model itself, where its steps are compiled
         self.draft: Decoder | None = None
+        self.usage = Usage()  # of the latest `stream`
         self._prefix = PrefixCache()
 
     @property
@@ -124,6 +134,11 @@ class Model:
             messages, add_generation_prompt=add_generation_prompt, tools=tools, template_kwargs=template_kwargs
         )
 
+    def has_template_variable(self, name: str) -> bool:
+        """Return whether the model's own chat template may read a variable of this name."""
+        sources = (self.checkpoint.config.chat_templates or {}).values()
+        return name.isidentifier() and any(name in source for source in sources)
+
     def fit_messages(
         self,
         messages: Sequence[Message],
@@ -152,7 +167,7 @@ class Model:
                 f"(expected at most {context_length}, the model's context); shorten it"
             )
         if left_out:
-            log.info("the context is full: the oldest %d turns are left out", left_out)
+            log.info("the context is full: turns left out, the oldest first: %d", left_out)
         return kept, ids
 
     def generate(
@@ -181,18 +196,22 @@ class Model:
         max_new_tokens: int = MAX_NEW_TOKENS,
         sampling: Sampling | None = None,
         seed: int = 0,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
     ) -> Iterator[str]:
         """Return the pieces of `generate`'s text, each as soon as it is known. Errors come at the call.
 
-        The KV cache of the previous prompt is reused as far as both begin alike.
+        The KV cache of the previous prompt is reused as far as both begin alike. `tools` and `template_kwargs` go to
+        the model's own chat template.
 
         >>> "".join(model.stream("One morning"))
         ' the baker sold bread at the harbour.'
         """
-        tokenizer = self.checkpoint.tokenizer
+        ids = self._encode(prompt, max_new_tokens, tools, template_kwargs)
+        usage = self.usage = Usage(len(ids))
         tokens = stream(
             self.decoder or self.gpt,
-            self._encode(prompt, max_new_tokens),
+            ids,
             max_new_tokens=max_new_tokens,
             sampling=self.sampling if sampling is None else sampling,
             seed=seed,
@@ -200,7 +219,7 @@ class Model:
             prefix=self._prefix,
             draft=self.draft,
         )
-        return stream_text(tokenizer, tokens)
+        return stream_text(self.checkpoint.tokenizer, _counted(tokens, usage))
 
     def chat(
         self,
@@ -209,6 +228,8 @@ class Model:
         max_new_tokens: int = MAX_NEW_TOKENS,
         sampling: Sampling | None = None,
         seed: int = 0,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
     ) -> str:
         """Return the answer of an instruct model to a conversation that ends in a user message.
 
@@ -217,7 +238,8 @@ class Model:
         >>> llm.load("models/instruct", device="cpu").chat([{"role": "user", "content": "Name a trade."}])
         'A baker.'
         """
-        return self.generate(messages, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed)
+        more: dict[str, Any] = {"sampling": sampling, "seed": seed, "tools": tools, "template_kwargs": template_kwargs}
+        return "".join(self.stream(messages, max_new_tokens=max_new_tokens, **more))
 
     def generate_batch(
         self,
@@ -285,11 +307,25 @@ class Model:
         self.require("instruct")
         return self.checkpoint.config.conversations(self.checkpoint.tokenizer)
 
-    def _encode(self, prompt: Prompt, max_new_tokens: int) -> list[int]:
+    def _encode(
+        self,
+        prompt: Prompt,
+        max_new_tokens: int,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:
         if not isinstance(prompt, str):
-            return self.fit_messages(prompt, max_new_tokens=max_new_tokens)[1]
+            more: dict[str, Any] = {"tools": tools, "template_kwargs": template_kwargs}
+            return self.fit_messages(prompt, max_new_tokens=max_new_tokens, **more)[1]
         tokenizer, context_length = self.checkpoint.tokenizer, self.gpt.config.context_length
         ids = [*tokenizer.bos_ids, *tokenizer.encode(prompt)]
         if len(ids) > context_length:
             log.warning("the prompt has %d tokens, the model reads the last %d", len(ids), context_length)
         return ids
+
+
+def _counted(tokens: Iterator[int], usage: Usage) -> Iterator[int]:
+    """Yield tokens, each counted."""
+    for token in tokens:
+        usage.new_tokens += 1
+        yield token

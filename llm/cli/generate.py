@@ -35,4 +35,4 @@ def run(args: argparse.Namespace) -> None:
         raise InputError("--prompt is empty; give some text to continue")
     model = load(args.model_dir, **load_options(args))
     model.require("base", "instruct")
-    write(itertools.chain([prompt], model.stream(prompt, **decoding_options(args))))
+    write(itertools.chain([prompt], model.stream(prompt, **decoding_options(args, model))))

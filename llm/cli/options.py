@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llm.common.device import DEVICES
 from llm.common.errors import InputError
+
+if TYPE_CHECKING:
+    from llm.api import Model
 
 
 class CommandHelp(argparse.HelpFormatter):
@@ -53,14 +57,14 @@ def add_int8(parser: Any) -> None:
 
 
 def add_decoding(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("how the text is chosen").add_argument
+    text = "Defaults are the model's generation settings; without them the likeliest token is taken."
+    add = parser.add_argument_group("how the text is chosen", text).add_argument
     add("--max-new-tokens", type=int, default=200, metavar="N", help="generate at most N tokens (default: %(default)s)")
     add(
         "--temperature",
         type=float,
-        default=0.0,
         metavar="X",
-        help="0: always the likeliest token (default); 1: the model's own distribution",
+        help="0: always the likeliest token; 1: the model's own distribution",
     )
     add("--top-k", type=int, metavar="K", help="choose among the K likeliest tokens")
     add("--top-p", type=float, metavar="P", help="choose among the likeliest tokens that together reach probability P")
@@ -68,9 +72,8 @@ def add_decoding(parser: argparse.ArgumentParser) -> None:
     add(
         "--repetition-penalty",
         type=float,
-        default=1.0,
         metavar="X",
-        help="above 1: tokens that occurred become less likely (default: %(default)s)",
+        help="above 1: tokens that occurred become less likely",
     )
     add("--seed", type=int, default=0, metavar="N", help="same seed, same text (default: %(default)s)")
     speed = parser.add_argument_group("how fast it comes")
@@ -92,12 +95,11 @@ def load_options(args: argparse.Namespace) -> dict[str, Any]:
     return {"device": args.device, "int8": args.int8, "compiled": args.compile, "draft": args.draft}
 
 
-def decoding_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the arguments of `Model.stream` that the options of `add_decoding` give."""
-    from llm.inference.sampling import Sampling
-
+def decoding_options(args: argparse.Namespace, model: Model) -> dict[str, Any]:
+    """Return the arguments of `Model.stream` that the options of `add_decoding` give; the model says the others."""
     names = ("repetition_penalty", "temperature", "top_k", "top_p", "min_p")
-    sampling = Sampling(**{name: getattr(args, name) for name in names})
+    given = {name: value for name in names if (value := getattr(args, name)) is not None}
+    sampling = dataclasses.replace(model.sampling, **given)
     return {"max_new_tokens": args.max_new_tokens, "sampling": sampling, "seed": args.seed}
 
 

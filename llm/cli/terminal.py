@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, TextIO
 
 from llm.common.errors import InputError
 from llm.common.sanitize import CONTROLS, visible
@@ -47,13 +49,25 @@ def stdin_lines() -> Iterator[str]:
 
 
 def typed_lines() -> Iterator[str]:
-    """Yield the lines that are typed at a prompt, until Ctrl-D."""
+    """Yield the lines that are typed at a prompt, until Ctrl-D; Ctrl-C drops the line."""
+    with contextlib.suppress(ImportError):  # Windows has none
+        import readline  # noqa: F401  (line editing and history for input())
+    prompt = "> "
+    if has_colour(sys.stdout) and "readline" in sys.modules:
+        prompt = "\001\033[1;36m\002> \001\033[0m\002"  # 1 and 2 enclose what takes no place on the line
     while True:
         try:
-            yield checked_text(input("> "), "the instruction")
+            yield checked_text(input(prompt), "the instruction")
+        except KeyboardInterrupt:
+            print()
         except EOFError:
             print()
             return
+
+
+def has_colour(stream: TextIO) -> bool:
+    """Return whether colours may be written: to terminals that know them, and never with NO_COLOR."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def named_texts(arguments: list[str]) -> Iterator[str]:

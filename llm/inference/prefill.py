@@ -47,8 +47,8 @@ def prefill(
     idx = torch.tensor(padded, device=model.tok_emb.weight.device)[:, cache.length :]  # [B, T]
     hidden = model.hidden_states(idx, cache, pad_tensor(pads, idx))[:, -1]  # [B, C]
     if prefix is not None:
-        prefix.tokens = list(contexts[0])
-        prefix.keys, prefix.values = (part.clone() for part in cache.slice(0, pads[0], width))
+        keys, values = (part.clone() for part in cache.slice(0, pads[0], width))
+        prefix.tokens, prefix.keys, prefix.values = list(contexts[0]), keys, values  # together, also where Ctrl-C comes
     return hidden, cache, pads
 
 
