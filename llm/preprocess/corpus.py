@@ -6,6 +6,7 @@ the encoding. Memory holds a few numbers for each chunk. A chunk is a document o
 
 from __future__ import annotations
 
+import logging
 from array import array
 from collections import Counter
 from collections.abc import Iterator
@@ -22,6 +23,8 @@ from llm.preprocess.text import TextHasher, count_characters, dedup_key, key_has
 from llm.preprocess.workers import Workers, show_progress
 
 BATCH_BYTES = 1_000_000  # of the corpus file that one worker has at a time
+
+logger = logging.getLogger("llm")
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -155,26 +158,65 @@ def plan_corpus(path: Path, params: CorpusSplit, seed: int, workers: Workers) ->
 def split_leak_free(plan: Plan, params: CorpusSplit) -> Plan:
     """Assign the chunks with the smallest hashes to val and the next ones to test: equal texts cannot part.
 
-    A long document that occurs twice counts as one chunk, because its copies may be cut at different places. So does a
-    document that is no longer than a chunk although the download had to write it as several records.
+    Copies of a long document that were cut at different places count as one chunk, and so does a document that is no
+    longer than a chunk although the download had to write it as several records. What would tip a held-out split, such
+    as these copies or a text that repeats very often, is in train.
     """
-    order = plan.chunk_hashes.copy()
-    chars = np.bincount(plan.chunk_document, weights=plan.chunk_lengths)
-    _, same, copies = np.unique(plan.document_hashes, return_inverse=True, return_counts=True)
-    whole = ((copies[same] > 1) | (chars <= params.chunk_chars)) & (np.bincount(plan.chunk_document) > 1)
-    order = np.where(whole[plan.chunk_document], plan.document_hashes[plan.chunk_document], order)
-    distinct = np.unique(order)
+    chunks = np.bincount(plan.chunk_document)  # [D]
+    chars = np.bincount(plan.chunk_document, weights=plan.chunk_lengths)  # [D]
+    unaligned = _unaligned_copies(plan, chunks)
+    whole = unaligned | ((chars <= params.chunk_chars) & (chunks > 1))
+    order = np.where(whole[plan.chunk_document], plan.document_hashes[plan.chunk_document], plan.chunk_hashes)
+    distinct, same = np.unique(order, return_inverse=True)
     if len(distinct) < len(SPLITS):
         raise InputError(
             f"data.corpus: too little text to split into train, val and test: {len(distinct)} different chunks; "
             f"add documents, lower tokenize.corpus.chunk_chars ({params.chunk_chars}) or set "
             "tokenize.corpus.split: book"
         )
-    n_val, n_test = (max(1, int(share * len(distinct))) for share in (params.val, params.test))
-    bounds = distinct[[n_val - 1, n_val + n_test - 1]]
-    split = np.array([VAL, TEST, TRAIN], dtype=np.uint8)[np.searchsorted(bounds, order)]
+    weights = np.bincount(same, weights=plan.chunk_lengths)
+    light = _light(weights, params)
+    # A document that counts as one chunk still has its share of the text.
+    first_copies = np.unique(plan.document_hashes[unaligned], return_index=True)[1]
+    n_units = len(distinct) + int((chunks[unaligned][first_copies] - 1).sum())
+    n_val, n_test = (max(1, int(share * n_units)) for share in (params.val, params.test))
+    if not light.all() and n_val + n_test > (room := max(2, int(light.sum()) // 2)):
+        n_val = max(1, int(room * params.val / (params.val + params.test)))
+        n_test = room - n_val
+        logger.warning("data.corpus: few texts do not repeat: val has %d chunks of them, test %d", n_val, n_test)
+    split_of = np.full(len(distinct), TRAIN, dtype=np.uint8)
+    candidates = np.flatnonzero(light)  # in the order of their hashes
+    split_of[candidates[:n_val]] = VAL
+    split_of[candidates[n_val : n_val + n_test]] = TEST
+    split = split_of[same]
     stays = (split[1:] == split[:-1]) & (plan.chunk_document[1:] == plan.chunk_document[:-1])
     return plan._replace(chunk_split=split, chunk_ends=np.append(~stays, True))
+
+
+def _unaligned_copies(plan: Plan, chunks: Array) -> Array:
+    """Return which documents have an equal one that was cut into other chunks: [D]."""
+    ends = np.cumsum(chunks)
+    _, same, copies = np.unique(plan.document_hashes, return_inverse=True, return_counts=True)
+    cuts: dict[int, set[bytes]] = {}
+    repeated = np.flatnonzero((copies[same] > 1) & (chunks > 1))
+    for document in repeated.tolist():
+        hashes = plan.chunk_hashes[ends[document] - chunks[document] : ends[document]]
+        cuts.setdefault(int(same[document]), set()).add(hashes.tobytes())
+    unaligned = np.zeros(len(chunks), dtype=bool)
+    for document in repeated.tolist():
+        unaligned[document] = len(cuts[int(same[document])]) > 1
+    return unaligned
+
+
+def _light(weights: Array, params: CorpusSplit) -> Array:
+    """Return which texts are too small, with their copies, to tip a held-out split: two at least."""
+    limit = max(3 * params.chunk_chars, 0.1 * min(params.val, params.test) * weights.sum())
+    light = weights <= limit
+    if light.sum() < 2:
+        light[np.argsort(weights, kind="stable")[:2]] = True
+    if not light.all():
+        logger.warning("data.corpus: %d texts repeat so much that they are in train", (~light).sum())
+    return light
 
 
 def split_by_book(plan: Plan) -> Plan:

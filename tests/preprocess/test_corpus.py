@@ -15,7 +15,7 @@ from llm.common.errors import InputError
 from llm.config import SPLITS, CorpusSplit
 from llm.preprocess import data_card
 from llm.preprocess.chunks import cut_chunks
-from llm.preprocess.corpus import plan_corpus, training_texts
+from llm.preprocess.corpus import Plan, plan_corpus, training_texts
 from llm.preprocess.encode import encode_corpus
 from llm.preprocess.text import dedup_key
 from llm.tokenizer.bpe import Tokenizer
@@ -105,6 +105,51 @@ def test_equal_long_documents_stand_in_one_split_wherever_they_would_be_cut(tmp_
     plan = plan_corpus(path, LEAK_FREE, SEED, ALONE)
     assert (plan.chunk_document <= 1).sum() > 10
     assert len(set(plan.chunk_split[plan.chunk_document <= 1].tolist())) == 1
+
+
+def shares(plan: Plan) -> list[float]:
+    """Return the share of the characters in each split."""
+    chars = np.bincount(plan.chunk_split, weights=plan.chunk_lengths, minlength=len(SPLITS))
+    return (chars / chars.sum()).tolist()
+
+
+@pytest.mark.parametrize("copies", [2, 3])
+def test_a_long_document_listed_twice_does_not_tip_the_splits(tmp_path: Path, copies: int) -> None:
+    novel, others = document(1, paragraphs=300), [document(seed, paragraphs=60) for seed in (2, 3)]
+    path = write_corpus(tmp_path / "corpus.jsonl", [novel, *others, *[novel] * (copies - 1)])
+    for seed in range(20):
+        plan = plan_corpus(path, LEAK_FREE, seed, ALONE)
+        assert shares(plan) == pytest.approx([0.7, 0.1, 0.2], abs=0.06)
+        assert set(data_card.corpus_leakage(plan).values()) == {0}
+        first, *more = (plan.chunk_split[plan.chunk_document == n].tolist() for n in (0, *range(3, copies + 2)))
+        assert all(split == first for split in more)
+
+
+def test_copies_that_are_cut_elsewhere_are_in_train(tmp_path: Path) -> None:
+    novel = document(1, paragraphs=300)
+    other = disguise(novel).replace("\n\n", " ")
+    path = write_corpus(tmp_path / "corpus.jsonl", [novel, other, *(document(seed, 60) for seed in range(2, 8))])
+    for seed in range(20):
+        plan = plan_corpus(path, LEAK_FREE, seed, ALONE)
+        assert set(plan.chunk_split[plan.chunk_document <= 1].tolist()) == {0}
+        assert 0.05 < shares(plan)[1] < 0.15 and 0.1 < shares(plan)[2] < 0.25
+
+
+def test_a_short_text_that_repeats_very_often_is_in_train(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write_corpus(tmp_path / "corpus.jsonl", [document(0)] * 200 + [document(seed) for seed in range(1, 101)])
+    for seed in range(20):
+        plan = plan_corpus(path, LEAK_FREE, seed, ALONE)
+        assert set(plan.chunk_split[:200].tolist()) == {0}
+        assert [int((plan.chunk_split[200:] == split).sum()) for split in range(3)] == [70, 10, 20]
+    assert "data.corpus: 1 texts repeat so much that they are in train" in caplog.text
+
+
+def test_a_corpus_of_little_but_copies_still_has_held_out_splits(tmp_path: Path) -> None:
+    novel = document(1, paragraphs=300)
+    documents = [novel, disguise(novel).replace("\n\n", " "), document(2), document(3)]
+    plan = plan_corpus(write_corpus(tmp_path / "corpus.jsonl", documents), LEAK_FREE, SEED, ALONE)
+    assert set(plan.chunk_split.tolist()) == {0, 1, 2}
+    assert set(data_card.corpus_leakage(plan).values()) == {0}
 
 
 def test_a_document_written_as_several_records_is_not_cut_unless_it_is_long(tmp_path: Path) -> None:
