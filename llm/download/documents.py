@@ -7,12 +7,16 @@ from collections.abc import Iterable, Iterator
 PIECE = 1_000_000  # characters of a document in one record
 
 
-def split_documents(text: Iterable[str], separator: str | None) -> Iterator[tuple[int, str]]:
-    """Yield numbered documents in pieces. A document of blanks only is left out."""
+def split_documents(
+    text: Iterable[str], separator: str | None, seen: set[str] | None = None
+) -> Iterator[tuple[int, str]]:
+    """Yield numbered documents in pieces; add the separator to `seen` if it occurs. Blank documents are left out."""
     number, waiting, begun = 0, "", False
     for block in text:
         waiting += block
         if separator and separator in waiting:
+            if seen is not None:
+                seen.add(separator)
             *ended, waiting = waiting.split(separator)
             for document in ended:
                 if begun or document.strip():

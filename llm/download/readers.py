@@ -92,13 +92,14 @@ def write_records(section: Section, files: list[DataFile], path: Path) -> Writte
     labels: dict[str, None] = {}
     left_out = LeftOut(path.with_suffix(".left_out.jsonl"), section.skip_invalid)
     read: Counter[str | None] = Counter()  # records of each split
+    seen: set[str] = set()  # the separator of documents, once it has occurred
     with path.open("wb") as out, tqdm(desc=path.stem, unit=" records", disable=None, leave=False) as bar:
         for file, split in zip(files, splits, strict=True):
             count = 0
             if section.max_rows is not None and read[split] >= section.max_rows:
                 counts.append(0)
                 continue
-            for record in _records(section, file, sum(counts), left_out):
+            for record in _records(section, file, sum(counts), left_out, seen):
                 number = record["doc"] - sum(counts) if "doc" in record else count
                 if section.max_rows is not None and read[split] + number >= section.max_rows:
                     break
@@ -116,7 +117,19 @@ def write_records(section: Section, files: list[DataFile], path: Path) -> Writte
         out.flush()
         os.fsync(out.fileno())
     left_out.tell(sum(counts))
+    _tell_of_separator(section, files, seen)
     return Written(counts, digest.hexdigest(), _all_labels(section, labels), left_out)
+
+
+def _tell_of_separator(section: Section, files: list[DataFile], seen: set[str]) -> None:
+    separator = section.document_separator if isinstance(section, CorpusSource) else None
+    if separator and not seen:
+        log.warning(
+            "%s: document_separator %r never occurs, so nothing was cut; correct it (in double quotes, \\n is a line "
+            "end) or remove it",
+            files[0] if len(files) == 1 else f"{files[0]} and {len(files) - 1} more",
+            separator,
+        )
 
 
 def _all_labels(section: Section, found: Mapping[str, None]) -> list[str]:
@@ -131,9 +144,11 @@ def _all_labels(section: Section, found: Mapping[str, None]) -> list[str]:
     return labels
 
 
-def _records(section: Section, file: DataFile, first: int, left_out: LeftOut) -> Iterator[dict[str, Any]]:
+def _records(
+    section: Section, file: DataFile, first: int, left_out: LeftOut, seen: set[str]
+) -> Iterator[dict[str, Any]]:
     if isinstance(section, CorpusSource):
-        return corpus(section, file, left_out, first)
+        return corpus(section, file, left_out, first, seen)
     return (
         messages(section, file, left_out)
         if isinstance(section, MessagesSource)
@@ -181,10 +196,12 @@ def _convert(
             yield record
 
 
-def corpus(section: CorpusSource, file: DataFile, left_out: LeftOut, first: int = 0) -> Iterator[dict[str, Any]]:
+def corpus(
+    section: CorpusSource, file: DataFile, left_out: LeftOut, first: int = 0, seen: set[str] | None = None
+) -> Iterator[dict[str, Any]]:
     """Yield `{"doc": 0, "text": ...}`. Records in a row with one number are one document, numbered from `first`."""
     if find_format(file, wanted_columns(section), read_options(section, file)) == "text":
-        documents = _text_documents(section, file)
+        documents = _text_documents(section, file, seen)
     else:
         column = section.text or "text"
         cells = _convert(section, file, left_out, lambda row, where: {"text": _value(row, column, "text", where)})
@@ -194,17 +211,17 @@ def corpus(section: CorpusSource, file: DataFile, left_out: LeftOut, first: int 
         yield {"doc": first + number, "text": piece}
 
 
-def _text_documents(section: CorpusSource, file: DataFile) -> Iterator[tuple[int, str]]:
+def _text_documents(section: CorpusSource, file: DataFile, seen: set[str] | None) -> Iterator[tuple[int, str]]:
     """Yield numbered documents in pieces; each book of Project Gutenberg is a document, or several."""
     text = decode_text(file, read_options(section, file).encoding)
     if section.strip != "gutenberg":
-        yield from split_documents(text, section.document_separator)
+        yield from split_documents(text, section.document_separator, seen)
         return
     first = 0
     for _, lines in groupby(read_books(text, str(file)), key=itemgetter(0)):
         book = iter(lambda lines=lines: "".join(line for _, line in islice(lines, 10_000)), "")  # type: ignore[misc]
         number = -1
-        for number, piece in split_documents(book, section.document_separator):
+        for number, piece in split_documents(book, section.document_separator, seen):
             yield first + number, piece
         first += number + 1
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import logging
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,18 @@ def test_documents(tmp_path: Path) -> None:
         {"doc": 1, "text": "two"},
         {"doc": 2, "text": "three"},
     ]
+
+
+@pytest.mark.usefixtures("_blocks")
+@pytest.mark.parametrize(("separator", "said"), [("\\n\\n", True), ("\n\n\n", True), ("\n\n", False), ("b.\n", False)])
+def test_a_separator_that_never_occurs_is_said(
+    tmp_path: Path, separator: str, said: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    section = CORPUS.model_copy(update={"document_separator": separator})
+    with caplog.at_level(logging.WARNING, logger="llm"):
+        found = read(section, data_file(tmp_path, "a.txt", "a\n\nb.\n"))
+    assert (f"a.txt: document_separator {separator!r} never occurs, so nothing was cut" in caplog.text) == said
+    assert len(found) == (2 if separator == "\n\n" else 1)
 
 
 @pytest.mark.usefixtures("_blocks")
