@@ -74,6 +74,9 @@ def write_tokens(run: Run, folder: Path) -> dict[str, Any]:
         card[kind]["too_long"] = counts
     if too_long:
         write_atomic(folder / "too_long.json", json.dumps(too_long, indent=2) + "\n")
+    for kind in KINDS:
+        if "left_out" in provenance[kind]:
+            card[kind]["left_out"] = provenance[kind]["left_out"]["rows"]
     return data_card.without_texts(card, [kind for kind in KINDS if kind not in quotable])
 
 

@@ -157,3 +157,67 @@ def test_any_json_is_a_value_or_a_value_error(text: str | bytes) -> None:
 def test_json_that_exhausts_the_parser_is_a_value_error(text: str | bytes) -> None:
     with pytest.raises(ValueError):
         parse_json(text)
+
+
+def parse_messages(**messages: Any) -> Any:
+    """Return the messages of a source as parsed, with these keys."""
+    values = copy.deepcopy(SHIPPED)
+    files = {"files": [{"path": "a.csv"}]}
+    values["sources"]["mine"] = {"licence": "x", "messages": files | {"labels": ["a", "b"]} | messages}
+    return parse_params(values).sources["mine"].messages
+
+
+@pytest.mark.parametrize(
+    ("written", "labels"),
+    [("[0, 1]", ["0", "1"]), ("[1.0, 2.5]", ["1.0", "2.5"]), ("['no', 'yes']", ["no", "yes"]), ("auto", ["auto"])],
+)
+def test_labels_are_text(written: str, labels: list[str]) -> None:
+    assert parse_messages(labels=yaml.safe_load(written)).labels == labels
+
+
+@pytest.mark.parametrize(
+    ("key", "written", "message"),
+    [
+        ("labels", "[no, yes]", r"labels\.0: .* found False, which YAML makes of no, off or false; quote the word"),
+        ("labels", "[x, on]", r"labels\.1: .* found True, which YAML makes of yes, on or true; quote the word"),
+        ("labels", "[x, null]", r"labels\.1: .* found null, .*; quote it"),
+        ("labels", "[x, ]", r"labels: expected two labels or more, or auto, found \['x'\]"),
+        ("labels", "[x, 2020-01-01]", r"labels\.1: expected text, found date 2020-01-01; write it in quotes"),
+        ("labels", "[x, 1, '1']", r"labels: expected each label once, found '1' twice"),
+        ("label", "no", r"label: expected text, found False"),
+        ("split", "{train: a.csv}", r"split: expected the name of a column; files for each split go to files:"),
+        ("encoding", "rot13", r"encoding: expected the name of an encoding .* found 'rot13'"),
+        ("encoding", "utf-99", r"encoding: expected the name of an encoding .* found 'utf-99'"),
+        ("separator", "'||'", r"separator: expected one character or tab, found '\|\|'"),
+        ("header", "maybe", r"header: expected true, false or a list of the columns' names, found 'maybe'"),
+        ("header", "[a, a]", r"header: expected a name of its own for each column"),
+        ("files", "{train: a.csv, rest: b.csv}", r"files: expected a list of files, or files for train.*'rest'"),
+        ("format", "xlsx", r"format: input should be 'text'"),
+        ("max_rows", "0", r"max_rows: "),
+    ],
+)
+def test_a_wrong_option_of_a_source_is_named(key: str, written: str, message: str) -> None:
+    with pytest.raises(InputError, match=rf"^params\.yaml: sources\.mine\.messages\.{message}"):
+        parse_messages(**{key: yaml.safe_load(written)})
+
+
+def test_labels_that_are_not_listed_may_be_found_out() -> None:
+    values = copy.deepcopy(SHIPPED)
+    values["sources"]["mine"] = {"licence": "x", "messages": {"files": [{"path": "a.csv"}]}}
+    with pytest.raises(InputError, match=r"messages\.labels: missing key; list all labels .* or write labels: auto"):
+        parse_params(values)
+
+
+def test_files_of_splits_and_their_options() -> None:
+    files = {"Train": "a.csv", "dev": ["b.csv", {"url": "https://h.invalid/c"}], "test": {"path": "d", "format": "csv"}}
+    section = parse_messages(files=files, encoding="windows-1251", format="jsonl")
+    entries = [section.entry(file) for file in section.files]
+    assert [(entry.path or entry.url, entry.split, entry.format) for entry in entries] == [
+        ("a.csv", "train", "jsonl"),
+        ("b.csv", "val", "jsonl"),
+        ("https://h.invalid/c", "val", "jsonl"),
+        ("d", "test", "csv"),
+    ]
+    assert {entry.encoding for entry in entries} == {"windows-1251"}
+    again = parse_messages(**section.model_dump())
+    assert again == section

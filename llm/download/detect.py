@@ -15,7 +15,7 @@ from llm.download.archives import DataFile
 from llm.download.encodings import decoded_head, find_encoding
 from llm.download.formats import Row, Wanted, json_lines, json_rows, parquet_rows
 from llm.download.signatures import check_binary, check_pointer, is_parquet, looks_binary
-from llm.download.tables import SAMPLE_LINES, SEPARATORS, first_row, parse_rows, read_table
+from llm.download.tables import SAMPLE_LINES, SEPARATOR_LINE, SEPARATORS, first_row, parse_rows, read_table
 
 BY_SUFFIX = {
     **dict.fromkeys((".txt", ".md", ".text", ".markdown", ".rst"), "text"),
@@ -71,6 +71,8 @@ def sniff(text: str, wanted: Wanted) -> str | None:
         line = text.lstrip().partition("\n")[0]
         return "jsonl" if line.startswith("{") and line.rstrip().endswith("}") else "json"
     lines = [line for line in text.split("\n") if line.strip()][:SAMPLE_LINES]
+    if lines and SEPARATOR_LINE.fullmatch(lines[0]):
+        return "csv"
     for separator in ("\t", *SEPARATORS):
         rows = parse_rows(lines[:-1] or lines, separator)  # the last one may be cut
         names = {*first_row(lines, separator)[0]} if lines else set()

@@ -221,6 +221,7 @@ def _corpus(card: Card) -> list[str]:
         "units: documents, or sections of long ones. The texts of a split are documents, or sections that follow each "
         "other. Equal to an earlier one: "
         f"{corpus['duplicate_documents']:,} documents, {corpus['duplicate_units']:,} units.",
+        *_left_out(corpus),
         table(
             ("split", *columns.values(), "units equal to one of train"),
             [
@@ -244,6 +245,7 @@ def _rows(card: Card, kind: str) -> list[str]:
     ]
     blocks = [
         f"## {kind.capitalize()}",
+        *_left_out(part),
         f"{part['records']:,} records. Equal to an earlier one: {duplicates['verbatim']:,} verbatim, "
         f"{duplicates['by_key']:,} by letters, digits and signs; {duplicates['keys_with_different_answers']:,} of "
         "these texts have different answers. Left out so that no text counts twice: "
@@ -272,6 +274,11 @@ def _rows(card: Card, kind: str) -> list[str]:
         if any("text" not in entry for entry in part["most_repeated"]):
             blocks.append(f"Texts are withheld: the source is not `quotable`. They are in `data/raw/{kind}.jsonl`.")
     return blocks
+
+
+def _left_out(part: Card) -> list[str]:
+    """Return a sentence about rows of the source that the download stage left out, if there are any."""
+    return [f"Left out as they could not be used: {part['left_out']:,} rows."] if part.get("left_out") else []
 
 
 def _lengths(title: str, lengths: Iterable[tuple[str, Mapping[str, float]]]) -> str:

@@ -6,13 +6,16 @@ byte, which chooses a target of the parser (a format, or which file of a folder 
 
 from __future__ import annotations
 
+import bz2
 import contextlib
 import gzip
 import io
 import json
 import logging
+import lzma
 import random
 import re
+import tarfile
 import tempfile
 import unittest.mock
 import zipfile
@@ -65,12 +68,14 @@ def sources() -> Parser:
     split = CorpusSource(files=files, strip="gutenberg", document_separator="\n\n\n")
     messages = MessagesSource(files=files, labels=["ham", "spam"], split="split")
     unquoted = MessagesSource(files=files, labels=["ham", "spam"], format="tsv")
+    plain = MessagesSource(files=files, labels=["ham", "spam"], skip_invalid=True)
     pairs = InstructionsSource(files=files, task="kind")
 
     def target(file: str, section: CorpusSource | MessagesSource | InstructionsSource, *seeds: bytes) -> Target:
         def parse(folder: Path) -> None:
             with contextlib.redirect_stderr(io.StringIO()):  # which tells that nothing is pinned
-                found = fetch(SourceFile(path=str(folder / file), member="*" if ".zip" in file else None), folder)
+                archive = ".zip" in file or ".tar" in file
+            found = fetch(SourceFile(path=str(folder / file), member="*" if archive else None), folder)
             write_records(section, found, folder / "written")
 
         return Target(file, list(seeds), parse)
@@ -94,7 +99,7 @@ def sources() -> Parser:
             target("a.txt", corpus, text),
             target("b.txt", split, book),
             target("a.csv", messages, table),
-            target("a.tsv", messages, table.replace(b",", b"\t")),
+            target("a.tsv", messages, table.replace(b", ", b" ").replace(b",", b"\t")),
             target("SMS", unquoted, b'ham\t"Hi\nspam\tWIN, a\tb\n'),
             target("a.jsonl", messages, lines),
             target("a.json", messages, listed, lines),
@@ -103,9 +108,24 @@ def sources() -> Parser:
             target("a.txt.gz", corpus, gzip.compress(text, mtime=0)),
             target("a.txt.zst", corpus, pyarrow.compress(text, "zstd", asbytes=True)),
             target("a.zip", corpus, archive.getvalue()),
+            target("b", plain, b'ham;"Hi"\nspam;WIN, now\n', lines, b"sep=|\ntext|label|split\na|ham|dev\n"),
+            target("a.log", corpus, text, "Grüße\n".encode("utf-16"), "Ja\n".encode("utf-16-le"), listed),
+            target("a.txt.bz2", corpus, bz2.compress(text)),
+            target("a.txt.xz", corpus, lzma.compress(text)),
+            target("a.tar", corpus, tarred(text)),
         ],
         {},
     )
+
+
+def tarred(text: bytes) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name in ("a.txt", "b.md"):
+            info = tarfile.TarInfo(name)
+            info.size = len(text)
+            archive.addfile(info, io.BytesIO(text))
+    return buffer.getvalue()
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

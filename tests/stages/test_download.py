@@ -102,6 +102,25 @@ def test_an_error_leaves_what_was_there_and_nothing_else() -> None:
     assert not Path("data/raw.partial").exists()
 
 
+def test_what_is_left_out_and_found_out_is_recorded() -> None:
+    Path("data/own/pairs.jsonl").write_text(
+        '{"instruction": "Greet", "output": "Hi"}\n{"instruction": "Greet", "output": ""}\n', encoding="utf-8"
+    )
+    fake = FakeRun(**MINE)
+    mine = fake.params.sources["mine"]
+    changed = {
+        "instructions": mine.instructions.model_copy(update={"skip_invalid": True}),
+        "messages": mine.messages.model_copy(update={"labels": ["auto"]}),
+    }
+    sources = fake.params.sources | {"mine": mine.model_copy(update=changed)}
+    fake.params = fake.params.model_copy(update={"sources": sources})
+    download(cast(Run, fake))
+    left_out = json.loads(Path("data/raw/sources.json").read_text())["instructions"]["left_out"]
+    assert left_out == {"rows": 1, "reasons": [{"reason": "expected text in 'output', found none", "rows": 1}]}
+    assert "line 2" in Path("data/raw/instructions.left_out.jsonl").read_text()
+    assert json.loads(Path("data/raw/labels.json").read_text()) == ["ham", "spam"]
+
+
 def test_what_a_killed_run_left_is_no_part_of_the_next() -> None:
     Path("data/raw.partial/gpt2").mkdir(parents=True)
     Path("data/raw.partial/gpt2/vocab.bpe").write_text("half")

@@ -87,6 +87,17 @@ def test_the_stage_writes_everything_and_the_same_again(raw: Path) -> None:
     assert (folder_digest(tokens), folder_digest(reports)) == first
 
 
+def test_the_card_counts_rows_that_the_download_left_out(raw: Path) -> None:
+    sources = json.loads((raw / "sources.json").read_text())
+    sources["instructions"]["left_out"] = {"rows": 1234, "reasons": []}
+    (raw / "sources.json").write_text(json.dumps(sources))
+    run: Any = FakeRun()
+    tokenize(run)
+    card = Path("reports/data_card.md").read_text(encoding="utf-8")
+    assert card.count("Left out as they could not be used: 1,234 rows.") == 1
+    assert card.index("1,234 rows") > card.index("## Instructions")
+
+
 def test_a_stage_that_fails_leaves_nothing_behind(raw: Path) -> None:
     write_corpus(raw / "corpus.jsonl", ["one", "two"])
     run: Any = FakeRun()
