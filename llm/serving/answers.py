@@ -190,8 +190,11 @@ def make_choice(served: Served, body: Decoding, seed: int) -> Choice:
         if body.top_logprobs is not None and not body.logprobs:
             raise ApiError(400, "top_logprobs: goes with logprobs; set logprobs to true", param="top_logprobs")
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    default = default_sampling(served.model)
+    if default.temperature == 0 and given.keys() & {"top_p", "top_k", "min_p"}:
+        given = {"temperature": 1.0} | given  # a filter has no effect on the likeliest token
     try:
-        sampling = replace(default_sampling(served.model), **given)
+        sampling = replace(default, **given)
     except InputError as error:
         raise ApiError(400, str(error)) from None
     return Choice(sampling, seed, body.presence_penalty or 0.0, body.frequency_penalty or 0.0, bias, logprobs)

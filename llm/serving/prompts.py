@@ -29,6 +29,6 @@ def text_ids(model: Model, text: str) -> list[int]:
 
 
 def default_sampling(model: Model) -> Sampling:
-    """Return the sampling of requests that name none: the model's own, else OpenAI's temperature of 1."""
+    """Return the sampling of requests that name none: the model's own settings, else OpenAI's temperature of 1."""
     own = model.sampling
-    return own if own.temperature > 0 else replace(own, temperature=1.0)
+    return own if model.checkpoint.config.generation is not None else replace(own, temperature=1.0)

@@ -15,6 +15,9 @@ import torch
 
 import llm
 from llm.inference.generate import generate
+from llm.inference.sampling import Sampling
+from llm.serving.prompts import default_sampling
+from llm.tokenizer.chat_source import GenerationConfig
 from tests.helpers import tiny_tokenizer
 from tests.serving.conftest import MODERN, QUESTION, Running, metric, wait_until
 
@@ -92,6 +95,14 @@ def test_a_conversation_keeps_what_fits_where_it_is_asked_to(client: openai.Open
     assert fitting.usage is not None and 128 < fitting.usage.prompt_tokens <= 250
     with pytest.raises(openai.BadRequestError, match="no question at the end"):
         client.chat.completions.create(**options | {"messages": turn})
+
+
+def test_defaults_are_the_models_own_settings_or_openais(place: Path) -> None:
+    model = llm.load(place / "instruct", device="cpu")
+    assert default_sampling(model) == Sampling(temperature=1.0)
+    own = GenerationConfig(do_sample=True, temperature=0.3, top_k=7)
+    model.checkpoint = model.checkpoint._replace(config=model.checkpoint.config.model_copy(update={"generation": own}))
+    assert default_sampling(model) == Sampling(temperature=0.3, top_k=7)
 
 
 def test_stop_strings(client: openai.OpenAI) -> None:
