@@ -13,7 +13,7 @@ from llm.common.errors import InputError
 from llm.serving.engine import ClosedError, QueueFullError
 from llm.serving.errors import ApiError, busy
 from llm.serving.generation import Choice, Constraint, Generation
-from llm.serving.models import Models, Served
+from llm.serving.models import Served
 from llm.serving.prompts import default_sampling
 from llm.serving.schemas import ChatRequest, CompletionRequest, Decoding
 from llm.serving.text_stream import Piece, TokenInfo
@@ -64,18 +64,14 @@ class Answers:
 
         return put
 
-    def submit(self, models: Models, name: str) -> None:
-        """Queue the generations; a model that is swapped at this moment is asked again."""
-        while True:
-            self.served = models.get(name)
-            assert self.served.engine is not None
-            try:
-                return self.served.engine.submit(self.generations)
-            except ClosedError:
-                if models.served.get(name) is self.served:
-                    raise busy() from None  # the server ends
-            except QueueFullError:
-                raise busy() from None
+    def submit(self, served: Served) -> None:
+        """Queue the generations at the engine of the model that they were made for."""
+        self.served = served
+        assert served.engine is not None
+        try:
+            served.engine.submit(self.generations)
+        except (QueueFullError, ClosedError):
+            raise busy() from None
 
     def cancel(self) -> None:
         if self.served is not None and self.served.engine is not None:

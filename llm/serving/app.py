@@ -90,9 +90,9 @@ def build_app(server: Server) -> Any:
     add_tools(app, server)
     add_operations(app, server)
     add_page(app)
-    if server.origins:
-        app.add_middleware(CORSMiddleware, allow_origins=[*server.origins], allow_methods=["*"], allow_headers=["*"])
     app.add_middleware(Guard, gate=server.gate, metrics=server.models.metrics, respond=respond)
+    if server.origins:  # outside the guard: a browser asks first, without the key
+        app.add_middleware(CORSMiddleware, allow_origins=[*server.origins], allow_methods=["*"], allow_headers=["*"])
     return app
 
 
@@ -143,7 +143,7 @@ def add_openai(app: Any, server: Server) -> None:
     async def respond(body: Any, request: Request, served: Served, form: Form, prompts: Sequence[list[int]]) -> Any:
         make = await run_in_threadpool(constraint_maker, served, body.response_format)
         answers = make_answers(served, body, prompts, server.limits, make)
-        answers.submit(server.models, body.model)
+        answers.submit(served)
         if body.stream:
             return StreamingResponse(form.stream(answers), media_type="text/event-stream")
         return JSONResponse(await form.whole(answers, until_disconnect(request)))

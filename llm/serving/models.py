@@ -50,6 +50,7 @@ class Models:
         """Make an empty collection with metrics of its own."""
         self.loading, self.resolve, self.metrics = loading, resolve, Metrics()
         self.served: dict[str, Served] = {}
+        self.retire_seconds = 30.0  # that a swapped model still takes the requests being prepared for it
         self._reloading = threading.Lock()
 
     def add(self, source: str, kinds: Sequence[str] = GPT_KINDS) -> None:
@@ -96,7 +97,9 @@ class Models:
                 old = self.get(each)
                 kinds = CLASSIFIER if old.engine is None else GPT_KINDS
                 self.served[each] = self._load(each, old.source, kinds)
-                old.close(wait=False)
+                retirement = threading.Timer(self.retire_seconds, old.close, kwargs={"wait": False})
+                retirement.daemon = True
+                retirement.start()
             return names
 
     @property

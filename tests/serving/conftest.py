@@ -100,12 +100,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Running:
     """A server in a thread of this process."""
 
-    def __init__(self, place: Path, gate: Gate | None = None, limits: Limits | None = None, **values: Any) -> None:
+    def __init__(
+        self, place: Path, gate: Gate | None = None, limits: Limits | None = None, origins: Any = (), **values: Any
+    ) -> None:
         self.models = Models(Loading("cpu", limits=limits or Limits(batch_size=4, chunk=32, deterministic=True)))
         for name in ("base", "instruct"):
             self.models.add(str(place / name))
         self.models.add(str(place / "spam"), CLASSIFIER)
-        self.server = Server(self.models, RequestLimits(**values), gate or Gate())
+        self.server = Server(self.models, RequestLimits(**values), gate or Gate(), origins)
         config = uvicorn.Config(build_app(self.server), "127.0.0.1", 0, http="h11", log_level="error")
         self.uvicorn, sockets = uvicorn.Server(config), [config.bind_socket()]
         self.port = sockets[0].getsockname()[1]
