@@ -5,8 +5,12 @@ from __future__ import annotations
 import argparse
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llm.cli.options import check_output
+
+if TYPE_CHECKING:
+    from llm.checkpoint.folder import Checkpoint
 
 SUMMARY = "make a model folder of open weights"
 DESCRIPTION = (
@@ -19,6 +23,7 @@ EXAMPLES = (
     "python -m llm import SmolLM2-135M-Instruct.Q8_0.gguf models/smollm2",
     "python -m llm import openai-community/gpt2 models/gpt2",
     "python -m llm import models/base models/again --adapter models/instruct/adapter",
+    "python -m llm import HuggingFaceTB/SmolLM2-135M-Instruct models/tuned --adapter PEFT_DIR",
 )
 
 
@@ -26,8 +31,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SOURCE", help="a folder, a .gguf file or a hub name such as org/name")
     parser.add_argument("model_dir", type=Path, metavar="MODEL_DIR", help="the model folder to write")
     parser.add_argument(
-        "--adapter", type=Path, metavar="DIR", help="the adapter/ of a model that was trained with trainable: lora"
+        "--adapter",
+        type=Path,
+        metavar="DIR",
+        help="a LoRA adapter to merge: the adapter/ of a model that was trained with trainable: lora, or one of PEFT",
     )
+
+
+def with_adapter(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
+    """Return a base with an adapter merged into it, one of ours or of PEFT."""
+    if (folder / "adapter_config.json").is_file():
+        from llm.convert.peft_in import merge_peft
+
+        return merge_peft(folder, checkpoint)
+    from llm.checkpoint.adapter import load_adapter
+    from llm.model.lora import merge_lora
+
+    checkpoint = load_adapter(folder, checkpoint)
+    merge_lora(checkpoint.model)
+    return checkpoint
 
 
 def run(args: argparse.Namespace) -> None:
@@ -38,10 +60,6 @@ def run(args: argparse.Namespace) -> None:
     check_output(args.model_dir, args.source)
     checkpoint = import_model(args.source)
     if args.adapter is not None:
-        from llm.checkpoint.adapter import load_adapter
-        from llm.model.lora import merge_lora
-
-        checkpoint = load_adapter(args.adapter, checkpoint)
-        merge_lora(checkpoint.model)
+        checkpoint = with_adapter(checkpoint, args.adapter)
     save_checkpoint(args.model_dir, checkpoint)
     logging.getLogger("llm").info(f"{args.model_dir}: {describe(checkpoint)}")

@@ -78,7 +78,7 @@ def import_digest(files: Path, known: Path) -> str:
     for part in CODE:
         for path in sorted((package / part).rglob("*.py")) if (package / part).is_dir() else [package / part]:
             digest.update(path.read_bytes())
-    for path in [files] if files.is_file() else sorted(files.iterdir()):
+    for path in [files] if files.is_file() else sorted([*files.iterdir(), *files.glob("*/*.jinja")]):
         if path.suffix in READ and path.is_file():
             digest.update(f"\n{path.name} {_file_digest(path, known)}".encode())
     return digest.hexdigest()

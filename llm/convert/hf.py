@@ -275,7 +275,6 @@ def export_hf(checkpoint: Checkpoint, out: Path) -> None:
     values = {
         "architectures": [family.hf_class],
         **hf_config.model_dump(exclude_unset=True),
-        "pad_token_id": None,  # a class has one of its own, which need not be in this vocabulary
         **ids,
         "torch_dtype": str(model.tok_emb.weight.dtype).removeprefix("torch."),
     }
