@@ -15,6 +15,7 @@ from llm.checkpoint.folder import Checkpoint, load_checkpoint
 from llm.common.device import pick_device
 from llm.common.errors import InputError
 from llm.convert.cache import model_folder
+from llm.data.about import About, read_about
 from llm.inference.classify import NO_TEXT, classify_texts, doubt, has_text
 from llm.inference.compiled import CompiledDecoder
 from llm.inference.generate import generate, stream, stream_text
@@ -101,6 +102,11 @@ class Model:
         self.require(*GPT_KINDS)
         assert isinstance(self.checkpoint.model, GPT)
         return self.checkpoint.model
+
+    @property
+    def about(self) -> About | None:
+        """Return what the model was trained on, where its folder tells it."""
+        return read_about(Path(self.path))
 
     def require(self, *kinds: str) -> None:
         """Raise `InputError` unless the model is of one of these kinds."""

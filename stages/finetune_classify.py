@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from llm.checkpoint.folder import Checkpoint, CheckpointConfig
+from llm.data.about import about_messages, may_quote
 from llm.data.batches import collate_labels
 from llm.data.examples import class_weights, message_examples, read_labels, read_messages
 from llm.model.classifier import GPTClassifier
@@ -29,9 +30,9 @@ def make_task(run: Run, base: Checkpoint) -> FinetuneTask:
     folder = Path("data/tokens/messages")
     labels = read_labels(folder)
     length = min(section.max_length, base.config.gpt.context_length)
+    train_messages, val_messages = (read_messages(folder / f"{split}.jsonl") for split in ("train", "val"))
     train_set, val_set = (
-        message_examples(read_messages(folder / f"{split}.jsonl"), base.tokenizer, labels, length)
-        for split in ("train", "val")
+        message_examples(messages, base.tokenizer, labels, length) for messages in (train_messages, val_messages)
     )
     assert isinstance(base.model, GPT)
     device = base.model.tok_emb.weight.device
@@ -40,6 +41,7 @@ def make_task(run: Run, base: Checkpoint) -> FinetuneTask:
     return FinetuneTask(
         model=model,
         config=CheckpointConfig(kind="classifier", gpt=base.config.gpt, labels=labels, max_length=length),
+        about=about_messages(train_messages, quotable=may_quote(Path("data/tokens"), "messages")),
         train_set=train_set,
         val_set=val_set,
         collate=collate_labels,

@@ -9,7 +9,8 @@ import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from llm.checkpoint.folder import Checkpoint, CheckpointConfig
+from llm.checkpoint.folder import Checkpoint
+from llm.data.about import about_pairs, may_quote
 from llm.data.batches import Batch, collate_pairs
 from llm.data.examples import pair_examples, read_pairs, too_long_pairs
 from llm.inference.generate import stream, stream_text
@@ -30,10 +31,10 @@ def make_task(run: Run, base: Checkpoint) -> FinetuneTask:
     section = run.params.finetune_instruct
     model, tokenizer, gpt = base.model, base.tokenizer, base.config.gpt
     assert isinstance(model, GPT)
-    # A base that already follows instructions in this template keeps its system message.
-    system = base.config.system if base.config.template == section.template else None
+    config = base.config.instructed(section.template, tokenizer)
+    system = config.system
     folder = Path("data/tokens/instructions")
-    val_pairs = read_pairs(folder / "val.jsonl")
+    train_pairs, val_pairs = (read_pairs(folder / f"{split}.jsonl") for split in ("train", "val"))
     train_pairs = read_pairs(folder / "train.jsonl")
     train_set, val_set = (
         pair_examples(pairs, tokenizer, section.template, section.mask_prompt, gpt.context_length, system)
@@ -55,7 +56,8 @@ def make_task(run: Run, base: Checkpoint) -> FinetuneTask:
 
     return FinetuneTask(
         model=model,
-        config=CheckpointConfig(kind="instruct", gpt=gpt, template=section.template, system=system),
+        config=config,
+        about=about_pairs(train_pairs, quotable=may_quote(Path("data/tokens"), "instructions")),
         train_set=train_set,
         val_set=val_set,
         collate=collate_pairs,

@@ -70,6 +70,32 @@ class CheckpointConfig(Strict):
         """Return the model's own chat templates, tokens and settings."""
         return ChatSource(self.chat_templates, self.special_tokens, self.generation)
 
+    def instructed(self, template: Template, tokenizer: Tokenizer) -> CheckpointConfig:
+        """Return the config of this base after a training on instructions in one of our templates.
+
+        A base that was asked in this template before keeps its system message, and its own chat template where that
+        writes the same prompts.
+        """
+        system = self.system if self.template == template else None
+        templates = self.chat_templates
+        if templates is not None:
+            ours, own = ConversationEncoder(tokenizer, template, system), self.conversations(tokenizer)
+            probes = [[{"role": "user", "content": text}] for text in ("How are you?", " a\n\nb\n")]
+            try:
+                same = self.kind == "instruct" and all(ours.encode(probe) == own.encode(probe) for probe in probes)
+            except InputError:
+                same = False
+            templates = templates if same else None
+        return CheckpointConfig(
+            kind="instruct",
+            gpt=self.gpt,
+            template=template,
+            system=system,
+            special_tokens=self.special_tokens,
+            generation=self.generation,
+            chat_templates=templates,
+        )
+
     def conversations(self, tokenizer: Tokenizer) -> ConversationEncoder:
         """Return the encoder of conversations; raise `InputError` for a model that has no template."""
         if self.template is None and self.chat_templates is None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm.cli.options import add_decoding, add_model, decoding_options, load_options
-from llm.cli.terminal import checked_text, stdin_lines, typed_lines, write
+from llm.cli.terminal import checked_text, describe_training, stdin_lines, typed_lines, write
 from llm.common.errors import InputError
 from llm.common.sanitize import one_line
 
@@ -70,6 +70,7 @@ def converse(model: Model, options: dict[str, Any], system: str | None, saved: P
     if system is not None:
         session.set_system(system)
     if interactive:
+        greet(model)
         log.info("One question a line. /help lists the commands, Ctrl-C ends an answer, Ctrl-D the chat.")
     for line in typed_lines() if interactive else stdin_lines():
         if not (text := line.strip()):
@@ -90,6 +91,7 @@ def answer_lines(model: Model, options: dict[str, Any], system: str | None, cont
     """Answer each line by itself."""
     above = [] if system is None else [{"role": "system", "content": system}]
     if interactive:
+        greet(model)
         log.info("One instruction a line, each by itself. Ctrl-C ends an answer, Ctrl-D the chat.")
     for line in typed_lines() if interactive else stdin_lines():
         if not (instruction := line.strip()):
@@ -101,3 +103,9 @@ def answer_lines(model: Model, options: dict[str, Any], system: str | None, cont
                 raise
             print()
         options["seed"] += 1  # asked again, it may answer otherwise
+
+
+def greet(model: Model) -> None:
+    """Say what the model was trained on."""
+    for line in describe_training([], model.about):
+        log.info(line)

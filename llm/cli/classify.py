@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from llm.cli.options import add_device, add_model
 from llm.cli.rows import FORMATS, Row, is_file_name, read_rows, text_of, writer
-from llm.cli.terminal import named_texts
+from llm.cli.terminal import describe_training, named_texts
 from llm.common.errors import InputError
 
 if TYPE_CHECKING:
@@ -37,9 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument(
         "texts",
-        nargs="+",
+        nargs="*",
         metavar="TEXT",
-        help="a text, a file, or - for the lines of stdin; after -- it may start with a dash",
+        help="a text, a file, or - for the lines of stdin; after -- it may start with a dash; none: tell the labels",
     )
     parser.add_argument("--column", metavar="NAME", help="the column of a file's texts (default: text)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write to this .csv or .jsonl file, not to stdout")
@@ -61,6 +61,10 @@ def run(args: argparse.Namespace) -> None:
 
     model = load(args.model_dir, device=args.device)
     model.require("classifier")
+    if not args.texts:
+        for line in describe_training(model.checkpoint.config.labels or [], model.about):
+            print(line)
+        return
     rows = itertools.chain.from_iterable(
         read_rows(Path(text), args.column) if is_file else ({"text": one} for one in named_texts([text]))
         for text, is_file in zip(args.texts, from_files, strict=True)

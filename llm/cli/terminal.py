@@ -6,11 +6,14 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator
-from typing import Any, TextIO
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TextIO
 
 from llm.common.errors import InputError
-from llm.common.sanitize import CONTROLS, visible
+from llm.common.sanitize import CONTROLS, one_line, visible
+
+if TYPE_CHECKING:
+    from llm.data.about import About
 
 
 def write(pieces: Iterable[str]) -> None:
@@ -77,3 +80,13 @@ def named_texts(arguments: list[str]) -> Iterator[str]:
             yield from stdin_lines()
         else:
             yield checked_text(argument, "TEXT")
+
+
+def describe_training(labels: Sequence[str], about: About | None) -> list[str]:
+    """Return lines that say what a model was trained on, as far as its folder tells it."""
+    lines = [f"labels: {', '.join(labels)}"] if labels else []
+    if about is not None and about.tasks:
+        lines.append(f"tasks: {', '.join(f'{task} ({n:,})' for task, n in about.tasks.items())}")
+    if about is not None and about.examples:
+        lines += ["trained on texts such as:", *(f"  {' '.join(text.split())}" for text in about.examples)]
+    return [one_line(line) for line in lines]

@@ -100,12 +100,16 @@ def answer(folder: Checkpoint, template: Template, pairs: Sequence[Pair], params
     model, tokenizer, config = folder
     assert isinstance(model, GPT)
     template = config.template or template
-    prompts = [encode_prompt(tokenizer, template, pair.instruction, pair.input, config.system) for pair in pairs]
+    if config.chat_templates is not None and config.kind == "instruct":
+        own = config.conversations(tokenizer)
+        prompts = [own.encode([{"role": "user", "content": pair.instruction, "input": pair.input}]) for pair in pairs]
+    else:
+        prompts = [encode_prompt(tokenizer, template, pair.instruction, pair.input, config.system) for pair in pairs]
     answers = generate(
         model,
         prompts,
         max_new_tokens=params.max_new_tokens,
-        stop=end_tokens(tokenizer, template),
+        stop=end_tokens(tokenizer, template) | config.stop_ids(tokenizer),
         batch_size=params.batch_size,
     )
     return [tokenizer.decode(ids).strip() for ids in answers]

@@ -16,6 +16,7 @@ from llm.checkpoint.folder import Checkpoint, CheckpointConfig, load_checkpoint
 from llm.common import distributed
 from llm.common.device import pick_device
 from llm.config import ClassifyParams, InstructParams
+from llm.data.about import About
 from llm.data.batches import Batch, Collate, batches_by_length, example_batches
 from llm.data.examples import Example
 from llm.model.classifier import GPTClassifier
@@ -30,10 +31,11 @@ from stages.runtime.run import Run
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneTask:
-    """The model, the data and the loss of a finetuning, and the config of its model folder."""
+    """The model, the data and the loss of a finetuning, and the config and data of its model folder."""
 
     model: GPT | GPTClassifier
     config: CheckpointConfig
+    about: About
     train_set: list[Example]
     val_set: list[Example]
     collate: Collate
@@ -108,5 +110,5 @@ def train(
         raise SystemExit  # this rank stops because another was asked to, which says so
     if distributed.rank() == 0:
         with run.phase("saving"):
-            save_trained(Path("models", name), Checkpoint(model, base.tokenizer, task.config), section)
+            save_trained(Path("models", name), Checkpoint(model, base.tokenizer, task.config), section, task.about)
     return result, trained

@@ -215,3 +215,17 @@ def test_what_our_own_exports_say_leaves_no_trace(tmp_path: Path) -> None:
         assert import_model(str(tmp_path / source)).config == config
     assert not (tmp_path / "ours/chat_template.jinja").exists()
     assert "generation" not in (tmp_path / "ours/config.json").read_text()
+
+
+def test_a_finetuned_model_keeps_what_still_holds(imported: Checkpoint) -> None:
+    """Its tokens and settings stay; the own chat template stays where the training's writes the same prompts."""
+    made = imported.config.instructed("chatml", imported.tokenizer)
+    assert (made.kind, made.template, made.chat_templates) == ("instruct", "chatml", None)
+    assert (made.special_tokens, made.generation) == (imported.config.special_tokens, imported.config.generation)
+    assert made.stop_ids(imported.tokenizer) >= {5, imported.tokenizer.special_tokens["<|im_end|>"]}
+    chatml = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    base = imported.config.model_copy(update={"template": "chatml", "chat_templates": {"default": chatml}})
+    assert base.instructed("chatml", imported.tokenizer).chat_templates == {"default": chatml}

@@ -54,8 +54,11 @@ def test_a_base_that_knows_a_template_is_asked_in_it(
     monkeypatch.setattr("llm.evaluation.instruction_following.generate", listen)
     plain = make_folder(tokenizer)
     config = plain.config.model_copy(update={"template": "chatml", "system": "the cat knows"})
+    own = {"kind": "instruct", "chat_templates": {"default": "the {{ messages[0].content }}:"}}
     folders = {"gpt": plain, "base": Checkpoint(plain.model, tokenizer, config)}
+    folders["own"] = Checkpoint(plain.model, tokenizer, config.model_copy(update=own))
     result = evaluate_instruct(folders, "alpaca", tmp_path, params())
+    assert asked[2] == "the say:"
     assert asked[0] == tokenizer.decode(encode_prompt(tokenizer, "alpaca", "say"))
     assert asked[1] == tokenizer.decode(encode_prompt(tokenizer, "chatml", "say", system="the cat knows"))
     assert result.losses["gpt"] != result.losses["base"]
