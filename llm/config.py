@@ -310,11 +310,23 @@ class LabelledSplit(Strict):
     test: Fraction
 
 
+class CleanParams(Strict):
+    """Rules for the corpus before it is split, in the order in which they are applied."""
+
+    repair: bool
+    invisible: bool
+    languages: list[Annotated[str, Field(pattern=r"^[a-z]{2,3}$")]]
+    quality: list[Literal["gopher", "c4"]]
+    duplicates: Literal["none", "exact", "near"]
+    mask: list[Literal["mail", "phone", "card", "iban"]]
+
+
 class TokenizeParams(Strict):
     tokenizer: TokenizerParams
     corpus: CorpusSplit
     messages: LabelledSplit
     instructions: LabelledSplit
+    clean: CleanParams
     max_too_long: Annotated[float, Field(ge=0, le=1)]
     tokens_per_shard: Positive
 

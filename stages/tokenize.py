@@ -11,7 +11,7 @@ from typing import Any
 from llm.common.files import replaced_folder, write_atomic
 from llm.config import KINDS, SCRATCH, Params
 from llm.download.hub import source_files
-from llm.preprocess import data_card, lengths, supervised
+from llm.preprocess import clean, data_card, lengths, supervised
 from llm.preprocess.corpus import Plan, line_batches, plan_corpus, training_texts
 from llm.preprocess.encode import encode_corpus
 from llm.preprocess.supervised import SplitRows
@@ -56,6 +56,11 @@ def write_tokens(run: Run, folder: Path) -> dict[str, Any]:
     corpus = RAW / "corpus.jsonl"
     n_workers = min(run.params.runtime.workers or cores(), len(line_batches(corpus)))
     with Workers(n_workers) as workers:
+        funnel = None
+        if clean.is_on(params.clean):
+            raw, corpus = corpus, folder / "clean.jsonl"
+            funnel = clean.clean_corpus(raw, corpus, params.clean, workers)
+            logger.info(clean.sentence(funnel))
         plan = plan_corpus(corpus, params.corpus, seed, workers)
         kind, imported = make_tokenizer(run.params, corpus, plan)
         tokenizer = imported.tokenizer
@@ -70,6 +75,9 @@ def write_tokens(run: Run, folder: Path) -> dict[str, Any]:
         "messages": data_card.describe_messages(messages, split_messages, tokenizer, params.messages.split),
         "instructions": data_card.describe_instructions(pairs, split_pairs, tokenizer, params.instructions.split),
     }
+    if funnel is not None:
+        corpus.unlink()
+        card["corpus"]["cleaning"] = funnel.card()
     for kind, counts in too_long.items():
         card[kind]["too_long"] = counts
     if too_long:

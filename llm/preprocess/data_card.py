@@ -119,6 +119,9 @@ def without_texts(card: Card, kinds: Collection[str]) -> Card:
         for kind in kinds
         if "most_repeated" in card[kind]
     }
+    if "corpus" in kinds and "cleaning" in card["corpus"]:
+        cleaning = {key: value for key, value in card["corpus"]["cleaning"].items() if key != "samples"}
+        withheld["corpus"] = {**card["corpus"], "cleaning": cleaning}
     return card | withheld
 
 
@@ -231,6 +234,25 @@ def _corpus(card: Card) -> list[str]:
         ),
         _lengths("length of a document", lengths.items()),
         _scripts(corpus["characters_of"]),
+        *_cleaning(corpus),
+    ]
+
+
+def _cleaning(corpus: Card) -> list[str]:
+    """Draw the funnel of cleaning, where the corpus was cleaned."""
+    if "cleaning" not in corpus:
+        return []
+    found = corpus["cleaning"]
+    left, rows = found["texts"], []
+    for rule, removed in found["removed"].items():
+        left -= removed
+        bar = "█" * round(20 * left / max(1, found["texts"]))
+        examples = "; ".join(found.get("samples", {}).get(rule, []))
+        rows.append((rule, found["changed"][rule], removed, left, bar, examples or None))
+    return [
+        f"Cleaned before that: {found['texts']:,} texts with {found['characters']:,} characters became "
+        f"{found['left']:,} with {found['left_characters']:,}.",
+        table(("rule", "changed", "removed", "left", "", "examples"), rows),
     ]
 
 

@@ -21,7 +21,7 @@ from stages.evaluate import too_long_section
 from stages.pretrain import pretrain
 from stages.runtime.run import Run
 from stages.tokenize import tokenize
-from tests.datasets import document, folder_digest, write_corpus, write_lines
+from tests.datasets import document, folder_digest, read_split, write_corpus, write_lines
 from tests.helpers import LLAMA_FORM, gpt_config, randomize, tiny_tokenizer
 
 
@@ -146,6 +146,29 @@ def test_what_is_too_long_is_said_and_refused_before_any_training(raw: Path, cap
     run.params = run.params.model_copy(update={"finetune_classify": short})
     with pytest.raises(InputError, match=r"data\.messages: longer than finetune_classify\.max_length .*: 35 cut"):
         tokenize(run)
+
+
+def test_the_corpus_is_cleaned_before_it_is_split(raw: Path) -> None:
+    documents = [document(seed) for seed in range(40)]
+    write_corpus(raw / "corpus.jsonl", [*documents, documents[0], f"{documents[1]} me@mail.org"])
+    rules = {
+        "repair": False,
+        "invisible": False,
+        "languages": [],
+        "quality": [],
+        "duplicates": "exact",
+        "mask": ["mail"],
+    }
+    run: Any = FakeRun(clean=rules)
+    tokenize(run)
+    card = json.loads(Path("reports/data_card.json").read_text())
+    assert card["corpus"]["documents"] == 41
+    assert card["corpus"]["cleaning"]["removed"] == {"exact": 1, "mask mail": 0}
+    assert "| mask mail | 1 | 0 | 41 |" in Path("reports/data_card.md").read_text()
+    tokenizer = Tokenizer.load(Path("data/tokens/tokenizer"))
+    text = "".join(tokenizer.decode(read_split(Path("data/tokens/corpus"), split)) for split in SPLITS)
+    assert "<mail>" in text and "me@mail.org" not in text
+    assert not list(Path("data/tokens").glob("*clean*"))
 
 
 def test_gpt2_files_that_are_missing(raw: Path) -> None:
