@@ -11,7 +11,7 @@ import os
 import sys
 from typing import Any, NoReturn
 
-from llm.cli import bench, chat, classify, compare, export, generate, import_, score, serve
+from llm.cli import bench, chat, classify, compare, export, generate, import_, inspect, score, serve
 from llm.cli.options import add_command
 from llm.common.errors import InputError
 from llm.common.log import setup_logging
@@ -26,6 +26,7 @@ COMMANDS = {
     "serve": serve,
     "import": import_,
     "export": export,
+    "inspect": inspect,
     "bench": bench,
 }
 

@@ -22,7 +22,7 @@ CANDIDATES = (  # encodings that files have today, and that a guess may name
     *("cp1252", "cp1250", "cp1251", "cp1253", "cp1254", "cp1255", "cp1256", "cp1257", "koi8_r", "cp866", "iso8859_5"),
     *("gb18030", "big5", "cp932", "euc_jp", "cp949"),
 )
-COHERENCE, CHAOS, MARGIN = 0.13, 0.1, 0.08  # of charset-normalizer's scores: least, most, and before the next guess
+COHERENCE, CHAOS, MARGIN = 0.13, 0.1, 0.06  # of charset-normalizer's scores: least, most, and before the next guess
 SAMPLE = 1 << 14  # bytes that a guess looks at
 
 

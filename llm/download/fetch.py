@@ -41,7 +41,7 @@ def fetch(file: SourceFile, cache: Path, mirror: Path | None = None) -> list[Dat
             )
     for place in _mirrored(urls, mirror):
         try:
-            found = _accept(redact(urls[0]), place, file)
+            found = check_file(redact(urls[0]), place, file)
             log.info("%s: taken from %s", redact(urls[0]), place)
             return _ask_to_pin(found, file)
         except InputError as error:
@@ -83,7 +83,7 @@ def _from_paths(pattern: str, file: SourceFile) -> list[DataFile]:
         log.warning(
             "%s: DVC will not notice when it changes; pin its sha256 in params.yaml or move it to data/own", pattern
         )
-    return [found for p in paths for found in _accept(p.as_posix(), p, file)]
+    return [found for p in paths for found in check_file(p.as_posix(), p, file)]
 
 
 def _mirrored(urls: list[str], mirror: Path | None) -> list[Path]:
@@ -104,7 +104,7 @@ def _download(url: str, file: SourceFile, cache: Path) -> list[DataFile]:
     with FileLock(cache / f"{key}.lock"):  # experiments of a queue share the cache
         if whole.exists():
             try:
-                found = _accept(redact(url), whole, file)
+                found = check_file(redact(url), whole, file)
                 log.info("%s: taken from %s, an earlier download; delete that to fetch it again", redact(url), whole)
                 return found
             except InputError:
@@ -119,7 +119,7 @@ def _complete(part: Path, url: str, file: SourceFile) -> list[DataFile]:
     while True:
         resumed = transfer(url, part, file.sha256 is not None)
         try:
-            return _accept(redact(url), part, file)
+            return check_file(redact(url), part, file)
         except InputError:
             part.unlink()
             if not resumed:
@@ -127,7 +127,7 @@ def _complete(part: Path, url: str, file: SourceFile) -> list[DataFile]:
             log.warning("%s: does not continue what had been downloaded before; starting again", redact(url))
 
 
-def _accept(name: str, path: Path, file: SourceFile) -> list[DataFile]:
+def check_file(name: str, path: Path, file: SourceFile) -> list[DataFile]:
     """Check a file that has arrived, and pick the members of an archive; messages call it `name`."""
     size = path.stat().st_size
     if size == 0:

@@ -116,7 +116,7 @@ def parquet_rows(file: DataFile, wanted: Wanted) -> Iterator[Row]:
             names = table.schema_arrow.names
             # all of them where one is missing, so that a message can tell
             needed = sorted({*wanted.columns, *wanted.optional} & {*names})
-            columns = needed if wanted.columns.keys() <= {*names} else names
+            columns = needed if wanted.columns and wanted.columns.keys() <= {*names} else names
             number = 0
             for batch in table.iter_batches(batch_size=1024, columns=columns):
                 for row in batch.to_pylist():

@@ -40,15 +40,16 @@ log = logging.getLogger("llm")
 class LeftOut:
     """Rows that were left out, by reason; their list goes to a file beside the records."""
 
-    def __init__(self, path: Path, skip: bool) -> None:
+    def __init__(self, path: Path | None = None, skip: bool = False) -> None:
         self.counts: Counter[str] = Counter()
         self.examples: dict[str, list[str]] = {}
         self._path, self._skip = path, skip
-        path.unlink(missing_ok=True)
+        if path is not None:
+            path.unlink(missing_ok=True)
 
     def add(self, where: str, error: InputError) -> None:
         """Record a row, or raise its error where none may be left out."""
-        if not self._skip:
+        if not self._skip or self._path is None:
             raise error
         reason = str(error).removeprefix(f"{where}: ").partition(";")[0]
         self.counts[reason] += 1
@@ -60,7 +61,7 @@ class LeftOut:
 
     def tell(self, kept: int) -> None:
         """Log how many rows were left out, why, and the first of them."""
-        if not self.counts:
+        if not self.counts or self._path is None:
             return
         reasons = "; ".join(
             f"{count:,}: {reason} ({', '.join(self.examples[reason])}{', ...' if count > SHOWN else ''})"
@@ -99,7 +100,7 @@ def write_records(section: Section, files: list[DataFile], path: Path) -> Writte
             if section.max_rows is not None and read[split] >= section.max_rows:
                 counts.append(0)
                 continue
-            for record in _records(section, file, sum(counts), left_out, seen):
+            for record in read_records(section, file, sum(counts), left_out, seen):
                 number = record["doc"] - sum(counts) if "doc" in record else count
                 if section.max_rows is not None and read[split] + number >= section.max_rows:
                     break
@@ -144,9 +145,10 @@ def _all_labels(section: Section, found: Mapping[str, None]) -> list[str]:
     return labels
 
 
-def _records(
+def read_records(
     section: Section, file: DataFile, first: int, left_out: LeftOut, seen: set[str]
 ) -> Iterator[dict[str, Any]]:
+    """Yield the records of one file; the documents of a corpus are numbered from `first`."""
     if isinstance(section, CorpusSource):
         return corpus(section, file, left_out, first, seen)
     return (
