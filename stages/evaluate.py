@@ -5,6 +5,7 @@ The figures are written first. The pictures and the registration come later and 
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -19,7 +20,7 @@ from llm.evaluation import pictures, report, tables
 from llm.evaluation.base_model import BaseResult, evaluate_base
 from llm.evaluation.classification import ClassifierResult, evaluate_classifiers
 from llm.evaluation.instruction_following import InstructResult, evaluate_instruct
-from stages.runtime.run import Run, main, resource_error
+from stages.runtime.run import Run, main, resource_error, rounded
 
 logger = logging.getLogger("llm")
 MODELS, TOKENS, REPORTS = Path("models"), Path("data/tokens"), Path("reports")
@@ -71,6 +72,8 @@ def evaluate(run: Run) -> None:
 def write_reports(run: Run, base: BaseResult, classifiers: ClassifierResult, instruct: InstructResult) -> None:
     quotable = read_quotable(TOKENS)
     run.write_metrics(tables.metrics(base, classifiers, instruct))
+    headlines = rounded(tables.headlines(base, classifiers, instruct))
+    write_atomic(REPORTS / "metrics" / "headlines.json", json.dumps(headlines, indent=2) + "\n")
     for name, content in tables.plot_files(base, classifiers, instruct).items():
         write_atomic(REPORTS / "plots" / name, content)
     for name, content in tables.predictions(base, classifiers, instruct).items():

@@ -12,6 +12,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -28,6 +29,7 @@ import torch
 from llm.checkpoint.folder import load_checkpoint
 from stages.runtime.from_scratch import BASELINE, has_room_beside
 from stages.tracking import timeline
+from tests.conftest import ROOT
 from tests.pipelines import (
     CHANGES,
     STEPS,
@@ -39,6 +41,7 @@ from tests.pipelines import (
     outputs,
     read_params,
     tiny_copy,
+    write_params,
 )
 
 KILLS = int(os.environ.get("LLM_TEST_KILLS", "1"))
@@ -458,6 +461,74 @@ def test_a_killed_baseline_ends_its_stage_and_both_resume(pipeline: Path) -> Non
     assert re.search(rf"\bclassifier: continues at step {STEPS} of {STEPS}", said)
     assert re.search(rf"\b{training}: continues at step \d+ of {STEPS}", said)
     assert contents(outputs(pipeline, stage)) == undisturbed
+
+
+# ---- tables of DVC, and other places ---------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_tables_of_dvc_hold_what_is_compared(pipeline: Path) -> None:
+    shown = json.loads(execute(pipeline, "dvc", "metrics", "show", "--json"))[""]["data"]
+    assert {Path(name).stem for name in shown} == {"headlines", "pretrain", "finetune_classify", "finetune_instruct"}
+    headlines = shown["reports/metrics/headlines.json"]["data"]
+    assert {"bpb", "accuracy", "exact_match"} <= headlines.keys() and len(headlines) == 8
+    text = (ROOT / "docs/dvc.md").read_text(encoding="utf-8")
+    headline_form, changes_form = [line for line in text.splitlines() if re.match("dvc exp show .*--drop", line)]
+    table = execute(pipeline, *shlex.split(headline_form)).splitlines()[0]
+    shown = [cell.strip() for cell in table.strip("|").split("|")]
+    assert shown == ["Experiment", "Created", "bpb", "accuracy", "exact_match", "pretrain.max_steps"]
+    table = execute(pipeline, *shlex.split(changes_form)).splitlines()[0]
+    assert "sources" not in table and "bytes" not in table and "llm/" not in table and "Experiment" in table
+
+
+@pytest.mark.slow
+def test_a_changed_source_makes_the_pipeline_stale(pipeline: Path) -> None:
+    shipped = (pipeline / "params.yaml").read_text(encoding="utf-8")
+    values = read_params(pipeline)
+    values["sources"]["sample"]["licence"] = "another"
+    write_params(pipeline, values)
+    try:
+        assert "sources" in execute(pipeline, "dvc", "status", "download")
+    finally:
+        (pipeline / "params.yaml").write_text(shipped, encoding="utf-8")
+    assert "up to date" in execute(pipeline, "dvc", "status", "download")
+
+
+@pytest.mark.slow
+def test_results_go_through_a_remote_to_a_fresh_clone(pipeline: Path, tmp_path: Path) -> None:
+    execute(pipeline, "git", "add", "-A")
+    execute(pipeline, "git", "commit", "-q", "--allow-empty", "-m", "Results")
+    execute(pipeline, "dvc", "remote", "add", "--local", "-d", "store", str(tmp_path / "store"))
+    execute(pipeline, "dvc", "push")
+    clone = tmp_path / "clone"
+    execute(tmp_path, "git", "clone", "-q", str(pipeline), str(clone))
+    execute(clone, "dvc", "remote", "add", "--local", "-d", "store", str(tmp_path / "store"))
+    execute(clone, "dvc", "pull")
+    assert "up to date" in execute(clone, "dvc", "status")
+    assert load_checkpoint(clone / "models/instruct").config.kind == "instruct"
+    said = execute(clone, "python", "-m", "llm", "compare", "HEAD", "reports")
+    assert "They differ on 0 examples." in said and "Messages" in said and "Instructions" in said
+
+
+# ---- without git, and from a subfolder -------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_stages_run_without_git_and_from_a_subfolder(tmp_path: Path) -> None:
+    folder = tiny_copy(tmp_path)
+    shutil.rmtree(folder / ".git")
+    done = subprocess.run(["dvc", "repro"], cwd=folder, env=environment(), capture_output=True, text=True)
+    assert done.returncode and "is not a git repository" in done.stderr
+    execute(folder, "dvc", "config", "core.no_scm", "true")
+    said = execute(folder / "data", "dvc", "repro", "../dvc.yaml:download")
+    assert "Running stage" in said and "download: no git repository here, so its run names no commit" in said
+    assert (folder / "data/raw/messages.jsonl").is_file() and not (folder / "data/data").exists()
+    for command in (["dvc", "repro"], ["python", "-m", "stages.download"]):
+        env = environment() | {"PYTHONPATH": str(folder)}
+        done = subprocess.run(command, cwd=folder / "data", env=env, capture_output=True, text=True)
+        assert done.returncode and len(done.stderr.strip().splitlines()) == 1, done.stderr
+        assert not (folder / "data/.work").exists()
+    assert "run from the repository's root" in done.stderr
 
 
 # ---- experiments -----------------------------------------------------------------------------------------------------

@@ -68,6 +68,20 @@ def metrics(base: BaseResult, classifiers: ClassifierResult, instruct: InstructR
     return sections
 
 
+def headlines(base: BaseResult, classifiers: ClassifierResult, instruct: InstructResult) -> dict[str, float]:
+    """Return the few figures that experiments are compared by: ours, without pretraining, and the best alternative."""
+    bits, alternative = base.bpb(), classifiers.best_classical()
+    values = {"bpb": bits["gpt"], "bpb_ngram": bits["ngram"], "accuracy": classifiers.reports["gpt"].accuracy.value}
+    if "scratch" in classifiers.reports:
+        values["accuracy_scratch"] = classifiers.reports["scratch"].accuracy.value
+    values["accuracy_classical"] = classifiers.reports[alternative].accuracy.value
+    values["exact_match"] = instruct.reports["gpt"].exact_match.value
+    if "scratch" in instruct.reports:
+        values["exact_match_scratch"] = instruct.reports["scratch"].exact_match.value
+    values["exact_match_alternative"] = instruct.reports[instruct.best_alternative()].exact_match.value
+    return values
+
+
 def plot_files(base: BaseResult, classifiers: ClassifierResult, instruct: InstructResult) -> dict[str, str]:
     """Return the CSV files that DVC plots, by name."""
     text = [{"model": TEXT_MODELS[name], "bpb": bits} for name, bits in base.bpb().items()]

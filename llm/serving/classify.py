@@ -8,6 +8,7 @@ from typing import Any
 
 from llm.api import Model
 from llm.common.errors import InputError
+from llm.inference.classify import NO_TEXT
 
 MAX_WORDS = 256  # of a text that is explained: each is a text more to classify
 
@@ -27,15 +28,16 @@ def classify(model: Model, texts: Sequence[str], explain: bool) -> list[dict[str
 def effects(model: Model, text: str, label: str, probability: float) -> list[dict[str, Any]]:
     """Return each word of a text with its effect: how much lower the label's probability is without the word.
 
-    The effect of a text's only word is None, as nothing is left without it.
+    The effect of a word without which nothing to label is left is None.
     """
     words = list(re.finditer(r"\S+", text))
     if len(words) > MAX_WORDS:
         raise InputError(f"input: {len(words)} words (expected at most {MAX_WORDS} to explain); send a shorter text")
     without = [text[: word.start()] + text[word.end() :] for word in words]
     changes: list[float | None] = [None] * len(words)
-    if len(words) > 1:
-        changes = [probability - row[label] for row in model.classify(without)]
+    left = [i for i, rest in enumerate(without) if model.doubt(rest) != NO_TEXT]
+    for i, row in zip(left, model.classify([without[i] for i in left]), strict=True):
+        changes[i] = probability - row[label]
     return [
         {"text": word[0], "start": word.start(), "end": word.end(), "effect": change}
         for word, change in zip(words, changes, strict=True)

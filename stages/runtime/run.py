@@ -155,7 +155,8 @@ def run_stage(stage: str, body: Body) -> None:
             raise InputError(f"already runs here as process {holder}; wait for it, or end it with: kill {holder}")
         inputs = read_inputs(stage, values)
         tracked = {key: value for key, value in inputs.params.items() if key not in ("sources", "gpt2_files")}
-        is_last = list(read_yaml(Path("dvc.yaml"))["stages"])[-1] == stage
+        stages = list(read_yaml(Path("dvc.yaml"))["stages"])
+        is_last = stages[-1] == stage
         digests = data_digests(inputs)
         with clock("tracking"):
             journal = Journal.start(stage, flatten(tracked), params.data.corpus, is_last, clock)
@@ -164,6 +165,8 @@ def run_stage(stage: str, body: Body) -> None:
         status = "FAILED"
         try:
             run_in_state_folder(stage, body, inputs, params, journal)
+            if stage == stages[0] and not in_git():
+                logger.info("%s: no git repository here, so its run names no commit", stage)
             status = "FINISHED"
         except SystemExit as error:
             status = "KILLED" if error.code in EXIT_STATUS.values() else "FAILED"
@@ -175,6 +178,11 @@ def run_stage(stage: str, body: Body) -> None:
             except SystemExit:
                 if status != "FINISHED":
                     raise  # else all is done: a signal only ends the wait for the delivery
+
+
+def in_git() -> bool:
+    """Return False for an unpacked archive of the repository."""
+    return any((folder / ".git").exists() for folder in (Path.cwd(), *Path.cwd().parents))
 
 
 def run_in_state_folder(stage: str, body: Body, inputs: Inputs, params: Params, journal: Journal) -> None:

@@ -80,6 +80,25 @@ def test_metrics_are_nested_one_level() -> None:
     assert all(isinstance(v, int | float) for section in sections.values() for v in section.values())
 
 
+def test_headlines_are_few_and_equal_the_metrics() -> None:
+    found = results(["ham", "spam"])
+    sections, headlines = tables.metrics(*found), tables.headlines(*found)
+    assert len(headlines) == 8
+    assert headlines["bpb"] == sections["base"]["bpb"] and headlines["bpb_ngram"] == sections["base_ngram"]["bpb"]
+    for name in ("accuracy", "exact_match"):
+        section = {"accuracy": "classifier", "exact_match": "instruct"}[name]
+        assert headlines[name] == sections[section][name]
+        assert headlines[f"{name}_scratch"] == sections[f"{section}_scratch"][name]
+    assert headlines["accuracy_classical"] == sections["classifier_majority"]["accuracy"]
+    assert headlines["exact_match_alternative"] == sections["instruct_base"]["exact_match"]
+    base, classifiers, instruct = found
+    del classifiers.reports["scratch"], instruct.reports["scratch"]
+    assert set(headlines) - set(tables.headlines(base, classifiers, instruct)) == {
+        "accuracy_scratch",
+        "exact_match_scratch",
+    }
+
+
 def test_plot_files_hold_what_dvc_plots() -> None:
     files = {
         name: list(csv.DictReader(io.StringIO(text))) for name, text in tables.plot_files(*results(["a", "b"])).items()
