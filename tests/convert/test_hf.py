@@ -600,6 +600,7 @@ def test_a_list_of_equal_numbers_for_each_layer_is_the_number(tmp_path: Path) ->
         (LLAMA_2, {"compression_config": {"quant_method": "compressed-tensors"}}, "compression_config: quantized"),
         (LLAMA_2, {"model_type": "mixtral"}, "'mixtral' is not known; .* It would need a mixture of experts"),
         (QWEN_3, {"model_type": "qwen3_5_text"}, r"It would need layers of linear attention \(gated delta net\)"),
+        (LLAMA_2, {"model_type": "gemma3"}, "It would need inputs other than text .*gemma3_text, is read"),
         (LLAMA_2, {"model_type": "unheard_of"}, r"is not known; .*CONTRIBUTING\.md says how a family is added"),
         (LLAMA_2, {"num_key_value_heads": [32] * 31 + [16]}, r"num_key_value_heads: .*found \[32, 32"),
         (LLAMA_2, {"partial_rotary_factor": 0.5}, "partial_rotary_factor: .*found 0.5"),

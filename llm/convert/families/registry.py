@@ -24,6 +24,7 @@ NEEDS = {
     r"moe|mixtral|dbrx|gpt.?oss|deepseek|llama.?4|grok|minimax|glm.?4.?5|ernie4": "a mixture of experts",
     r"gemma2|gemma3n|gemma.?4": "what later Gemmas add: soft-capped logits, or embeddings for each layer",
     r"vl$|vl[._-]|llava|vision|mllama|pixtral|paligemma|idefics|audio|omni|whisper": "inputs other than text",
+    r"^gemma3$": "inputs other than text (its text model alone, gemma3_text, is read; so is a GGUF file of it)",
     r"bert|electra|mpnet|nomic|deberta|^clip": "attention in both directions",
     r"t5|bart|pegasus|marian|m2m|nllb": "an encoder beside the decoder",
     r"neox|gpt.?j|^phi-?[2s]?$|phi-msft|falcon|cohere|command.?r|persimmon": "attention beside the feed-forward layer",
