@@ -42,7 +42,7 @@ def add_command(
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     what = "a model folder; or a folder of transformers, a .gguf file or a hub name, imported to a cache at first"
-    parser.add_argument("model_dir", type=Path, metavar="MODEL", help=what)
+    parser.add_argument("model_dir", type=Path, metavar="MODEL_DIR", help=what)
 
 
 def add_device(parser: Any) -> None:
@@ -85,7 +85,7 @@ def add_decoding(parser: argparse.ArgumentParser) -> None:
     speed.add_argument(
         "--draft",
         type=Path,
-        metavar="MODEL",
+        metavar="MODEL_DIR",
         help="a smaller model with the same tokenizer, for speculative decoding",
     )
 
