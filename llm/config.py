@@ -517,6 +517,12 @@ class TrainParams(Strict):
             )
         return self
 
+    def resolve_precision(self, device: str) -> Literal["fp32", "tf32", "bf16"]:
+        """Return the precision of matrix products on a kind of device."""
+        if self.precision == "auto":
+            return "bf16" if device == "cuda" else "fp32"
+        return self.precision
+
     @property
     def stable_steps(self) -> int:
         """Return the number of steps before the decay of schedule wsd, with those of the warmup."""

@@ -8,6 +8,7 @@ import sys
 
 from llm.common.errors import InputError
 from llm.common.log import setup_logging
+from llm.common.namesake import check_namesake
 from stages.tracking.process import runs_folder
 from stages.tracking.timeline import PICTURE, TABLE, last_pipeline, markdown, read_timeline, write
 
@@ -16,6 +17,7 @@ def main(arguments: list[str]) -> None:
     """Print the table on stdout; write it and the picture to `.work/`."""
     argparse.ArgumentParser(prog="python -m stages.timeline", description=__doc__).parse_args(arguments)
     setup_logging()
+    check_namesake()
     pipeline = last_pipeline()
     if pipeline is None:
         raise InputError(f"{runs_folder()}: no stage has run here yet; `dvc repro` runs all")

@@ -45,8 +45,8 @@ LAYERS = [
 ]
 COMMANDS = {"sync", "timeline"}  # scripts of `stages` that are no stage
 # Modules of stages/tracking: those that a running stage imports (no other one makes a stage stale), and MLflow's.
-WRITER = {"clock", "journal", "process", "system_metrics"}
-MLFLOW = {"delivery", "mlflow_client"}
+WRITER = {"clock", "journal", "process", "provenance", "system_metrics"}
+MLFLOW = {"alignment", "delivery", "mlflow_client", "registry"}
 
 
 def modules(package: str) -> list[Path]:

@@ -15,6 +15,7 @@ from llm.cli import bench, chat, classify, compare, export, generate, import_, i
 from llm.cli.options import add_command
 from llm.common.errors import InputError
 from llm.common.log import setup_logging
+from llm.common.namesake import check_namesake
 from llm.common.sanitize import one_line
 
 COMMANDS = {
@@ -65,6 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         setup_logging(getattr(args, "log_level", None))
+        check_namesake()
         status: int | None = args.run(args)
     except BrokenPipeError:  # the reader of the answers left, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing left to fail at exit

@@ -27,15 +27,14 @@ def uses_bf16_autocast(device: torch.device, params: TrainParams) -> bool:
 
     A CPU without bf16 units would take a hundred times as long: there it is an error.
     """
-    if params.precision == "auto":
-        return device.type == "cuda"
-    has_units = device.type == "cuda" or (params.precision == "bf16" and device.type == "cpu" and has_bf16_units())
-    if params.precision in ("bf16", "tf32") and not has_units:
+    precision = params.resolve_precision(device.type)
+    has_units = device.type == "cuda" or (precision == "bf16" and device.type == "cpu" and has_bf16_units())
+    if precision in ("bf16", "tf32") and not has_units:
         raise InputError(
-            f"training.precision: {params.precision} was asked for, but this {device.type} device has no units for it; "
+            f"training.precision: {precision} was asked for, but this {device.type} device has no units for it; "
             "use auto or fp32"
         )
-    return params.precision == "bf16"
+    return precision == "bf16"
 
 
 def has_bf16_units() -> bool:

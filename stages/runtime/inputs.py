@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import os
+import platform
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +16,8 @@ import yaml
 
 from llm.common.device import device_kind
 from llm.common.errors import InputError
-from llm.config import Params, effective_params
+from llm.config import Params, TrainParams, effective_params
+from stages.tracking.provenance import OUTPUTS, file_md5, folder_md5, path_md5, paths
 
 
 class FileState(NamedTuple):
@@ -89,10 +92,27 @@ def data_digests(inputs: Inputs) -> dict[str, str]:
         if dep in inputs.files:
             digests[dep] = inputs.files[dep].md5
         else:
-            inside = sorted(path for path in inputs.files if path.startswith(f"{dep}/"))
-            entries = [{"md5": inputs.files[path].md5, "relpath": path.removeprefix(f"{dep}/")} for path in inside]
-            digests[dep] = hashlib.md5(json.dumps(entries).encode()).hexdigest()
+            inside = [path for path in inputs.files if path.startswith(f"{dep}/")]
+            digests[dep] = folder_md5({path.removeprefix(f"{dep}/"): inputs.files[path].md5 for path in inside})
     return {dep: digest for dep, digest in digests.items() if dep.startswith(("data/", "models/"))}
+
+
+def output_digests(stage: str) -> dict[str, str]:
+    """Return the md5 of each output of a stage, as `dvc.lock` will have it."""
+    made = paths(read_yaml(Path("dvc.yaml"))["stages"][stage], *OUTPUTS)
+    return {path: md5 for path in made if (md5 := path_md5(Path(path))) is not None}
+
+
+def environment(stage: str, params: Params) -> dict[str, str]:
+    """Return the machinery of a run, and for a stage that computes with torch its device, precision and processes."""
+    found = {"python": platform.python_version(), "torch": importlib.metadata.version("torch")}
+    section = getattr(params, stage.replace("-", "_"), None)
+    if "torch" in sys.modules:
+        found["device"] = device = device_kind(params.runtime.device)
+        if isinstance(section, TrainParams):
+            found["precision"] = section.resolve_precision(device)
+            found["processes"] = os.environ.get("WORLD_SIZE") or os.environ.get("LLM_NPROC") or "1"
+    return found
 
 
 def check_unchanged(before: Inputs, after: Inputs) -> None:
@@ -137,5 +157,4 @@ def _file_state(path: Path, known: FileState | None) -> FileState:
     stamp = (stat.st_size, stat.st_mtime_ns, stat.st_ino)
     if known is not None and known.stamp == stamp:
         return known
-    with path.open("rb") as file:
-        return FileState(stamp, hashlib.file_digest(file, "md5").hexdigest())
+    return FileState(stamp, file_md5(path))

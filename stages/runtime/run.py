@@ -32,13 +32,16 @@ from llm.common.errors import InputError
 from llm.common.files import write_atomic
 from llm.common.lock import locked
 from llm.common.log import setup_logging
+from llm.common.namesake import check_namesake
 from llm.config import Params, parse_params
 from stages.runtime.inputs import (
     Inputs,
     check_unchanged,
     data_digests,
+    environment,
     fingerprint,
     flatten,
+    output_digests,
     pre_decay_inputs,
     read_inputs,
     read_yaml,
@@ -159,12 +162,16 @@ def run_stage(stage: str, body: Body) -> None:
         is_last = stages[-1] == stage
         digests = data_digests(inputs)
         with clock("tracking"):
-            journal = Journal.start(stage, flatten(tracked), params.data.corpus, is_last, clock)
+            journal = Journal.start(
+                stage, flatten(tracked), params.data.corpus, is_last, clock, environment=environment(stage, params)
+            )
             for name, digest in digests.items():
                 journal.dataset(name, digest, name, stage)
         status = "FAILED"
         try:
             run_in_state_folder(stage, body, inputs, params, journal)
+            with clock("tracking"):
+                journal.outputs(output_digests(stage))
             if stage == stages[0] and not in_git():
                 logger.info("%s: no git repository here, so its run names no commit", stage)
             status = "FINISHED"
@@ -231,6 +238,7 @@ def main(stage: str, body: Body, execute: Callable[[str, Body], None] = run_stag
         signal.signal(number, exit_on_signal)
     try:
         setup_logging()
+        check_namesake()
         execute(stage, body)
     except InputError as error:
         sys.exit(f"{stage}: {error}")

@@ -31,6 +31,7 @@ import llm
 from llm.common.files import write_atomic
 from stages.tracking.clock import Clock
 from stages.tracking.process import Process, invocation, pipeline_name, process_age, repository, runs_folder
+from stages.tracking.provenance import copy_description, dvc_tags, git_tags, in_workspace
 from stages.tracking.system_metrics import SystemMetricsMonitor
 
 DELIVERY_TIMEOUT = 20.0  # seconds that the end of the last stage waits for MLflow
@@ -54,7 +55,14 @@ class Journal:
 
     @classmethod
     def start(
-        cls, stage: str, params: Mapping[str, Any], corpus: str, is_last: bool = True, clock: Clock | None = None
+        cls,
+        stage: str,
+        params: Mapping[str, Any],
+        corpus: str,
+        is_last: bool = True,
+        clock: Clock | None = None,
+        *,
+        environment: Mapping[str, str] | None = None,
     ) -> Journal:
         """Open the journal of a stage; start the system metrics and, unless tracking is off, the delivery.
 
@@ -73,7 +81,13 @@ class Journal:
             invoked=time.time() - process_age(psutil.Process(process.pid)),
             params={key: str(value)[:6000] for key, value in params.items()},
             tags=tags,
+            environment=environment or {},
+            workspace=in_workspace(),
         )
+        try:
+            copy_description(journal.folder / "files" / "pipeline")
+        except OSError as error:
+            journal._warn(f"the pipeline's description is not recorded: {error}")
         journal.write_times()
         try:
             journal._monitor = SystemMetricsMonitor(journal._system_metrics)
@@ -132,6 +146,10 @@ class Journal:
     def dataset(self, name: str, digest: str, source: str, context: str) -> None:
         """Record an input: its md5, origin and use."""
         self.write(event="dataset", name=name, digest=digest, source=source, context=context)
+
+    def outputs(self, digests: Mapping[str, str]) -> None:
+        """Record the md5 of each output."""
+        self.write(event="outputs", digests=digests)
 
     def artifact(self, path: Path) -> None:
         """Record a copy of a file or folder, which may change before it is delivered."""
@@ -285,28 +303,3 @@ def delivery_problem(pipeline: Path) -> str | None:
         return (pipeline / "problem").read_text(encoding="utf-8")
     except OSError:
         return None
-
-
-# ---- tags ------------------------------------------------------------------------------------------------------------
-
-
-def git_tags() -> dict[str, str]:
-    """Return the commit, the branch, and whether tracked files differ from it; nothing without git or a commit."""
-
-    def git(*words: str) -> str:
-        done = subprocess.run(["git", *words], capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-
-    try:
-        return {
-            "mlflow.source.git.commit": git("rev-parse", "HEAD"),
-            "mlflow.source.git.branch": git("rev-parse", "--abbrev-ref", "HEAD"),
-            "git.dirty": str(bool(git("status", "--porcelain", "--untracked-files=no"))).lower(),
-        }
-    except (OSError, subprocess.CalledProcessError):
-        return {}
-
-
-def dvc_tags() -> dict[str, str]:
-    names = {"dvc.stage": "DVC_STAGE", "dvc.exp_name": "DVC_EXP_NAME", "dvc.baseline_rev": "DVC_EXP_BASELINE_REV"}
-    return {tag: os.environ[name] for tag, name in names.items() if os.environ.get(name)}

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+import contextlib
 import json
 import os
 import re
+import sqlite3
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, unquote
 
-from llm.common.files import read_json_object
+from llm.common.errors import InputError
 from llm.common.lock import locked
 from stages.tracking.journal import Event
 from stages.tracking.process import repository, runs_folder
@@ -18,8 +21,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Metric
 
-REQUIREMENTS = ("torch", "tiktoken", "rustbpe", "safetensors", "pydantic", "numpy")  # of a registered model
-CONNECT_TIMEOUT = 60.0  # seconds in which another process makes the database
+CONNECT_TIMEOUT = 180.0  # seconds in which another process makes the database
 
 
 def set_environment() -> None:
@@ -29,12 +31,49 @@ def set_environment() -> None:
     os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"  # none of our models needs it
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # whoever names a folder wants one
     os.environ.pop("MLFLOW_RUN_ID", None)  # a caller's run must not swallow ours
 
 
 def tracking_uri() -> str:
-    """Return MLFLOW_TRACKING_URI, else a database in the repository, wherever DVC runs the stage."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{repository().resolve()}/mlflow.db"
+    """Return MLFLOW_TRACKING_URI, else a database in the repository, wherever DVC runs the stage.
+
+    What it says of a place relative to the working directory is relative to the repository.
+    """
+    given = os.environ.get("MLFLOW_TRACKING_URI")
+    if not given:
+        return database_uri(default_database())
+    if given.startswith(SQLITE) and not given.startswith((f"{SQLITE}/", f"{SQLITE}file:", f"{SQLITE}:memory:")):
+        path, query = re.fullmatch(r"([^?]*)(.*)", given.removeprefix(SQLITE), re.DOTALL).groups()  # type: ignore[union-attr]
+        return database_uri(repository().resolve() / unquote(path)) + query
+    if is_folder(given):
+        path = unquote(given.removeprefix("file:")) if given.startswith("file:") else given
+        return (repository().resolve() / Path(path).expanduser()).as_uri()
+    return given
+
+
+SQLITE = "sqlite:///"
+
+
+def default_database() -> Path:
+    return repository().resolve() / "mlflow.db"
+
+
+def database_uri(path: Path) -> str:
+    """Return the URI of a database file: `%`, `?`, `#` and spaces of its path are quoted."""
+    return f"{SQLITE}{quote(str(path))}"
+
+
+def database_file() -> Path | None:
+    """Return the file of an SQLite database, None for any other store."""
+    match = re.match(f"{SQLITE}([^?]+)", tracking_uri())
+    return Path(unquote(match[1]).removeprefix("file:")) if match and match[1] != ":memory:" else None
+
+
+def is_folder(uri: str) -> bool:
+    """Return True for a folder's path or `file:` URI with a path below or beside the working directory."""
+    return (not re.match(r"[a-zA-Z][\w+.-]*:", uri) and uri != "databricks") or bool(re.match("file:(?!//)", uri))
 
 
 def redact_urls(text: str) -> str:
@@ -46,15 +85,27 @@ def connect() -> tuple[MlflowClient, str]:
     """Return a client and the experiment's id, under a lock: processes that create the database at once break it."""
     import mlflow
 
+    warnings.filterwarnings("ignore", category=UserWarning, module="mlflow")
     mlflow.set_tracking_uri(tracking_uri())
     lock = store_lock()
     with locked(lock, CONNECT_TIMEOUT) as holder:
         if holder is not None:
             raise TimeoutError(f"process {holder} holds {lock}")
+        own = is_own_store()
+        if database_file() == default_database():
+            relocate(default_database())
         client = mlflow.MlflowClient()
         experiment = experiment_id(client)
+        if own:
+            delete_empty_default(client)
     mlflow.set_experiment(experiment_id=experiment)  # where models are logged
     return client, experiment
+
+
+def is_own_store() -> bool:
+    """Return True for a database that this project makes: its default one, or one that is not there yet."""
+    database = database_file()
+    return database is not None and (database == default_database() or not database.exists())
 
 
 def experiment_id(client: MlflowClient) -> str:
@@ -63,26 +114,80 @@ def experiment_id(client: MlflowClient) -> str:
 
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or "llm"
     experiment = client.get_experiment_by_name(name)
-    if experiment is not None:
-        return experiment.experiment_id
-    try:
-        return client.create_experiment(name, artifact_location=artifact_location())
-    except MlflowException:
-        experiment = client.get_experiment_by_name(name)
-        if experiment is None:
-            raise
-        return experiment.experiment_id
+    if experiment is None:
+        try:
+            return client.create_experiment(name, artifact_location(), tags=EXPERIMENT_TAGS)
+        except MlflowException:
+            experiment = client.get_experiment_by_name(name)
+            if experiment is None:
+                raise
+    if experiment.lifecycle_stage != "active":
+        raise InputError(f"experiment {name}: it was deleted; restore it with `mlflow experiments restore`")
+    for key, value in EXPERIMENT_TAGS.items():
+        if key not in experiment.tags:  # what a person has written stays
+            client.set_experiment_tag(experiment.experiment_id, key, value)
+    return str(experiment.experiment_id)
+
+
+def delete_empty_default(client: MlflowClient) -> None:
+    """Delete the experiment that MLflow makes with every new store, as long as it is empty."""
+    from mlflow.entities import ViewType
+
+    default = client.get_experiment_by_name("Default")
+    if default is None or default.experiment_id != "0" or default.lifecycle_stage != "active":
+        return
+    used = client.search_runs(["0"], run_view_type=ViewType.ALL, max_results=1)
+    if not used and not client.search_logged_models(["0"], max_results=1):
+        client.delete_experiment("0")
+
+
+def relocate(database: Path) -> None:
+    """Write the present place of artifacts into the repository's own database, if it was moved or copied.
+
+    MLflow stores them as absolute addresses and has no call that changes them.
+    """
+    if not database.exists():
+        return
+    new = (repository() / "mlruns").resolve().as_uri()
+    with contextlib.closing(sqlite3.connect(database, timeout=30)) as connection, connection:
+        tables = {row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        if "experiments" not in tables:
+            return
+        places = [row[0] for row in connection.execute("SELECT artifact_location FROM experiments")]
+        old_places = {place for place in places if place and place.startswith("file:") and place.endswith("/mlruns")}
+        for old in old_places - {new}:
+            for table, column in ADDRESSES.items():
+                if table in tables:
+                    change = f"UPDATE {table} SET {column} = ? || substr({column}, ?)"
+                    where = f"WHERE substr({column} || '/', 1, ?) = ?"
+                    connection.execute(f"{change} {where}", (new, len(old) + 1, len(old) + 1, f"{old}/"))
+
+
+ADDRESSES = {  # of artifacts in MLflow's database
+    "experiments": "artifact_location",
+    "runs": "artifact_uri",
+    "logged_models": "artifact_location",
+    "model_versions": "storage_location",
+}
+EXPERIMENT_TAGS = {
+    "mlflow.experimentKind": "custom_model_development",  # else MLflow takes it for an app's traces
+    "mlflow.note.content": (
+        "One run for each `dvc repro` or `dvc exp run`, with a child run for each stage that ran. Its metrics are the "
+        "headline figures on held-out data and the validation losses of the three trainings; all others are on the "
+        "stages' runs. Select two runs and open *Chart view*, or *Compare* for the params that differ."
+    ),
+}
 
 
 def store_lock() -> Path:
     """Return the lock beside a database file, which all clones that deliver to it see; for a server one of our own."""
-    database = re.match("sqlite:///([^?]+)", tracking_uri())
-    return Path(f"{database[1]}.lock") if database else runs_folder() / "lock"
+    database = database_file()
+    return runs_folder() / "lock" if database is None else database.with_name(f"{database.name}.lock")
 
 
 def artifact_location() -> str | None:
-    """Return a folder in the repository for a database, which has none of its own; None for a server."""
-    if re.match(r"https?:|databricks", tracking_uri()):
+    """Return a folder in the repository for a database, which has none of its own; None for a server or a folder."""
+    if re.match(r"https?:|databricks|file:|uc:", tracking_uri()):
         return None
     return (repository() / "mlruns").resolve().as_uri()
 
@@ -97,46 +202,18 @@ def log_params(client: MlflowClient, run_id: str, params: dict[str, str]) -> Non
         client.log_batch(run_id, params=missing[first : first + 100])
 
 
-def register_model(client: MlflowClient, run_id: str, name: str, files: Path) -> None:
-    """Log a model folder with the code that loads it, without pickle, and register it as the candidate."""
-    import mlflow
-    from mlflow.models import Model
-
-    folder, code = files / "models" / name, files / "code/llm"
-    query = f"name = '{name}' and run_id = '{run_id}'"
-    versions = client.search_model_versions(query)
-    if not versions:  # else an interrupted delivery has logged it
-        Model.log(
-            None,
-            name=name,
-            flavor=mlflow.pyfunc,
-            run_id=run_id,
-            registered_model_name=name,
-            python_model=str(code / "serving/mlflow_model.py"),
-            artifacts={"model": str(folder)},
-            code_paths=[str(code)],
-            pip_requirements=[f"{package}=={importlib.metadata.version(package)}" for package in REQUIREMENTS],
-            input_example=input_example(folder),
-        )
-        versions = client.search_model_versions(query)
-    client.set_registered_model_alias(name, "candidate", versions[0].version)
-
-
-def input_example(folder: Path) -> Any:
-    """Return an input, from which and the type hints MLflow derives the model's signature."""
-    if read_json_object(folder / "config.json")["kind"] == "classifier":
-        return ["Call now to claim your prize"]
-    return ["One morning"], {"max_new_tokens": 64, "temperature": 0.0, "top_p": 1.0, "seed": 0}
-
-
-def to_metrics(event: Event, prefix: str = "") -> list[Metric]:
+def to_metrics(event: Event) -> list[Metric]:
     """Return the metrics of an event, none for other kinds of event."""
-    from mlflow.entities import Metric
-
     if event["event"] not in ("metrics", "summary"):
         return []
-    time_and_step = event["time"], event.get("step", 0)
-    return [Metric(valid_name(prefix + key), value, *time_and_step) for key, value in event["values"].items()]
+    return metrics(event["values"], event["time"], event.get("step", 0))
+
+
+def metrics(values: dict[str, float], time: int, step: int) -> list[Metric]:
+    """Return values as MLflow's metrics."""
+    from mlflow.entities import Metric
+
+    return [Metric(valid_name(key), value, time, step) for key, value in values.items()]
 
 
 def to_dataset_input(event: Event) -> Any:

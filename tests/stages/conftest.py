@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
+
+from stages.tracking import mlflow_client
 
 
 @pytest.fixture
@@ -12,3 +15,25 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LLM_TRACKING", "off")
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the file of MLflow's database as the first connection to it leaves it."""
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DVC_ROOT", str(home))
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        patch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
+        mlflow_client.set_environment()
+        mlflow_client.connect()
+    return home / "mlflow.db"
+
+
+@pytest.fixture
+def tracked(place: Path, database: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a repository with a database of its own, to which `Delivery()` delivers."""
+    shutil.copy(database, place / "mlflow.db")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
+    return place
