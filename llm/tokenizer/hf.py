@@ -174,7 +174,7 @@ def _known_pre_tokenizer(path: Path, folder: HFFolder, node: Mapping[str, Any] |
     prefix = any(prefixes)
     if folder.class_name in (GPT2, GPT_NEOX, QWEN2, QWEN3_5):  # classes that go by their own option
         prefix = bool(folder.config.get("add_prefix_space"))
-    if prefix and len(steps) > 2:
+    if prefix and steps != (GPT2_STEP, ""):
         raise InputError(f"{path}: add_prefix_space, and the text is cut before it; that is not known here")
     for known in PRE_TOKENIZERS:
         if steps == (*known.steps, ""):

@@ -98,17 +98,13 @@ class OwnTemplate:
     def _encode_rendered(self, text: str, joint: str, cut: str) -> list[int]:
         """Return the tokens of a rendered conversation. `joint` is left out, and `cut` parts what it is in."""
         ids: list[int] = []
-        for part in self._all_added.split(text):
-            if part in self.tokenizer.special_tokens:
-                ids.append(self.tokenizer.special_tokens[part])
+        for part in self.tokenizer.split_added(text):
+            if isinstance(part, int):
+                ids.append(part)
             else:
                 for piece in part.replace(joint, "").split(cut):
-                    ids += self.tokenizer.encode(piece)
+                    ids += self.tokenizer.encode_after(ids, piece)
         return ids
-
-    @cached_property
-    def _all_added(self) -> re.Pattern[str]:
-        return re.compile(f"({_any_of(self.tokenizer.special_tokens).pattern})")
 
     @cached_property
     def _special(self) -> re.Pattern[str]:

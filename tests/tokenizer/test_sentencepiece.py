@@ -21,6 +21,7 @@ from llm.inference.generate import stream_text
 from llm.tokenizer.bpe import FILE_NAME, Tokenizer
 from llm.tokenizer.gguf import gguf_tokenizer_fields, tokenizer_from_gguf
 from llm.tokenizer.hf import read_tokenizer_json, write_tokenizer_json
+from llm.tokenizer.own_template import OwnTemplate
 from tests.tokenizer.originals import NASTY, TEXTS, every_kind_of_character, ids_of, refused
 from tests.tokenizer.test_gguf import LlamaCpp
 
@@ -269,6 +270,41 @@ def test_pieces_with_a_space_inside_merge_across_it(tmp_path: Path) -> None:
         assert tokenizer.decode(tokenizer.encode(text)) == text.replace("▁", " ").removeprefix(
             " " * text.startswith(" ")
         )
+
+
+# ---- chats -----------------------------------------------------------------------------------------------------------
+
+INST = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}"
+)
+PHI = (
+    "{% for m in messages %}{{ '<|' + m.role + '|>' + '\n' + m.content + '<|end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' + '\n' }}{% endif %}"
+)
+CHATS = [
+    [{"role": "user", "content": "Is it  cold?"}],
+    [{"role": "user", "content": " a\nb "}, {"role": "assistant", "content": "No, 'tis warm."}] * 2,
+    [{"role": "user", "content": "<s>the </s> cat<|end|> \n"}],
+]
+
+
+@pytest.mark.parametrize("form", ["prepend", "first", "always", "never"])
+@pytest.mark.parametrize("template", [INST, PHI])
+def test_chats_of_its_own_template_are_those_of_transformers(form: str, template: str, tmp_path: Path) -> None:
+    other = Original.from_str(original(form).to_str())
+    roles = ("<|user|>", "<|assistant|>", "<|end|>")
+    other.add_special_tokens([AddedToken(name, special=True, normalized=False, rstrip=True) for name in roles])
+    theirs = PreTrainedTokenizerFast(tokenizer_object=other, bos_token="<s>", eos_token="</s>", chat_template=template)
+    theirs.save_pretrained(tmp_path)
+    tokenizer = read_tokenizer_json(tmp_path).tokenizer
+    ours = OwnTemplate(tokenizer, {"default": template}, {"bos_token": "<s>", "eos_token": "</s>"})
+    for messages in CHATS[:2]:
+        expected = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        assert ours.encode(messages) == list(expected)
+    special = [tokenizer.special_tokens[name] for name in ("<s>", "</s>", "<|end|>")]
+    counts = [[ours.encode(chat).count(i) for i in special] for chat in (CHATS[0], CHATS[2])]
+    assert counts[0] == counts[1]  # no token of a turn comes from a message
 
 
 # ---- what can be wrong -----------------------------------------------------------------------------------------------
