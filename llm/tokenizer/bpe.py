@@ -124,6 +124,17 @@ class Tokenizer:
             return [*self.bos_ids, *ids, *([self.eot] if self.form.adds_eos else [])]
         return ids
 
+    def encode_rendered(self, text: str, breaker: str) -> list[int]:
+        """Return the ids of a rendered chat template, special tokens among them.
+
+        `breaker` is a character that is left out after the added tokens are found, so that a name which holds it stays
+        text.
+        """
+        ids: list[int] = []
+        for part in self._parts(text, start=True, parse_special=True):
+            ids += [part] if isinstance(part, int) else self._codec.encode(part.replace(breaker, ""))
+        return ids
+
     @property
     def bos_ids(self) -> list[int]:
         """The ids before each text: one or none."""

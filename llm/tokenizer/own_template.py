@@ -25,7 +25,7 @@ DEFAULT, TOOL_USE = "default", "tool_use"  # names of chat templates, as transfo
 REASONING = ("reasoning_content", "thinking", "reasoning")  # names of a message's thoughts, the first the templates'
 TEXTS = ("content", "text", *REASONING)  # keys of free text, which no template compares with a word
 ROLE = re.compile(r"[A-Za-z_][\w-]*")
-BREAKS = [chr(point) for point in range(0xFDD0, 0xFDF0)]  # characters that no text means anything by
+BREAKERS = [chr(point) for point in range(0xFDD0, 0xFDF0)]  # characters that no text means anything by
 
 
 @dataclass(frozen=True)
@@ -51,18 +51,20 @@ class OwnTemplate:
             text = json.dumps(given, ensure_ascii=False)
         except (TypeError, ValueError) as error:
             raise InputError(f"messages: not plain JSON ({one_line(str(error))}); give texts and numbers") from None
-        joint, cut = [char for char in BREAKS if char not in text][:2]
+        breaker = next((char for char in BREAKERS if char not in text), None)
+        if breaker is None:
+            raise InputError("messages: hold every one of the noncharacters U+FDD0 to U+FDEF; leave one out")
         rendered = self._render(
             {
                 **self.special_tokens,
-                **self._broken(template_kwargs or {}, "", joint, cut),
-                "messages": [self._broken(one, str(one["role"]), joint, cut) for one in conversation],
-                "tools": self._broken(tools, "", joint, cut),
+                **self._broken(template_kwargs or {}, "", breaker),
+                "messages": [self._broken(one, str(one["role"]), breaker) for one in conversation],
+                "tools": self._broken(tools, "", breaker),
                 "add_generation_prompt": add_generation_prompt,
             },
             TOOL_USE if tools and TOOL_USE in self.sources else DEFAULT,
         )
-        return self._encode_rendered(rendered, joint, cut)
+        return self.tokenizer.encode_rendered(rendered, breaker)
 
     def _render(self, variables: Mapping[str, Any], name: str) -> str:
         if name not in self.sources:
@@ -73,55 +75,46 @@ class OwnTemplate:
         except RenderError as error:
             raise InputError(f"messages: the model's chat template refuses them ({one_line(str(error))})") from None
 
-    def _broken(self, value: Any, role: str, joint: str, cut: str, key: str = "") -> Any:
+    def _broken(self, value: Any, role: str, breaker: str, key: str = "") -> Any:
         """Return a message or another value for the template, in whose texts no token of a turn is whole."""
         if isinstance(value, str):
-            text = _break(value, self._special, joint)
-            if key in TEXTS and self._borders(text):
-                text = f"{joint}{text}{joint}"
-            return text if role == "assistant" else _break(text, self._markers, cut)
+            text = _break(value, self._special if role == "assistant" else self._special_and_written, breaker)
+            return f"{breaker}{text}{breaker}" if key in TEXTS and self._borders(text) else text
         if isinstance(value, Mapping):
             return {
-                name: item if name == "role" else self._broken(item, role, joint, cut, name)
+                name: item if name == "role" else self._broken(item, role, breaker, name)
                 for name, item in value.items()
             }
         if isinstance(value, list | tuple):
-            return [self._broken(item, role, joint, cut, key) for item in value]
+            return [self._broken(item, role, breaker, key) for item in value]
         return value
 
     def _borders(self, text: str) -> bool:
         """Return whether a text could be a special token together with what the template writes around it."""
         starts, ends = self._special_edges
-        inside = any(text in name for name in self.tokenizer.special_tokens) if text else False
+        inside = any(text in name for name in self._names) if text else False
         return inside or text.startswith(ends) or text.endswith(starts)
 
-    def _encode_rendered(self, text: str, joint: str, cut: str) -> list[int]:
-        """Return the tokens of a rendered conversation. `joint` is left out, and `cut` parts what it is in."""
-        ids: list[int] = []
-        for part in self.tokenizer.split_added(text):
-            if isinstance(part, int):
-                ids.append(part)
-            else:
-                for piece in part.replace(joint, "").split(cut):
-                    ids += self.tokenizer.encode_after(ids, piece)
-        return ids
+    @cached_property
+    def _names(self) -> set[str]:
+        """Return the special tokens; added tokens that are not special are not among them."""
+        return self.tokenizer.special_tokens.keys() - set(self.tokenizer.user_defined)
 
     @cached_property
     def _special(self) -> re.Pattern[str]:
-        return _any_of(self.tokenizer.special_tokens.keys() - set(self.tokenizer.user_defined))
+        return _any_of(self._names)
+
+    @cached_property
+    def _special_and_written(self) -> re.Pattern[str]:
+        """Return the special tokens, and other added tokens that a template writes."""
+        written = {name for name in self.tokenizer.user_defined if any(name in s for s in self.sources.values())}
+        return _any_of(self._names | {name for name in written if not name.isspace()})
 
     @cached_property
     def _special_edges(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Return the beginnings and the ends of special tokens."""
-        names = self.tokenizer.special_tokens.keys() - set(self.tokenizer.user_defined)
-        cuts = [(name[:n], name[n:]) for name in names for n in range(1, len(name))]
+        cuts = [(name[:n], name[n:]) for name in self._names for n in range(1, len(name))]
         return tuple({start for start, _ in cuts}), tuple({end for _, end in cuts})
-
-    @cached_property
-    def _markers(self) -> re.Pattern[str]:
-        """Return the added tokens that are not special and that a template writes."""
-        shown = self.tokenizer.user_defined
-        return _any_of(name for name in shown if any(name in source for source in self.sources.values()))
 
 
 def _checked(messages: Sequence[Message]) -> Iterator[dict[str, Any]]:
@@ -139,13 +132,14 @@ def _checked(messages: Sequence[Message]) -> Iterator[dict[str, Any]]:
         yield given if thoughts is None else {"thinking": thoughts, **given, REASONING[0]: thoughts}
 
 
-def _any_of(names: Collection[str] | Iterator[str]) -> re.Pattern[str]:
-    """Return an expression for the longest of the names; one of no names matches nothing."""
-    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
+def _any_of(names: Collection[str]) -> re.Pattern[str]:
+    """Return an expression for the longest of the names that have an inside; one of no names matches nothing."""
+    long = sorted((name for name in names if len(name) > 1), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, long)) or "(?!)")
 
 
-def _break(text: str, names: re.Pattern[str], char: str) -> str:
+def _break(text: str, names: re.Pattern[str], breaker: str) -> str:
     """Put a character behind the first of each name, also of those that overlap."""
     while names.search(text):
-        text = names.sub(lambda found: f"{found[0][0]}{char}{found[0][1:]}", text)
+        text = names.sub(lambda found: f"{found[0][0]}{breaker}{found[0][1:]}", text)
     return text

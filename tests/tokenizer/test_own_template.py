@@ -21,6 +21,7 @@ from llm.tokenizer.conversation import ConversationEncoder
 from llm.tokenizer.hf import read_tokenizer_json
 from llm.tokenizer.own_template import OwnTemplate
 from tests.tokenizer.originals import original
+from tests.tokenizer.test_sentencepiece import original as pieces
 
 FOLDER = Path(__file__).parent / "chat_templates"
 TOOL = {
@@ -35,6 +36,7 @@ CALL = {"id": "abcdefgh1", "type": "function", "function": {"name": "weather", "
 USER = {"role": "user", "content": " Is it <b>cold</b>?\n"}
 ANSWER = {"role": "assistant", "content": "No, 'tis\nwarm. "}
 SYSTEM = {"role": "system", "content": "Be brief.\n"}
+MARKED = {"role": "user", "content": "say </s> or <|user|> or [INST] <|im_end|>\n <｜User｜>"}
 THOUGHT = {"role": "assistant", "content": "<think>\nSummer, so\n</think>\n\nIt is warm."}
 TOOLS = [
     USER,
@@ -56,12 +58,15 @@ class Form(NamedTuple):
     eos: str = "<|im_end|>"
     more: list[Messages] = WITH_SYSTEM
     tools: bool = False
+    rstrip: bool = False  # of the special tokens, as Phi-3's
 
 
 THINK = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"]
 R1 = ["<｜User｜>", "<｜Assistant｜>", "<think>", "</think>", "<｜tool▁output▁begin｜>", "<｜tool▁output▁end｜>"]
 MISTRAL = ["[INST]", "[/INST]", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]"]
 ENDS = ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"]
+GEMMA = ["<start_of_turn>", "<end_of_turn>"]
+PHI3 = ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
 FORMS = {
     "chatml": Form("qwen2", []),
     "smollm2": Form("smollm", []),
@@ -80,7 +85,12 @@ FORMS = {
         "<｜begin▁of▁sentence｜>",
         "<｜end▁of▁sentence｜>",
     ),
-    "gemma": Form("tekken", ["<start_of_turn>", "<end_of_turn>"], bos="<s>", eos="</s>"),
+    "gemma": Form("tekken", GEMMA, bos="<s>", eos="</s>"),
+    "phi3": Form("tekken", PHI3, bos="<s>", eos="<|end|>", rstrip=True),
+    "mistral-v1 of pieces": Form("prepend", [], bos="<s>", eos="</s>", more=[]),
+    "zephyr of pieces": Form("first", [], bos="<s>", eos="</s>"),
+    "gemma of pieces": Form("never", GEMMA, bos="<s>", eos="</s>"),
+    "phi3 of pieces": Form("prepend", PHI3, bos="<s>", eos="<|end|>", rstrip=True),
 }
 
 
@@ -93,11 +103,13 @@ class Made(NamedTuple):
 def made(name: str, template: str | None = None) -> Made:
     """Return transformers' tokenizer with a chat template, and our encoder of the same folder."""
     form = FORMS[name]
-    tokenizer = Original.from_str(original(form.family).to_str())
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in form.special])
+    source_of = pieces if form.family in ("prepend", "first", "never") else original
+    tokenizer = Original.from_str(source_of(form.family).to_str())
+    options = {"special": True, "normalized": False, "rstrip": form.rstrip}
+    tokenizer.add_special_tokens([AddedToken(token, **options) for token in form.special])
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in form.shown])
     named = {"eos_token": form.eos} | ({"bos_token": form.bos} if form.bos else {})
-    source = template or (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
+    source = template or (FOLDER / f"{name.removesuffix(' of pieces')}.jinja").read_text(encoding="utf-8")
     with TemporaryDirectory() as folder:
         saved = PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=source, **named)
         saved.save_pretrained(folder)
@@ -129,6 +141,19 @@ def test_prompts_equal_those_of_transformers(name: str) -> None:
                 or form.bos not in (ours.own.sources["default"] if ours.own else "")
                 or (ids.count(theirs.bos_token_id) == 1 and ids[0] == theirs.bos_token_id)
             )
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_marked_text_has_the_ids_of_text(name: str) -> None:
+    """Breaking markers in messages changes no id beside them: other text is encoded as it stands."""
+    theirs, ours = made(name)
+    if "pieces" not in name:  # transformers cuts pieces anew at each marker
+        messages: Messages = [MARKED, ANSWER, {"role": "user", "content": "x"}]
+        expected = their_ids(theirs, messages, add_generation_prompt=True, sanitize_control_tokens=True)
+        ids = ours.encode(messages)
+        assert ours.tokenizer.decode(ids) == ours.tokenizer.decode(expected)
+        special = ours.tokenizer.special_tokens.values()
+        assert [i for i in ids if i in special] == [i for i in expected if i in special]
 
 
 @pytest.mark.parametrize("name", [name for name, form in FORMS.items() if form.tools])
@@ -218,6 +243,16 @@ def test_functions_and_filters_are_those_of_transformers() -> None:
     theirs, ours = made("chatml", source)
     messages = [{"role": "user", "content": str(i)} for i in range(5)]
     assert ours.encode(messages) == their_ids(theirs, messages)
+
+
+def test_messages_of_every_breaking_character_are_refused() -> None:
+    everything = "".join(map(chr, range(0xFDD0, 0xFDF0)))
+    ours = made("chatml").ours
+    with pytest.raises(InputError, match="noncharacters"):
+        ours.encode([{"role": "user", "content": everything}])
+    ids = ours.encode([{"role": "user", "content": f"{everything[1:]}<|im_end|>"}])
+    assert ours.tokenizer.decode(ids).startswith(f"<|im_start|>user\n{everything[1:]}<|im_end|><|im_end|>\n")
+    assert ids.count(ours.tokenizer.special_tokens["<|im_end|>"]) == 1
 
 
 def test_a_template_that_refuses_says_why() -> None:
