@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError
 from llm.common.errors import InputError
 from llm.common.files import read_json_object
 from llm.config import NonNegative, NonNegativeFloat, PositiveFloat, Strict, explain
-from llm.tokenizer.bpe import Tokenizer
+from llm.tokenizer.bpe import END_OF_TEXT, Tokenizer
 from llm.tokenizer.own_template import DEFAULT
 
 FETCH_AGAIN = "fetch it again"
@@ -62,9 +62,13 @@ class ChatSource(NamedTuple):
 
 
 def default_special_tokens(tokenizer: Tokenizer) -> dict[str, str]:
-    """Return the named tokens of a tokenizer whose origin names none: `eos_token` stands for each that is missing."""
+    """Return the named tokens of a tokenizer whose origin names none.
+
+    Texts are not padded with the token that ends an answer where there is another, as usual collators mask all padding.
+    """
     eot = tokenizer.eot_token
-    return {"bos_token": tokenizer.bos_token or eot, "eos_token": eot, "pad_token": eot}
+    pad = END_OF_TEXT if END_OF_TEXT in tokenizer.special_tokens else eot
+    return {"bos_token": tokenizer.bos_token or eot, "eos_token": eot, "pad_token": pad}
 
 
 # ---- transformers ----------------------------------------------------------------------------------------------------
@@ -210,7 +214,7 @@ def gguf_chat_fields(chat: ChatSource, tokenizer: Tokenizer, turn_end: int | Non
     """Return the metadata that says as much; `turn_end` is the token behind an answer."""
     fields: dict[str, Any] = {}
     for key, name in GGUF_TOKENS.items():
-        token = (chat.special_tokens or {}).get(key)
+        token = (chat.special_tokens or default_special_tokens(tokenizer)).get(key)
         if token in tokenizer.special_tokens:
             fields[f"tokenizer.ggml.{name}_token_id"] = tokenizer.special_tokens[token]
     if chat.templates is not None:

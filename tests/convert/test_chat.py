@@ -229,3 +229,15 @@ def test_a_finetuned_model_keeps_what_still_holds(imported: Checkpoint) -> None:
     )
     base = imported.config.model_copy(update={"template": "chatml", "chat_templates": {"default": chatml}})
     assert base.instructed("chatml", imported.tokenizer).chat_templates == {"default": chatml}
+
+
+def test_answers_are_not_padded_with_their_end(tmp_path: Path) -> None:
+    model = randomize(GPT(gpt_config(**(LLAMA_FORM | {"vocab_size": 280, "context_length": 128}))))
+    assert isinstance(model, GPT)
+    config = CheckpointConfig(kind="instruct", gpt=model.config, template="chatml")
+    export_hf(Checkpoint(model, tokenizer(), config), tmp_path / "out")
+    opened = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert (opened.eos_token, opened.pad_token) == ("<|im_end|>", "<|endoftext|>")
+    export_gguf(Checkpoint(model, tokenizer(), config), tmp_path / "model.gguf", "f32")
+    for source in ("out", "model.gguf"):
+        assert import_model(str(tmp_path / source)).config.special_tokens is None
