@@ -28,7 +28,7 @@ from llm.preprocess.workers import Workers, show_progress
 
 INVISIBLE = re.compile(  # zero-width and bidirectional controls; joiners between letters of scripts that need them stay
     "[\u00ad\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u206f\ufff9-\ufffb]"
-    "|(?<![\u0600-\u0fff\u1000-\u109f\u1780-\u17ff])[\u200c\u200d](?![\u2600-\u27bf\U0001f000-\U0001faff])"
+    "|(?<![\u0600-\u0fff\u1000-\u109f\u1780-\u17ff])[\u200c\u200d](?![\u2190-\u21ff\u2600-\u27bf\u2b00-\u2bff\U0001f000-\U0001faff])"
 )
 LANGUAGE_CHARS = 2000  # of a text that the identifier reads
 SAMPLES, SAMPLE_CHARS = 3, 100  # texts of each rule in the data card
