@@ -31,6 +31,7 @@ from llm.download.shapes import describe_shape
 from llm.download.splits import Section, file_splits
 
 MOST_LABELS = 200  # that are found out; more are no labels
+MOST_REASONS = 1000  # that are counted each for itself, for rows that are left out
 SHOWN = 5  # examples of rows that are left out, for each reason
 SPLIT_COLUMNS = ("split", "set", "subset", "partition", "fold")
 
@@ -52,8 +53,9 @@ class LeftOut:
         if not self._skip or self._path is None:
             raise error
         reason = str(error).removeprefix(f"{where}: ").partition(";")[0]
-        self.counts[reason] += 1
-        examples = self.examples.setdefault(reason, [])
+        counted = reason if reason in self.counts or len(self.counts) < MOST_REASONS else "other reasons"
+        self.counts[counted] += 1
+        examples = self.examples.setdefault(counted, [])
         if len(examples) < SHOWN:
             examples.append(where)
         with self._path.open("a", encoding="utf-8") as out:

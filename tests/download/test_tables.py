@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llm.download import archives, formats
+from llm.download import archives, formats, readers
 from tests.download.sources import Place
 
 # ---- quotes ----------------------------------------------------------------------------------------------------------
@@ -322,6 +322,14 @@ def test_each_kind_of_invalid_row_is_left_out(place: Place) -> None:
     assert place.texts("messages", ("a.csv", table), skip_invalid=True) == ["x", "y"]
     none_left = place.refused("messages", ("a.jsonl", '{"body": "x"}'), skip_invalid=True)
     assert "found only body" in none_left
+
+
+def test_reasons_without_end_are_counted_together(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "MOST_REASONS", 2)
+    rows = [f'{{"text": "x", "label": "l{i}"}}' for i in range(9)]
+    place.read("messages", ("a.jsonl", "\n".join([*rows, '{"text": "x", "label": "ham"}'])), skip_invalid=True)
+    assert place.written is not None and place.written.left_out.counts["other reasons"] == 7
+    assert len(place.out.with_suffix(".left_out.jsonl").read_text().splitlines()) == 9
 
 
 def test_a_row_limit(place: Place) -> None:
