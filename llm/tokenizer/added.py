@@ -62,7 +62,6 @@ class AddedTokens:
                 self._normalized[normalize(name, True)] = token
             else:
                 self._raw[name] = token
-        self._any: re.Pattern[str] | None = None
         self._patterns: tuple[re.Pattern[str] | None, re.Pattern[str] | None] | None = None
 
     def split(self, text: str, *, start: bool = True, parse_special: bool = False) -> Iterator[int | str]:
@@ -80,12 +79,6 @@ class AddedTokens:
             else:
                 yield from _matches(normalized, self._normalized, self._normalize(part, start), parse_special)
             start = True
-
-    def split_raw(self, text: str) -> Iterator[int | str]:
-        """Yield the ids of all added tokens in a text, special ones too, and the text between them as it is."""
-        if self._any is None:
-            self._any = _any_of(self._tokens)
-        yield from _matches(self._any, self._tokens, text, True)
 
 
 def _matches(

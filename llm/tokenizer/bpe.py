@@ -159,10 +159,6 @@ class Tokenizer:
         behind_token = ids[-1] in self._added_ids and self.form.prefix != "first"
         return self.encode(text, start=behind_token)
 
-    def split_added(self, text: str) -> Iterator[int | str]:
-        """Yield the ids of the added tokens in a rendered template, special ones too, and the text between them."""
-        return self._added.split_raw(text)
-
     def encode_array(self, text: str, *, start: bool = True) -> np.ndarray[Any, np.dtype[np.uint32]]:
         """Return the ids of `encode` without a Python list: much smaller for long texts."""
         arrays = [
