@@ -291,8 +291,8 @@ class Model:
     def doubt(self, text: str) -> str | None:
         """Return why a label of this text would mean little, or None.
 
-        >>> classifier.doubt("xkjq zzvw pqrt")
-        'unlike the text that the tokenizer knows: 1.1 bytes a token'
+        >>> model.doubt("...")
+        'no letter, digit or sign'
         """
         return doubt(self.checkpoint.tokenizer, text)
 

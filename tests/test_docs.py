@@ -6,10 +6,14 @@ import argparse
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -136,3 +140,33 @@ def test_the_site_asks_no_other_host_for_anything(site: Path) -> None:
 def test_the_site_can_be_searched(site: Path) -> None:
     assert (site / "search.html").exists()
     assert '"kv"' in (site / "searchindex.js").read_text() or "kv:" in (site / "searchindex.js").read_text()
+
+
+@pytest.mark.slow
+def test_the_site_works_in_a_browser_at_a_phones_width(site: Path) -> None:
+    playwright = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no Chromium here")
+    handler = partial(QuietHandler, directory=str(site))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server, playwright.sync_playwright() as running:
+        Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        browser = running.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 390, "height": 844})
+        asked: list[str] = []
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(f"{address}/search.html?q=KV+cache")
+        page.wait_for_selector("#search-results li", timeout=60_000)
+        assert page.get_by_role("link", name="Chapter 4: the GPT, assembled").count()
+        for name in ("index", "book/chapter-3", "reference/params", "benchmarks"):
+            page.goto(f"{address}/{name}.html")
+            assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), f"{name} is wider than a phone"
+        browser.close()
+        server.shutdown()
+    assert not [url for url in asked if not url.startswith(address)]
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        """Keep the test's output free of requests."""

@@ -63,8 +63,8 @@ def run(args: argparse.Namespace) -> None:
     model.require("classifier")
     if not args.texts:
         for line in describe_training(model.checkpoint.config.labels or [], model.about):
-            print(line)
-        return
+            print(line, file=sys.stderr)
+        raise InputError("no text to label; name texts or files, or - for the lines of stdin")
     rows = itertools.chain.from_iterable(
         read_rows(Path(text), args.column) if is_file else ({"text": one} for one in named_texts([text]))
         for text, is_file in zip(args.texts, from_files, strict=True)

@@ -88,8 +88,9 @@ def json_rows(file: DataFile, options: ReadOptions) -> Iterator[Row]:
             if at == len(waiting) and not in_array:
                 return
             line = passed + (error.lineno if isinstance(error, json.JSONDecodeError) else 1)
+            reason = "too many brackets inside one another" if isinstance(error, RecursionError) else error
             raise InputError(
-                f"{file}, line {line}: expected a list of JSON objects, found an error ({error})"
+                f"{file}, line {line}: expected a list of JSON objects, found an error ({reason})"
             ) from None
         number += 1
         where = f"{file}, row {number}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -101,8 +102,16 @@ def _templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str] | None
     for name, text in (stored or {}).items():
         if not isinstance(text, str):
             raise InputError(f"{where}: expected text, found {json.dumps(text)[:120]}")
+        check_unicode(where, text)
         check_template_name(where, name)
     return stored or None
+
+
+def check_unicode(where: str, text: str) -> None:
+    """Raise `InputError` for half a surrogate pair, which JSON can hold and UTF-8 cannot."""
+    half = re.search("[\ud800-\udfff]", text)
+    if half:
+        raise InputError(f"{where}: holds half a character (\\u{ord(half[0]):04x}); {FETCH_AGAIN}")
 
 
 def check_template_name(where: str, name: object) -> None:
@@ -139,6 +148,7 @@ def _named_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, str] | N
         if isinstance(token, dict):
             token = token.get("content")
         if isinstance(token, str) and token:
+            check_unicode(f"{folder / 'tokenizer_config.json'}: {key}", token)
             names[key] = token
     return names or None
 

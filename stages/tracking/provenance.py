@@ -61,7 +61,7 @@ def copy_description(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for path in (*map(Path, DESCRIPTION), *PLOTS.glob("*.csv")):
         if path.is_file():
-            shutil.copy2(path, folder / path.name)
+            shutil.copyfile(path, folder / path.name)  # its mode is as the umask says
     try:
         committed = git("show", f"{os.environ.get('DVC_EXP_BASELINE_REV') or 'HEAD'}:./params.yaml")
     except (OSError, ValueError, subprocess.CalledProcessError):

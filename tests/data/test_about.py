@@ -60,11 +60,13 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_classify_without_texts_says_what_it_was_trained_on(
     classifier: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["classify", str(classifier)]) == 0
-    assert capsys.readouterr().out == "labels: ham, spam\ntrained on texts such as:\n  See you at six\\x1b[2J\n"
+    ends = "python -m llm classify: no text to label; name texts or files, or - for the lines of stdin\n"
+    assert main(["classify", str(classifier)]) == 1
+    said = "labels: ham, spam\ntrained on texts such as:\n  See you at six\\x1b[2J\n"
+    assert capsys.readouterr() == ("", said + ends)
     (classifier / "about.json").rename(classifier / "other.json")
-    assert main(["classify", str(classifier)]) == 0
-    assert capsys.readouterr().out == "labels: ham, spam\n"
+    assert main(["classify", str(classifier)]) == 1
+    assert capsys.readouterr() == ("", f"labels: ham, spam\n{ends}")
     (classifier / "other.json").rename(classifier / "about.json")
 
 
