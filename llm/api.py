@@ -291,7 +291,7 @@ class Model:
     def doubt(self, text: str) -> str | None:
         """Return why a label of this text would mean little, or None.
 
-        >>> model.doubt("...")
+        >>> model.doubt(" ")
         'no letter, digit or sign'
         """
         return doubt(self.checkpoint.tokenizer, text)
