@@ -239,6 +239,8 @@ class Delivery:
             client.log_inputs(run_id, datasets)
 
     def _parent_run(self, pipeline: Path, journal: Path) -> str:
+        if pipeline.name in self._run_ids:  # this is asked every second, and the name takes two params.yaml to find
+            return self._run_ids[pipeline.name]
         start = start_event(journal)
         tags = {key: value for key, value in start["tags"].items() if key != "dvc.stage"}
         tags["mlflow.source.name"] = "dvc.yaml"

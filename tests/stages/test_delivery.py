@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -105,6 +106,17 @@ def test_urls_lose_user_password_and_query() -> None:
 
 
 # ---- delivery --------------------------------------------------------------------------------------------------------
+
+
+def test_a_delivery_with_nothing_new_reads_no_params(
+    delivery: Delivery, place: Path, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It happens every second beside a training."""
+    journal = record("pretrain")
+    delivery.deliver(journal.folder.parent)
+    monkeypatch.setattr("stages.tracking.pipeline_run.read_values", MagicMock(side_effect=AssertionError))
+    delivery.deliver(journal.folder.parent)
+    journal.end("FINISHED")
 
 
 def test_pipeline_is_a_parent_run_and_each_stage_a_child(delivery: Delivery, place: Path, store: str) -> None:
