@@ -466,8 +466,14 @@ def test_a_killed_baseline_ends_its_stage_and_both_resume(pipeline: Path) -> Non
 # ---- tables of DVC, and other places ---------------------------------------------------------------------------------
 
 
+def commit_results(pipeline: Path) -> None:
+    execute(pipeline, "git", "add", "-A")
+    execute(pipeline, "git", "commit", "-q", "--allow-empty", "-m", "Results")
+
+
 @pytest.mark.slow
 def test_tables_of_dvc_hold_what_is_compared(pipeline: Path) -> None:
+    commit_results(pipeline)
     shown = json.loads(execute(pipeline, "dvc", "metrics", "show", "--json"))[""]["data"]
     assert {Path(name).stem for name in shown} == {"headlines", "pretrain", "finetune_classify", "finetune_instruct"}
     headlines = shown["reports/metrics/headlines.json"]["data"]
@@ -536,8 +542,7 @@ def test_stages_run_without_git_and_from_a_subfolder(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_an_experiment_changes_one_value_and_its_figures_can_be_compared(pipeline: Path) -> None:
-    execute(pipeline, "git", "add", "-A")
-    execute(pipeline, "git", "commit", "-qm", "Results")
+    commit_results(pipeline)
     said = execute(pipeline, "dvc", "exp", "run", "-S", f"pretrain.max_steps={STEPS + 7}", "pretrain")
     assert re.findall(r"Running stage '(.*)'", said) == ["pretrain"]
     difference = json.loads(execute(pipeline, "dvc", "metrics", "diff", "--json"))
