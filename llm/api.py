@@ -165,8 +165,7 @@ class Model:
             lambda kept: encoder.encode(kept, tools=tools, template_kwargs=template_kwargs),
             budget=context_length - min(max_new_tokens, context_length // 2),
         )
-        if (last := messages[-1]["role"]) in ("system", "assistant"):
-            raise InputError(f"messages: no question at the end (expected the role user, got {last}); add one")
+        require_question(messages)
         if len(ids) > context_length:
             raise InputError(
                 f"messages: the last turn has {len(ids)} tokens with the system message and the template "
@@ -335,3 +334,9 @@ def _counted(tokens: Iterator[int], usage: Usage) -> Iterator[int]:
     for token in tokens:
         usage.new_tokens += 1
         yield token
+
+
+def require_question(messages: Sequence[Message]) -> None:
+    """Raise `InputError` for a conversation that ends without a question."""
+    if messages and (last := messages[-1]["role"]) in ("system", "assistant"):
+        raise InputError(f"messages: no question at the end (expected the role user, got {last}); add one")

@@ -108,7 +108,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
     for name, kind in KINDS.items():
         command = add_command(kinds, name, kind.summary, kind.description, kind.examples)
-        sizes = command.add_argument_group("sizes (default: those of the README's figures)")
+        sizes = command.add_argument_group("sizes (default: those of docs/benchmarks.md)")
         for size in kind.sizes:
             form: dict[str, Any] = {"metavar": "FILE"} if size == "text" else {"metavar": "N", "type": positive}
             sizes.add_argument(f"--{size.replace('_', '-')}", help=SIZES[size], **form)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from llm.api import Message, Model
-from llm.common.errors import InputError
+from llm.api import Message, Model, require_question
 from llm.inference.sampling import Sampling
 
 
@@ -17,15 +16,14 @@ def chat_ids(model: Model, messages: Sequence[Message], keep: int | None = None)
     """
     if keep is not None:
         return model.fit_messages(messages, max_new_tokens=keep)[1]
-    if messages and (last := messages[-1]["role"]) in ("system", "assistant"):
-        raise InputError(f"messages: no question at the end (expected the role user, got {last}); add one")
+    require_question(messages)
     return model.encode_conversation(messages)
 
 
 def text_ids(model: Model, text: str) -> list[int]:
     """Return the tokens of a text to continue."""
     tokenizer = model.checkpoint.tokenizer
-    return [*([] if tokenizer.bos is None else [tokenizer.bos]), *tokenizer.encode(text)]
+    return [*tokenizer.bos_ids, *tokenizer.encode(text)]
 
 
 def default_sampling(model: Model) -> Sampling:
