@@ -193,7 +193,9 @@ def test_greedy_text_equals_that_of_transformers(tmp_path: Path, family: str) ->
     prompts = [token_ids(length, rows=1)[0].tolist() for length in (3, 17, 9)]
     answers = generate(gpt_of(imported), prompts, max_new_tokens=30)
     assert answers == greedy(model, prompts, 30)
-    assert len({token for answer in answers for token in answer}) > 2
+    assert len({token for answer in answers for token in answer}) > (
+        2 if family == "gemma3_text" else 5
+    )  # its tiny form repeats itself
     assert generate(gpt_of(imported), prompts[:1], max_new_tokens=30) == answers[:1]
 
 
