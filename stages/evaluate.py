@@ -16,10 +16,10 @@ from llm.checkpoint.folder import Checkpoint, load_checkpoint
 from llm.common.device import pick_device
 from llm.common.files import write_atomic
 from llm.data.examples import read_quotable, read_too_long
-from llm.evaluation import pictures, report, tables
 from llm.evaluation.base_model import BaseResult, evaluate_base
 from llm.evaluation.classification import ClassifierResult, evaluate_classifiers
 from llm.evaluation.instruction_following import InstructResult, evaluate_instruct
+from llm.reporting import pictures, report, tables
 from stages.runtime.run import Run, main, resource_error, rounded
 
 logger = logging.getLogger("llm")

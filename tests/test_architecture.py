@@ -38,6 +38,7 @@ LAYERS = [
     {"training", "inference"},
     {"convert"},
     {"evaluation"},
+    {"reporting"},
     {"api"},
     {"serving", "bench"},
     {"cli"},

@@ -11,21 +11,21 @@ from typing import cast
 
 import pytest
 import yaml
+from tests.evaluation.test_report import results
 
 from llm.common.errors import InputError
 from llm.config import KINDS, parse_params
 from llm.data.examples import read_quotable
-from llm.evaluation import report, tables
 from llm.evaluation.base_model import BaseResult, Completion
 from llm.evaluation.classification import ClassifierResult
 from llm.evaluation.instruction_following import InstructResult
 from llm.preprocess import data_card as datacard
 from llm.preprocess.supervised import SplitRows
+from llm.reporting import report, tables
 from stages import download, evaluate
 from stages.runtime.run import Run
 from tests.conftest import ROOT
 from tests.datasets import message_rows
-from tests.evaluation.test_report import results
 from tests.helpers import tiny_tokenizer
 from tests.pipelines import change_params, environment, execute, read_params, tiny_copy, write_params
 

@@ -34,7 +34,7 @@ PLACES = {  # functions that stages call, where it would hurt most
     "model": "llm.checkpoint.adapter.save_checkpoint",
     "file": "stages.runtime.run.write_atomic",
     "classifiers": "stages.evaluate.evaluate_classifiers",
-    "pictures": "llm.evaluation.pictures.draw_classifiers",
+    "pictures": "llm.reporting.pictures.draw_classifiers",
 }
 HEAVY = (
     "matplotlib.pyplot",

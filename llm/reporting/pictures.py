@@ -10,7 +10,7 @@ from llm.common.plotting import BLUE, GREY, INK, LIGHT_BLUE, ORANGE, new_figure,
 from llm.evaluation.base_model import BaseResult
 from llm.evaluation.classification import OURS, ClassifierResult
 from llm.evaluation.instruction_following import InstructResult
-from llm.evaluation.tables import ANSWERERS, CLASSIFIERS, TEXT_MODELS, TRAININGS
+from llm.reporting.tables import ANSWERERS, CLASSIFIERS, TEXT_MODELS, TRAININGS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

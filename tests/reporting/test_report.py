@@ -13,13 +13,13 @@ import pytest
 
 from llm.config import KINDS
 from llm.data.examples import Pair
-from llm.evaluation import pictures, report, tables
 from llm.evaluation.base_model import BaseResult, Completion
 from llm.evaluation.classification import ClassifierResult
 from llm.evaluation.instruction_following import Example, InstructResult, ResponseLoss
 from llm.evaluation.metrics import answer_report, by_task, classification_report, roc_points
 from llm.inference.classify import NO_TEXT
 from llm.inference.score import Score
+from llm.reporting import pictures, report, tables
 from stages import evaluate as stage
 
 EVIL = "</details><script>alert(1)</script> ![x](http://e.com/x.png) | `a` ```` $x$ \x1b[31m\u202e"

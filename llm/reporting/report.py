@@ -14,8 +14,8 @@ from llm.evaluation.classification import ClassifierResult
 from llm.evaluation.comparison import ALPHA
 from llm.evaluation.instruction_following import InstructResult
 from llm.evaluation.metrics import Interval, fold
-from llm.evaluation.tables import ANSWERERS, CLASSIFIERS, TEXT_MODELS
 from llm.inference.classify import NO_TEXT
+from llm.reporting.tables import ANSWERERS, CLASSIFIERS, TEXT_MODELS
 
 EASY = 0.95  # accuracy of a classical method above which a task says little about language models
 
