@@ -13,6 +13,7 @@ from typing import Any
 from llm.common.errors import InputError
 
 COPY_AGAIN = "make or copy it again"
+WINDOWS = os.name == "nt"
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -48,7 +49,9 @@ def read_json_object(path: Path, fix: str = COPY_AGAIN) -> dict[str, Any]:
 
 def sync(path: Path) -> None:
     """Flush a file's content, or a folder's entries, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    if WINDOWS and path.is_dir():
+        return  # it opens no folder
+    descriptor = os.open(path, os.O_RDWR if WINDOWS else os.O_RDONLY)  # it flushes what is open for writing alone
     try:
         os.fsync(descriptor)
     except OSError:
