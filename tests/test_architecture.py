@@ -37,6 +37,7 @@ LAYERS = [
     {"checkpoint"},
     {"training", "inference"},
     {"convert"},
+    {"audit"},
     {"evaluation"},
     {"reporting"},
     {"api"},

@@ -1,7 +1,7 @@
 """The commands of `python -m llm`. Answers go to stdout, all else to stderr.
 
-Exit status: 0 done, 1 wrong input (told in one line), 2 a command line that cannot be parsed, 130 interrupted. A
-command imports PyTorch when it runs, so that `--help` answers at once.
+Exit status: 0 done, 1 wrong input (told in one line), 2 a command line that cannot be parsed, 130 interrupted.
+`compare` and `audit` state their own. A command imports PyTorch when it runs, so that `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import sys
 from typing import Any, NoReturn
 
-from llm.cli import bench, chat, classify, compare, export, generate, import_, inspect, score, serve
+from llm.cli import audit, bench, chat, classify, compare, export, generate, import_, inspect, score, serve
 from llm.cli.options import add_command
 from llm.common.errors import InputError
 from llm.common.log import setup_logging
@@ -24,6 +24,7 @@ COMMANDS = {
     "classify": classify,
     "score": score,
     "compare": compare,
+    "audit": audit,
     "serve": serve,
     "import": import_,
     "export": export,

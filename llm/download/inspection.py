@@ -60,6 +60,13 @@ def inspect_file(path: str, member: str | None = None, fmt: str | None = None) -
         raise InputError(f"{path}: not known: {str(error).removeprefix(f'{path}: ')}") from None
 
 
+def read_file(path: str) -> Iterator[dict[str, Any]]:
+    """Yield all records of a file, read as `inspect_file` proposes."""
+    section = inspect_file(path).section
+    [file, *_] = check_file(path, Path(path).expanduser(), section.files[0])
+    yield from read_records(section, file, 0, LeftOut(), set())
+
+
 def _inspect(file: DataFile, entry: SourceFile) -> Inspection:
     file_entry = entry
     entry, encoding = _with_encoding(file, entry)

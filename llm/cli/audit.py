@@ -1,0 +1,111 @@
+"""`python -m llm audit`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from llm.common.errors import InputError
+from llm.common.files import write_atomic
+from llm.common.sanitize import one_line, visible
+
+SUMMARY = "find held-out texts that training has seen"
+DESCRIPTION = (
+    "Compares the texts of TEST with those of TRAIN: equal, equal in letters and digits, nearly equal; and looks for "
+    "them in the files of --corpus. Reads what `inspect` knows (CSV, TSV, JSON, parquet, archives); each line of a "
+    ".txt file is a text. Exit status: 0 nothing leaked, 1 leaks, 2 wrong input."
+)
+EXAMPLES = (
+    "python -m llm audit train.csv test.csv",
+    "python -m llm audit train.jsonl test.jsonl --corpus books/*.txt --json --out audit.json",
+)
+LEAKS, WRONG_INPUT = 1, 2  # exit status
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("train", metavar="TRAIN", help="file with the training texts")
+    parser.add_argument("test", metavar="TEST", help="file with the held-out texts")
+    parser.add_argument("--corpus", nargs="+", default=[], metavar="FILE", help="text that a base model was trained on")
+    parser.add_argument(
+        "--most-near", type=int, default=100_000, metavar="N", help="compare at most N texts of each as nearly equal"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON with all findings, not Markdown")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write to this file, not to stdout")
+    parser.add_argument("--show", type=int, default=20, metavar="N", help="show N leaked texts (default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the audit; return 1 where a text leaked, 2 for input that cannot be read."""
+    from llm.audit.describe import to_dict, to_markdown
+    from llm.audit.leakage import audit_sets
+
+    try:
+        train, test = (list(texts(path, lines=True)) for path in (args.train, args.test))
+        corpus = [text for path in args.corpus for text in texts(path, lines=False)]
+        audit = audit_sets({"texts": {"train": train, "test": test}}, corpus, most_near=args.most_near)
+        if args.json:
+            content = json.dumps(to_dict(audit, {"texts", "corpus"}), ensure_ascii=False, indent=2) + "\n"
+        else:
+            content = "\n".join(to_markdown(audit, {"texts", "corpus"}, args.show))
+        if args.out is None:
+            print(visible(content), end="")
+        else:
+            write_atomic(args.out, content)
+    except (InputError, OSError) as error:
+        message = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
+        print(one_line(f"python -m llm audit: {message}"), file=sys.stderr)
+        return WRONG_INPUT
+    return LEAKS if any(part.leaked() for part in audit.parts) else 0
+
+
+def texts(path: str, lines: bool) -> Iterator[str]:
+    """Yield the texts of a file: messages, instructions with their inputs, or documents."""
+    from llm.preprocess.text import normalise
+
+    found = _rows(Path(path)) if lines else None
+    if found is None:
+        found = [_text(record) for record in _records(path)]
+    kept = [text for text in map(normalise, found) if text.strip()]
+    if not kept:
+        raise InputError(f"{path}: no text in it (expected at least one); name another file")
+    yield from kept
+
+
+def _rows(path: Path) -> list[str] | None:
+    """Return the texts of a file that `classify` reads; None for another one."""
+    from llm.cli.rows import LINES, SUFFIXES, read_rows, text_of
+
+    if path.suffix.lower() not in SUFFIXES or not path.is_file():
+        return None
+    try:
+        return [text_of(row) for row in read_rows(path)]
+    except InputError:
+        if path.suffix.lower() in LINES:
+            raise
+        return None  # no column `text`, or not valid: the other reader says so
+
+
+def _text(record: dict[str, Any]) -> str:
+    if "instruction" in record:
+        return "\n".join(part for part in (record["instruction"], record.get("input")) if part)
+    return str(record["text"])
+
+
+def _records(path: str) -> Iterator[dict[str, Any]]:
+    """Yield the records of a file as the training would read them; the pieces of one document as one."""
+    from llm.download.inspection import read_file
+
+    document: dict[str, Any] | None = None
+    for record in read_file(path):
+        if document is not None and "doc" in record and record["doc"] == document["doc"]:
+            document["text"] += record["text"]
+            continue
+        if document is not None:
+            yield document
+        document = dict(record)
+    if document is not None:
+        yield document
