@@ -559,6 +559,8 @@ class EvaluateParams(Strict):
     batch_size: Positive
     report_samples: NonNegative
     prompts: list[str]
+    audit_texts: NonNegative
+    audit_bytes: NonNegative
 
 
 class RuntimeParams(Strict):

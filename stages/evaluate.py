@@ -12,6 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from llm.audit.describe import to_dict
+from llm.audit.leakage import Audit
 from llm.checkpoint.folder import Checkpoint, load_checkpoint
 from llm.common.device import pick_device
 from llm.common.files import write_atomic
@@ -19,7 +21,8 @@ from llm.data.examples import read_quotable, read_too_long
 from llm.evaluation.base_model import BaseResult, evaluate_base
 from llm.evaluation.classification import ClassifierResult, evaluate_classifiers
 from llm.evaluation.instruction_following import InstructResult, evaluate_instruct
-from llm.reporting import pictures, report, tables
+from llm.evaluation.leakage import audit_tokens, clean_headlines
+from llm.reporting import leakage, pictures, report, tables
 from stages.runtime.run import Run, main, resource_error, rounded
 
 logger = logging.getLogger("llm")
@@ -59,8 +62,9 @@ def evaluate(run: Run) -> None:
         template = instruct_models["gpt"].config.template or params.finetune_instruct.template
         order = {"gpt": instruct_models["gpt"], "base": base_folder, **instruct_models}
         instruct = evaluate_instruct(order, template, TOKENS / "instructions", section)
+        audit = audit_tokens(TOKENS, base_folder.tokenizer, section)
     with run.phase("saving"):
-        write_reports(run, base, classifiers, instruct)
+        write_reports(run, base, classifiers, instruct, audit)
     for line in [*report.headlines(base, classifiers, instruct), *NEXT]:
         logger.info(line)
     for path in (REPORTS / "report.md", FIGURES):
@@ -69,15 +73,21 @@ def evaluate(run: Run) -> None:
         optional(f"registration of {name}", partial(run.register, f"llm-{name}", MODELS / name))
 
 
-def write_reports(run: Run, base: BaseResult, classifiers: ClassifierResult, instruct: InstructResult) -> None:
+def write_reports(
+    run: Run, base: BaseResult, classifiers: ClassifierResult, instruct: InstructResult, audit: Audit
+) -> None:
     quotable = read_quotable(TOKENS)
-    run.write_metrics(tables.metrics(base, classifiers, instruct))
+    clean = clean_headlines(audit, base, classifiers, instruct)
+    run.write_metrics(tables.metrics(base, classifiers, instruct) | leakage.metrics(audit, clean))
     headlines = rounded(tables.headlines(base, classifiers, instruct))
     write_atomic(REPORTS / "metrics" / "headlines.json", json.dumps(headlines, indent=2) + "\n")
     for name, content in tables.plot_files(base, classifiers, instruct).items():
         write_atomic(REPORTS / "plots" / name, content)
     for name, content in tables.predictions(base, classifiers, instruct).items():
         write_atomic(REPORTS / "predictions" / name, content)
+
+    leaks = json.dumps(to_dict(audit, quotable), ensure_ascii=False, indent=2)
+    write_atomic(REPORTS / "predictions" / "leaks.json", leaks + "\n")
 
     FIGURES.mkdir(parents=True, exist_ok=True)
     drawings: dict[str, Callable[[Path], None]] = {
@@ -93,6 +103,7 @@ def write_reports(run: Run, base: BaseResult, classifiers: ClassifierResult, ins
     def write_report() -> None:
         drawn = [path.name for path in FIGURES.glob("*.png")]
         text = report.markdown(base, classifiers, instruct, run.params.data.model_dump(), drawn, quotable)
+        text += "\n" + "\n".join(leakage.section(audit, clean, quotable))
         write_atomic(REPORTS / "report.md", f"{text}\n{too_long_section(read_too_long(TOKENS))}{TIME_LINE}\n")
 
     write_atomic(REPORTS / "report.md", "The report was left out; the figures are in metrics/evaluate.json.\n")

@@ -93,7 +93,7 @@ def limits(audit: Audit) -> list[str]:
     if audit.corpus_documents:
         lines.append(
             f"In the corpus: {100 * COVERED:.0f} % or more of a text lies in runs of {WORDS_RUN} words and of "
-            f"{CHARS_RUN} characters of its training part."
+            f"{CHARS_RUN} characters of one document of its training part."
         )
     if audit.corpus_bytes < audit.corpus_total:
         lines.append(f"Searched were the first {audit.corpus_bytes:,} of {audit.corpus_total:,} bytes of the corpus.")

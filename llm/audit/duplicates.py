@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
@@ -17,22 +18,22 @@ from llm.preprocess.text import dedup_key
 
 Kind = Literal["exact", "normalised", "near", "template"]
 LEAKS: tuple[Kind, ...] = ("exact", "normalised", "near")  # a template is none
-NEAR = 0.83  # the share of words that near duplicates have in common: 10 of 12
-FEWEST_WORDS = 12  # of a text that may be a near duplicate: fewer say too little
+NEAR = 0.83  # the share of words that near duplicates have in common: 5 of 6
+FEWEST_WORDS = 15  # of a text that may be a near duplicate: fewer say too little
 FAMILY = 4  # training texts nearly as near as the nearest one, from which on they are of one template
 MARGIN = 0.2  # how much less near these may be
 _NO_SPACES = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"
 WORDS = regex.compile(rf"(?V1){_NO_SPACES}\p{{M}}*|[[\p{{L}}\p{{N}}\p{{M}}_]--{_NO_SPACES}]+")
 
 
-def words(text: str) -> list[str]:
+@lru_cache(maxsize=2**16)
+def words(text: str) -> tuple[str, ...]:
     """Return the words of a text without case; of scripts without spaces, the characters.
 
     >>> words("Don't call 0900!"), words("東京")
-    (['don', 't', 'call', '0900'], ['東', '京'])
+    (('don', 't', 'call', '0900'), ('東', '京'))
     """
-    found: list[str] = WORDS.findall(text.casefold())
-    return found
+    return tuple(WORDS.findall(text.casefold()))
 
 
 class Match(NamedTuple):
@@ -118,16 +119,22 @@ class _Near:
         found = words(text)
         if len(found) < FEWEST_WORDS:
             return
-        counts, shares = Counter(found), []
+        shares: list[tuple[float, int]] = []
+        counts, best, family = Counter(found), (0.0, 0), 0
         for i in self._bands.query(_signature(found)):
             place, other = self._texts[i]
             longer = max(len(found), other.total())
             if min(len(found), other.total()) >= (NEAR - MARGIN) * longer:
-                shares.append(((counts & other).total() / longer, place))
-        if not shares or (best := max(shares, key=lambda share: (share[0], -share[1])))[0] < NEAR:
+                share = (counts & other).total() / longer
+                shares.append((share, place))
+                best = max(best, (share, -place))
+                family += share >= 1 - MARGIN
+                if family >= FAMILY and best[0] >= NEAR:
+                    break  # a template, whatever the others are
+        if best[0] < NEAR:
             return
         family = sum(share >= best[0] - MARGIN for share, _ in shares)
-        yield Match("near" if family < FAMILY else "template", test, best[1], best[0])
+        yield Match("near" if family < FAMILY else "template", test, -best[1], best[0])
 
 
 def _signature(found: Sequence[str]) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +13,7 @@ from llm.audit.duplicates import words
 WORDS_RUN, CHARS_RUN = 13, 50
 COVERED = 0.9  # the share of a text that lies in runs of the corpus, of either kind, from which on it stands there
 SHOWN_WORDS = 60
+MOST_PLACES = 50  # of one run that are looked at: a frequent run tells little
 
 Ints = NDArray[np.int64]
 Hashes = NDArray[np.uint64]
@@ -90,13 +91,28 @@ class _Runs:
         hits = np.flatnonzero(self._hashes[at] == hashes)
         if not len(hits):
             return _Cover(0.0, 0, 0)
-        change = np.zeros(len(sequence) + 1, dtype=np.int64)
+        if self._share(hits, len(sequence)) < COVERED:  # nor is any document's share more
+            return _Cover(0.0, 0, 0)
+        return max(self._by_document(hashes, hits, len(sequence)), key=lambda cover: cover.share)
+
+    def _share(self, hits: Ints, length: int) -> float:
+        """Return the share of a sequence of this length in the runs that begin at `hits`."""
+        change = np.zeros(length + 1, dtype=np.int64)
         change[hits] += 1
         change[hits + self._length] -= 1
-        place = int(self._places[at[hits[0]]])
-        document = int(np.searchsorted(self._starts, place, side="right")) - 1
-        covered = float(np.mean(np.cumsum(change)[:-1] > 0))
-        return _Cover(covered, document, place - int(self._starts[document]))
+        return float(np.mean(np.cumsum(change)[:-1] > 0))
+
+    def _by_document(self, hashes: Hashes, hits: Ints, length: int) -> Iterator[_Cover]:
+        """Yield the share in each document's own runs: the pieces of a template stand in many documents."""
+        found: dict[int, list[tuple[int, int]]] = {}
+        for hit in hits.tolist():
+            low, high = (int(np.searchsorted(self._hashes, hashes[hit], side)) for side in ("left", "right"))
+            for place in self._places[low : min(high, low + MOST_PLACES)].tolist():
+                document = int(np.searchsorted(self._starts, place, side="right")) - 1
+                found.setdefault(document, []).append((hit, place - int(self._starts[document])))
+        for document, places in found.items():
+            own = np.unique([hit for hit, _ in places])
+            yield _Cover(self._share(own, length), document, min(places)[1])
 
 
 def run_hashes(sequence: Ints, length: int) -> Hashes:

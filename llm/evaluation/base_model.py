@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from llm.checkpoint.folder import Checkpoint
@@ -15,7 +17,7 @@ from llm.data.shards import TokenShards
 from llm.evaluation.baselines import NGram, xz_bytes
 from llm.inference.generate import generate, stream_text
 from llm.inference.sampling import GREEDY, Sampling
-from llm.inference.score import Score, score_tokens
+from llm.inference.score import Score, token_nats
 from llm.model.gpt import GPT
 from llm.tokenizer.bpe import Tokenizer
 
@@ -29,6 +31,13 @@ class Completion(NamedTuple):
     sampled: str
 
 
+class DocumentScore(NamedTuple):
+    """The loss of one held-out document and its separator."""
+
+    n_bytes: int
+    nats: dict[str, float]  # by model: gpt, ngram
+
+
 class BaseResult(NamedTuple):
     split: str  # the scored one: test, or val where there is no test
     n_bytes: int  # of the held-out text in UTF-8, without separators
@@ -39,6 +48,7 @@ class BaseResult(NamedTuple):
     ngram: Score
     xz_bytes: int
     completions: list[Completion]
+    documents: Sequence[DocumentScore] = ()
 
     def bpb(self) -> dict[str, float]:
         return {
@@ -63,18 +73,30 @@ def evaluate_base(folder: Checkpoint, corpus: Path, params: EvaluateParams, seed
     held_out_ids, train_ids = held_out.read(0, n_tokens), train.read(0, n_train)
     text, train_text = text_bytes(tokenizer, held_out_ids), text_bytes(tokenizer, train_ids)
 
-    ngram = NGram(train_ids, params.ngram_order, tokenizer.vocab_size)
+    nats = {
+        "gpt": token_nats(model, torch.from_numpy(held_out_ids)),
+        "ngram": NGram(train_ids, params.ngram_order, tokenizer.vocab_size).nats(held_out_ids),
+    }
     return BaseResult(
         split=split,
         n_bytes=sum(map(len, text)),
         train_bytes=train.n_bytes,
         baseline_bytes=sum(map(len, train_text)),
         parameters=sum(p.numel() for p in model.parameters()),
-        gpt=score_tokens(model, held_out, max_tokens=n_tokens),
-        ngram=Score(float(ngram.nats(held_out_ids).sum()), n_tokens - 1),
+        gpt=Score(float(nats["gpt"].sum()), n_tokens - 1),
+        ngram=Score(float(nats["ngram"].sum()), n_tokens - 1),
         xz_bytes=xz_bytes(b"\0".join(train_text), b"\0".join(text)),
         completions=complete(model, tokenizer, params, seed),
+        documents=score_documents(held_out_ids == tokenizer.eot, [len(document) for document in text], nats),
     )
+
+
+def score_documents(ends: NDArray[np.bool_], sizes: Sequence[int], nats: Mapping[str, Floats]) -> list[DocumentScore]:
+    """Return the loss of each document, given the losses of all tokens but the first."""
+    number: Ints = (np.cumsum(ends) - ends)[1:]  # of the document that each scored token is in
+    sums = {name: np.bincount(number, values, len(sizes)) for name, values in nats.items()}
+    kept = sizes[:-1] if len(sizes) and not sizes[-1] else sizes  # a separator at the end has nothing behind it
+    return [DocumentScore(size, {name: float(sums[name][i]) for name in sums}) for i, size in enumerate(kept)]
 
 
 def text_bytes(tokenizer: Tokenizer, ids: Ints) -> list[bytes]:

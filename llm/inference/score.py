@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from llm.common.errors import InputError
@@ -38,9 +40,17 @@ class Score(NamedTuple):
 MAX_TOKENS = 2**15  # of a batch of windows
 
 
-@torch.inference_mode()
 def score_tokens(model: GPT, idx: Tensor | TokenShards, batch_size: int = 16, max_tokens: int | None = None) -> Score:
-    """Score token ids [N], or the first `max_tokens` of them, each once.
+    """Score token ids [N], or the first `max_tokens` of them, each once; see `token_nats`."""
+    nats = token_nats(model, idx, batch_size, max_tokens)
+    return Score(float(nats.sum()), len(nats))
+
+
+@torch.inference_mode()
+def token_nats(
+    model: GPT, idx: Tensor | TokenShards, batch_size: int = 16, max_tokens: int | None = None
+) -> NDArray[np.float64]:
+    """Return the loss of each token but the first in nats: [N - 1].
 
     The first token has no context and is not scored. A text longer than the context is read in windows of the full
     context that overlap by half: after the first window, each token is predicted from at least half a context.
@@ -50,11 +60,9 @@ def score_tokens(model: GPT, idx: Tensor | TokenShards, batch_size: int = 16, ma
         raise InputError("a model with a context_length of 1 predicts nothing from a text; scoring needs 2 or more")
     total = len(idx) if isinstance(idx, Tensor) else idx.n_tokens
     n_tokens = min(total, max_tokens or total)
-    spans = [(0, 1)] if n_tokens > 1 else []  # the start of each window, and the first token that it scores
-    while spans and spans[-1][0] + T < n_tokens:
-        spans.append((spans[-1][0] + T // 2, spans[-1][0] + T))
+    spans = window_spans(n_tokens, T)
     rows = max(1, min(batch_size, MAX_TOKENS // T))
-    nats = 0.0
+    nats = [np.zeros(0)]
     with eval_mode(model):
         for i in range(0, len(spans), rows):
             windows = []
@@ -62,12 +70,20 @@ def score_tokens(model: GPT, idx: Tensor | TokenShards, batch_size: int = 16, ma
                 n = min(T, n_tokens - start)
                 window = idx[start : start + n] if isinstance(idx, Tensor) else torch.as_tensor(idx.read(start, n))
                 windows.append((window, first - start))
-            nats += _score_windows(model, windows)
-    return Score(nats, max(n_tokens - 1, 0))
+            nats.append(_score_windows(model, windows))
+    return np.concatenate(nats)
 
 
-def _score_windows(model: GPT, windows: list[tuple[Tensor, int]]) -> float:
-    """Return the summed loss in nats of windows, each from its first scored token on."""
+def window_spans(n_tokens: int, context_length: int) -> list[tuple[int, int]]:
+    """Return the start of each window over a text, and the first token that it scores."""
+    spans = [(0, 1)] if n_tokens > 1 else []
+    while spans and spans[-1][0] + context_length < n_tokens:
+        spans.append((spans[-1][0] + context_length // 2, spans[-1][0] + context_length))
+    return spans
+
+
+def _score_windows(model: GPT, windows: list[tuple[Tensor, int]]) -> NDArray[np.float64]:
+    """Return the losses in nats of windows, each from its first scored token on."""
     idx = torch.zeros(len(windows), len(windows[0][0]), dtype=torch.long)  # [B, T]; only the last window may be shorter
     scored = torch.zeros_like(idx, dtype=torch.bool)  # [B, T]
     for b, (window, first) in enumerate(windows):
@@ -77,7 +93,7 @@ def _score_windows(model: GPT, windows: list[tuple[Tensor, int]]) -> float:
     hidden = model.hidden_states(idx[:, :-1])[scored[:, 1:]]  # [N, C]
     targets = idx[scored]  # [N]
     rows = max(1, 2**24 // model.config.vocab_size)  # logits of at most 64 MB at a time
-    nats = 0.0
+    nats = []
     for h, t in zip(hidden.split(rows), targets.split(rows), strict=True):
-        nats += F.cross_entropy(model.lm_head(h).float(), t, reduction="none").cpu().double().sum().item()
-    return nats
+        nats.append(F.cross_entropy(model.lm_head(h).float(), t, reduction="none").cpu().double().numpy())
+    return np.concatenate(nats)

@@ -60,3 +60,11 @@ def test_scripts_without_spaces_are_found() -> None:
     text = "昨日は雨が降ったので私たちは家で本を読みました"
     [found] = CorpusIndex([f"東京。{text}。"]).find([text])[0]
     assert (found.words, found.characters) == (1.0, None)
+
+
+def test_pieces_of_a_template_in_several_documents_are_no_copy() -> None:
+    words = [f"w{i}" for i in range(40)]
+    pieces = [" ".join(words[:22]), " ".join(words[10:32]), " ".join(words[20:])]
+    assert CorpusIndex(pieces).find([" ".join(words)])[0] == []
+    [found] = CorpusIndex([*pieces, f"so {' '.join(words)} it is"]).find([" ".join(words)])[0]
+    assert found.document == 3

@@ -40,6 +40,8 @@ def params(**changes: object) -> EvaluateParams:
         "batch_size": 3,
         "report_samples": 2,
         "prompts": ["the cat", ""],
+        "audit_texts": 1000,
+        "audit_bytes": 10**6,
     }
     return EvaluateParams.model_validate(values | changes)
 
