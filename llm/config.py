@@ -140,6 +140,17 @@ def _checked_header(value: Any) -> Any:
     return names
 
 
+ORIENTATIONS = ("split", "index", "columns", "lists")  # of tables in one JSON object
+
+
+def _checked_records(value: str) -> str:
+    if value not in ORIENTATIONS and not re.fullmatch(r"[^.\[\]]+(\[\])?(\.[^.\[\]]+(\[\])?)*", value):
+        raise ValueError(f"expected a path such as data[].paragraphs[], or {', '.join(ORIENTATIONS)}, found {value!r}")
+    if value not in ORIENTATIONS and "[]" not in value:
+        raise ValueError(f"expected [] behind the key of a list, as in {value}[], found {value!r}")
+    return value
+
+
 class ReadOptions(Strict):
     """Properties of files that are found out where they are not stated."""
 
@@ -148,6 +159,7 @@ class ReadOptions(Strict):
     separator: Annotated[str, AfterValidator(_checked_separator)] | None = None  # between the columns of a table
     header: Annotated[Any, AfterValidator(_checked_header)] = None  # true, false, or names where the file has none
     quoting: Literal["auto", "none", "csv"] | None = None  # none: quotes are characters like any other; else auto
+    records: Annotated[str, AfterValidator(_checked_records)] | None = None  # where JSON has its rows, or a whole table
 
 
 class SourceFile(ReadOptions):
@@ -246,6 +258,14 @@ class CorpusSource(FilesSource):
     text: OptionalText = None  # column or key of the text, for files with rows
 
 
+def _named_numbers(value: Any) -> Any:
+    """Return the names of numbers, the first of a list being 0."""
+    names = dict(enumerate(value)) if isinstance(value, list) else value
+    if not isinstance(names, Mapping) or not names:
+        raise ValueError(f"expected names, the first being that of 0, or as in {{1: ham, 2: spam}}, found {value!r}")
+    return {str(number): _as_label(name) for number, name in names.items()}
+
+
 class MessagesSource(FilesSource):
     """Labelled messages: rows with a text and a label.
 
@@ -255,15 +275,21 @@ class MessagesSource(FilesSource):
     text: Text = "text"
     label: Text = "label"
     labels: Labels  # all of them, in the order of the classifier's outputs; or auto
+    label_names: Annotated[dict[str, str], BeforeValidator(_named_numbers)] | None = None  # of numbers in the column
     split: SplitColumn = None  # column that says train, val or test, under these names or such as validation, dev
 
 
 class InstructionsSource(FilesSource):
-    """Instruction pairs: rows with an instruction, an optional input and an output."""
+    """Instruction pairs: rows with an instruction, an optional input and an output; or conversations.
+
+    Rows with prompt and completion, a conversation or a preference pair are known by their fields where none is stated.
+    """
 
     instruction: Text = "instruction"
     input: OptionalText = "input"
     output: Text = "output"
+    messages: OptionalText = None  # column with a conversation, where a row has several
+    preferences: Literal["chosen"] | None = None  # train on the preferred answers of pairs with chosen and rejected
     task: OptionalText = None  # column that names the kind of task, for figures per task
     split: SplitColumn = None  # column that says train, val or test, under these names or such as validation, dev
 
@@ -462,6 +488,7 @@ class GPTConfig(ModelParams):
 
 
 Template = Literal["alpaca", "chatml", "llama3"]  # prompt template of an instruct model
+InstructTemplate = Literal["alpaca", "chatml", "llama3", "own"]  # own: the chat template of the open weights
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -546,8 +573,10 @@ class ClassifyParams(TrainParams):
 
 
 class InstructParams(TrainParams):
-    template: Template
+    template: InstructTemplate
     mask_prompt: bool
+    loss_on: Literal["all", "last"]  # of the answers in a conversation
+    packing: bool
     scratch_control: bool
 
 

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from llm.common.errors import InputError
 from llm.common.files import replaced_folder, write_atomic
 from llm.config import KINDS, SCRATCH, Params
 from llm.download.hub import source_files
@@ -19,7 +20,8 @@ from llm.preprocess.text import read_raw_json
 from llm.preprocess.workers import Workers
 from llm.tokenizer.bpe import Tokenizer
 from llm.tokenizer.build import ImportedTokenizer
-from llm.tokenizer.load import import_tokenizer
+from llm.tokenizer.conversation import ConversationEncoder
+from llm.tokenizer.load import import_tokenizer, own_conversations
 from stages.runtime.run import Run, main
 
 logger = logging.getLogger("llm")
@@ -112,11 +114,17 @@ def check_lengths(
 ) -> dict[str, dict[str, Any]]:
     """Log and return what is longer than its training reads, by kind; raise `InputError` for too much of it."""
     template = params.finetune_instruct.template
-    system = imported.system if imported.template == template else None
+    if template != "own":
+        system = imported.system if imported.template == template else None
+        encoder = ConversationEncoder(imported.tokenizer, template, system)
+    elif params.pretrain.init == SCRATCH:
+        raise InputError("finetune_instruct.template: own needs open weights as pretrain.init; take chatml")
+    else:
+        encoder = own_conversations(source_files(params.pretrain.init, weights=False), imported.tokenizer)
     message_limit, pair_limit = lengths.finetuning_limits(params)
     found = {"messages": (lengths.count_messages(messages, imported.tokenizer, message_limit), message_limit)}
     if pair_limit is not None:
-        counts = lengths.count_pairs(pairs, imported.tokenizer, pair_limit, template, system)
+        counts = lengths.count_pairs(pairs, encoder, pair_limit)
         found["instructions"] = counts, pair_limit
     cards = {}
     for kind, (counts, limit) in found.items():

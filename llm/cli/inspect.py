@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
+from typing import Any
 
 from llm.cli.terminal import print_json
 from llm.common.sanitize import visible
@@ -41,5 +43,10 @@ def run(args: argparse.Namespace) -> None:
     print(f"\nfor params.yaml:\n{visible(params_lines(found))}")
 
 
-def _shortened(value: str) -> str:
-    return value if len(value) <= WIDTH else f"{value[:WIDTH]}..."
+def _shortened(value: Any) -> Any:
+    """Return a text, or the messages of a conversation, with the first characters of long texts."""
+    if isinstance(value, list):
+        return [_shortened(each) for each in value]
+    if isinstance(value, Mapping):
+        return {key: _shortened(each) for key, each in value.items()}
+    return value if not isinstance(value, str) or len(value) <= WIDTH else f"{value[:WIDTH]}..."

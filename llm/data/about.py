@@ -50,7 +50,10 @@ def about_messages(messages: Sequence[Message], quotable: bool) -> About:
 def about_pairs(pairs: Sequence[Pair], quotable: bool) -> About:
     """Return the tasks of instruction pairs, and first instructions of different tasks where they may be shown."""
     tasks = dict(Counter(pair.task for pair in pairs if pair.task).most_common())
-    texts = [(pair.task, f"{pair.instruction}\n{pair.input}" if pair.input else pair.instruction) for pair in pairs]
+    texts = [
+        (pair.task, f"{pair.instruction}\n{pair.input}" if pair.input else pair.instruction)
+        for pair in sorted(pairs, key=lambda pair: bool(pair.messages))  # a last question says little by itself
+    ]
     return About(tasks=tasks, examples=_first_of_each(texts) if quotable else [])
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +27,7 @@ class Batch(NamedTuple):
     targets: Tensor  # [B, T] next tokens, or [B] labels
     rows: list[int]  # the numbers of the windows or examples, for messages
     lengths: Tensor | None = None  # [B] real tokens of each row, where rows are examples
+    segments: Tensor | None = None  # [B, T] the number of each token's example, where rows have several
     cached_hidden: Tensor | None = None  # [B, T, C] output of the first `start_layer` blocks, where it is cached
     start_layer: int = 0
 
@@ -40,6 +42,7 @@ class Batch(NamedTuple):
             targets=self.targets[index::of],
             rows=self.rows[index::of],
             lengths=None if self.lengths is None else self.lengths[index::of],
+            segments=None if self.segments is None else self.segments[index::of],
             cached_hidden=None if self.cached_hidden is None else self.cached_hidden[index::of],
         )
 
@@ -56,6 +59,7 @@ class Batch(NamedTuple):
             idx=moved(self.idx),
             targets=moved(self.targets),
             lengths=None if self.lengths is None else moved(self.lengths),
+            segments=None if self.segments is None else moved(self.segments),
             cached_hidden=None if self.cached_hidden is None else moved(self.cached_hidden),
         )
 
@@ -120,7 +124,7 @@ def collate_labels(examples: Sequence[Example], rows: Sequence[int]) -> Batch:
 
 
 def collate_pairs(examples: Sequence[Example], rows: Sequence[int]) -> Batch:
-    """Collate right-padded pairs; targets are the next tokens, ignored at padding and before `loss_start`."""
+    """Collate right-padded pairs; targets are the next tokens, ignored at padding, before `loss_start` and in gaps."""
     chosen = [examples[row] for row in rows]
     lengths = torch.tensor([len(example.ids) - 1 for example in chosen])
     idx = torch.zeros(len(chosen), int(lengths.max()), dtype=torch.long)  # [B, T]
@@ -129,7 +133,20 @@ def collate_pairs(examples: Sequence[Example], rows: Sequence[int]) -> Batch:
         length = len(example.ids) - 1
         idx[b, :length] = torch.tensor(example.ids[:-1])
         targets[b, example.loss_start : length] = torch.tensor(example.ids[example.loss_start + 1 :])
-    return Batch(idx, targets, list(rows), lengths)
+        for start, end in example.gaps:
+            targets[b, start:end] = IGNORE_INDEX
+    return Batch(idx, targets, list(rows), lengths, _segments(chosen, idx.shape[1]))
+
+
+def _segments(examples: Sequence[Example], width: int) -> Tensor | None:
+    """Return the number of each token's part in packed examples [B, T], padding being one more; None for no packed."""
+    if not any(example.parts for example in examples):
+        return None
+    segments = torch.zeros(len(examples), width, dtype=torch.long)
+    for row, example in zip(segments, examples, strict=True):
+        for end in accumulate(example.parts):
+            row[end:] += 1
+    return segments
 
 
 Collate = Callable[[Sequence[Example], Sequence[int]], Batch]

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from llm.common.errors import InputError
 from llm.common.files import parse_json, read_json
-from llm.config import Template
 from llm.tokenizer.bpe import Tokenizer
-from llm.tokenizer.prompts import encode_prompt, stop_token
+from llm.tokenizer.conversation import ConversationEncoder, as_messages
+from llm.tokenizer.prompts import Message as ChatMessage
+from llm.tokenizer.prompts import Span
 
 Row = TypeVar("Row")
 TOKENIZE = "run the tokenize stage again"
@@ -25,10 +28,14 @@ class Message(NamedTuple):
 
 
 class Pair(NamedTuple):
+    """An instruction with its output: of a conversation the last question and the last answer."""
+
     instruction: str
     input: str
     output: str
     task: str
+    messages: Sequence[ChatMessage] = ()  # all of a conversation, where there is more than a question and an answer
+    tools: Sequence[Mapping[str, Any]] | None = None  # JSON schemas of functions that it may call
 
 
 def read_lines(path: Path) -> list[Any]:
@@ -69,11 +76,14 @@ def first_filled(splits: Mapping[str, Sequence[Row]], folder: Path) -> tuple[str
 
 
 class Example(NamedTuple):
-    """Tokens of one message or pair; `loss_start` is the first position whose next token is a target."""
+    """Tokens of one message, pair or conversation; `loss_start` is the first position whose next token is a target."""
 
     ids: list[int]
     loss_start: int
     label: int
+    gaps: Sequence[Span] = ()  # positions from there on whose next token is no target
+    is_cut: bool = False  # before the end of an answer or of the conversation
+    parts: Sequence[int] = ()  # lengths of the examples that are packed in this one
 
 
 def encode_message(tokenizer: Tokenizer, text: str, max_length: int) -> list[int]:
@@ -88,10 +98,10 @@ def message_examples(
     return [Example(encode_message(tokenizer, m.text, max_length), 0, ids[m.label]) for m in messages]
 
 
-def too_long_pairs(examples: Sequence[Example], pairs: Sequence[Pair], stop: int) -> str:
-    """Describe how many pairs were cut before their stop token, and how many dropped; nothing for none."""
-    cut, dropped = sum(example.ids[-1] != stop for example in examples), len(pairs) - len(examples)
-    counts = [f"{n:,} {what}" for n, what in ((cut, "cut without their stop token"), (dropped, "dropped")) if n]
+def too_long_pairs(examples: Sequence[Example], pairs: Sequence[Pair]) -> str:
+    """Describe how many pairs and conversations were cut before their end, and how many dropped; nothing for none."""
+    cut, dropped = sum(example.is_cut for example in examples), len(pairs) - len(examples)
+    counts = [f"{n:,} {what}" for n, what in ((cut, "cut before their end"), (dropped, "dropped")) if n]
     return f"{' and '.join(counts)} of {len(pairs):,}" if counts else ""
 
 
@@ -111,22 +121,56 @@ def class_weights(examples: Sequence[Example], n_labels: int) -> Tensor:
 
 def pair_examples(
     pairs: Sequence[Pair],
-    tokenizer: Tokenizer,
-    template: Template,
-    mask_prompt: bool,
+    encoder: ConversationEncoder,
     max_length: int,
-    system: str | None = None,
+    *,
+    mask_prompt: bool = True,
+    loss_on: Literal["all", "last"] = "all",
 ) -> list[Example]:
-    """Encode prompt, response and stop token, cut to `max_length` + 1; drop pairs without room for a response."""
+    """Encode pairs and conversations, as far as `max_length` + 1 tokens hold them.
+
+    Those without room for an answer are dropped. The loss counts `all` answers, each with its end, or the `last` one;
+    without `mask_prompt` it counts everything.
+    """
     examples = []
     for pair in pairs:
-        prompt = encode_prompt(tokenizer, template, pair.instruction, pair.input, system)
-        ids = [*prompt, *tokenizer.encode_after(prompt, pair.output), stop_token(tokenizer, template)]
-        if len(prompt) <= max_length:
-            examples.append(Example(ids[: max_length + 1], len(prompt) - 1 if mask_prompt else 0, 0))
+        whole = encoder.encode_answers(as_messages(pair._asdict()), pair.tools)
+        if (found := whole.cut(max_length)) is None:
+            continue
+        spans = found.spans if loss_on == "all" else found.spans[-1:]
+        gaps = [(end - 1, start - 1) for (_, end), (start, _) in pairwise(spans)] if mask_prompt else []
+        is_cut = len(found.ids) < len(whole.ids)
+        examples.append(Example(found.ids, spans[0][0] - 1 if mask_prompt else 0, 0, gaps, is_cut))
     if pairs and not examples:
         raise InputError(
             f"instructions: every one of {len(pairs)} prompts is longer than the context of {max_length} tokens; "
             "take shorter pairs or a larger model.context_length"
         )
     return examples
+
+
+def pack(examples: Sequence[Example], max_length: int) -> list[Example]:
+    """Pack examples into few of at most `max_length` + 1 tokens: the longest first, each where it fits most tightly."""
+    bins: list[list[Example]] = []
+    room: list[tuple[int, int]] = []  # of each bin, and its number, in order
+    for example in sorted(examples, key=lambda example: -len(example.ids)):
+        size = len(example.ids)
+        i = bisect.bisect_left(room, (size, 0))
+        left, number = room.pop(i) if i < len(room) else (max_length + 1, len(bins))
+        if number == len(bins):
+            bins.append([])
+        bins[number].append(example)
+        bisect.insort(room, (left - size, number))
+    return [_packed(chosen) for chosen in bins]
+
+
+def _packed(examples: Sequence[Example]) -> Example:
+    """Return examples as one, in whose gaps no token of one predicts the next one's first."""
+    ids: list[int] = []
+    gaps: list[Span] = []
+    for example in examples:
+        if ids:
+            gaps.append((len(ids) - 1, len(ids) + example.loss_start))
+        gaps += [(len(ids) + start, len(ids) + end) for start, end in example.gaps]
+        ids += example.ids
+    return Example(ids, examples[0].loss_start, 0, gaps, parts=[len(example.ids) for example in examples])

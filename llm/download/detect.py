@@ -14,6 +14,7 @@ from llm.config import ReadOptions
 from llm.download.archives import DataFile
 from llm.download.encodings import decoded_head, find_encoding
 from llm.download.formats import Row, Wanted, json_lines, json_rows, parquet_rows
+from llm.download.nested import inner_rows
 from llm.download.signatures import check_binary, check_pointer, is_parquet, looks_binary
 from llm.download.tables import SAMPLE_LINES, SEPARATOR_LINE, SEPARATORS, first_row, parse_rows, read_table
 
@@ -35,7 +36,8 @@ def read_rows(file: DataFile, found: str, wanted: Wanted, options: ReadOptions) 
         return parquet_rows(file, wanted)
     if found in ("csv", "tsv"):
         return read_table(file, wanted, options, "\t" if found == "tsv" else ",")
-    return (json_rows if found == "json" else json_lines)(file, options)
+    rows = (json_rows if found == "json" else json_lines)(file, options)
+    return rows if options.records is None else inner_rows(rows, options.records)
 
 
 def find_format(file: DataFile, wanted: Wanted, options: ReadOptions) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -34,6 +34,11 @@ class Wanted(NamedTuple):
     label_first: bool = False  # a table without header has lines of label TAB text
     may_be_text: bool = False  # a file without rows is text
     optional: tuple[str, ...] = ()  # names that may be missing
+    others: tuple[tuple[str, ...], ...] = ()  # names that serve as well
+
+    def fit(self, names: Collection[str]) -> bool:
+        """Return whether all wanted columns, or all of another set that serves as well, are among the names."""
+        return any({*wanted} <= {*names} for wanted in (self.columns, *self.others))
 
 
 def split_lines(text: Iterable[str], name: str) -> Iterator[str]:
@@ -96,10 +101,30 @@ def json_rows(file: DataFile, options: ReadOptions) -> Iterator[Row]:
         where = f"{file}, row {number}"
         if isinstance(row, dict):
             yield where, row
+        elif isinstance(row, list) and isinstance(options.header, list) and len(row) == len(options.header):
+            yield where, dict(zip(options.header, row, strict=True))
         else:
             problem = f"found {type(row).__name__}; correct the file"
+            if isinstance(row, list):
+                problem = f"found a list of {len(row)}; name its columns with header: [...]"
             yield where, InputError(f"{where}: expected a JSON object, {problem}")
         at = end
+
+
+def _class_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[str]]:
+    """Return the names of numbers, by column, that Hugging Face's ClassLabel keeps in the schema of a file."""
+    try:
+        features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
+    except (LookupError, TypeError, ValueError):
+        return {}
+    if not isinstance(features, dict):
+        return {}
+    kinds = {name: kind for name, kind in features.items() if isinstance(kind, dict)}
+    return {
+        name: [str(label) for label in kind["names"]]
+        for name, kind in kinds.items()
+        if kind.get("_type") == "ClassLabel" and isinstance(kind.get("names"), list)
+    }
 
 
 def parquet_rows(file: DataFile, wanted: Wanted) -> Iterator[Row]:
@@ -114,7 +139,7 @@ def parquet_rows(file: DataFile, wanted: Wanted) -> Iterator[Row]:
                 unpacked.write(block)
         try:
             table = pyarrow.parquet.ParquetFile(file.path if is_plain else unpacked)
-            names = table.schema_arrow.names
+            names, named = table.schema_arrow.names, _class_names(table.schema_arrow.metadata)
             # all of them where one is missing, so that a message can tell
             needed = sorted({*wanted.columns, *wanted.optional} & {*names})
             columns = needed if wanted.columns and wanted.columns.keys() <= {*names} else names
@@ -122,6 +147,9 @@ def parquet_rows(file: DataFile, wanted: Wanted) -> Iterator[Row]:
             for batch in table.iter_batches(batch_size=1024, columns=columns):
                 for row in batch.to_pylist():
                     number += 1
+                    for column, labels in named.items():
+                        if isinstance(label := row.get(column), int) and 0 <= label < len(labels):
+                            row[column] = labels[label]
                     yield f"{file}, row {number}", row
         except (pyarrow.ArrowException, EOFError, OSError, ValueError) as error:
             if isinstance(error, InputError) or (isinstance(error, OSError) and error.errno is not None):

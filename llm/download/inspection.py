@@ -11,10 +11,12 @@ from typing import Any, NamedTuple
 from llm.common.errors import InputError
 from llm.config import AUTO, CorpusSource, InstructionsSource, MessagesSource, SourceFile, split_name
 from llm.download.archives import DataFile
+from llm.download.conversations import conversation_columns, is_preference
 from llm.download.detect import find_format, read_rows
 from llm.download.encodings import find_encoding, guess
 from llm.download.fetch import check_file
 from llm.download.formats import Wanted
+from llm.download.nested import cell, records_of
 from llm.download.readers import SPLIT_COLUMNS, LeftOut, read_records
 from llm.download.shapes import describe_shape
 from llm.download.splits import Section, named_split
@@ -80,11 +82,15 @@ def _inspect(file: DataFile, entry: SourceFile) -> Inspection:
         section: Section = CorpusSource(files=[file_entry], **options)
         records = list(islice(read_records(section, file, 0, LeftOut(), set()), 3))
         return _finish(Inspection(f"text, {encoding}", "corpus", section, options, records, notes))
+    if rows and (inner := records_of(rows[0])) and (len(rows) == 1 or ("[]" in inner and not _propose(rows))):
+        entry = entry.model_copy(update={"records": inner})
+        options["records"] = inner
+        rows, form, layout = _sample(file, entry)
     if not rows:
         raise InputError("expected rows, found none")
-    if (shape := describe_shape(rows[0])) and not _propose(rows):
-        raise InputError(f"found {shape}, a form that is not read yet")
     proposal = _propose(rows)
+    if not proposal and (shape := describe_shape(rows[0])):
+        raise InputError(f"found {shape}")
     if proposal is None:
         raise InputError(f"{form}, of which no column looks like a text; state one in params.yaml if there is one")
     kind, mapping = proposal
@@ -92,7 +98,7 @@ def _inspect(file: DataFile, entry: SourceFile) -> Inspection:
         mapping["split"] = split
     options |= layout | mapping
     section = _section(kind, file_entry, options)
-    records = list(islice(read_records(section, file, 0, LeftOut(), set()), 3))
+    records = list(islice(read_records(section, file, 0, LeftOut(skip=section.skip_invalid), set()), 3))
     return _finish(Inspection(f"{form}, {encoding}", kind, section, options, records, notes))
 
 
@@ -208,6 +214,8 @@ def _is_number(cell: str) -> bool:
 
 def _propose(rows: Sequence[Mapping[str, Any]]) -> tuple[str, dict[str, Any]] | None:
     """Return the kind of data and the names of its columns, or None."""
+    if proposal := _propose_conversation(rows):
+        return proposal
     names = {str(name).lower(): str(name) for name in rows[0]}
     is_text = {name for name in rows[0] if _share_of_text(rows, name) > 0.5}
 
@@ -235,6 +243,26 @@ def _propose(rows: Sequence[Mapping[str, Any]]) -> tuple[str, dict[str, Any]] | 
     if document is None:
         return None
     return "corpus", {"text": document} if document != "text" else {}
+
+
+def _propose_conversation(rows: Sequence[Mapping[str, Any]]) -> tuple[str, dict[str, Any]] | None:
+    """Return the mapping of conversations, preference pairs and questions on passages, or None."""
+    mapping: dict[str, Any] = {}
+    if is_preference(rows[0]):
+        mapping["preferences"] = "chosen"
+    elif columns := [name for name in conversation_columns(rows[0]) if name != "completion"]:
+        if len(columns) > 1:
+            mapping["messages"] = columns[0]
+    elif {"question", "context", "answers"} <= rows[0].keys():
+        path = "answers[0].text" if isinstance(rows[0]["answers"], list) else "answers.text[0]"
+        mapping = {"instruction": "question", "input": "context", "output": path}
+        if not all(cell(row, path)[1] for row in rows):
+            mapping["skip_invalid"] = True
+    elif not {"prompt", "completion"} <= rows[0].keys() or _share_of_text(rows, "prompt") <= 0.5:
+        return None
+    if task := next((name for name in TASKS if name in rows[0] and _share_of_text(rows, name) > 0.5), None):
+        mapping["task"] = task
+    return "instructions", mapping
 
 
 def _split_column(rows: Sequence[Mapping[str, Any]]) -> str | None:

@@ -10,8 +10,9 @@ import json
 import logging
 import math
 import os
+import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from itertools import groupby, islice
 from operator import itemgetter
 from pathlib import Path
@@ -22,17 +23,21 @@ from tqdm import tqdm
 from llm.common.errors import InputError
 from llm.config import AUTO, CorpusSource, InstructionsSource, MessagesSource, ReadOptions, SourceFile, split_name
 from llm.download.archives import DataFile
+from llm.download.conversations import conversation_columns, is_preference, read_conversation, read_preference
 from llm.download.detect import find_format, read_rows
 from llm.download.documents import cut_pieces, split_documents
 from llm.download.encodings import decode_text
 from llm.download.formats import Wanted
 from llm.download.gutenberg import read_books
+from llm.download.nested import cell, columns_of
 from llm.download.shapes import describe_shape
 from llm.download.splits import Section, file_splits
 
 MOST_LABELS = 200  # that are found out; more are no labels
 MOST_REASONS = 1000  # that are counted each for itself, for rows that are left out
 SHOWN = 5  # examples of rows that are left out, for each reason
+COMPLETION = ("prompt", "completion")  # columns of a pair that are known without being stated
+UNSTATED = (COMPLETION, ("messages",), ("conversations",), ("chosen", "rejected"))  # columns that tell a form
 SPLIT_COLUMNS = ("split", "set", "subset", "partition", "fold")
 
 log = logging.getLogger("llm")
@@ -50,7 +55,7 @@ class LeftOut:
 
     def add(self, where: str, error: InputError) -> None:
         """Record a row, or raise its error where none may be left out."""
-        if not self._skip or self._path is None:
+        if not self._skip:
             raise error
         reason = str(error).removeprefix(f"{where}: ").partition(";")[0]
         counted = reason if reason in self.counts or len(self.counts) < MOST_REASONS else "other reasons"
@@ -58,8 +63,9 @@ class LeftOut:
         examples = self.examples.setdefault(counted, [])
         if len(examples) < SHOWN:
             examples.append(where)
-        with self._path.open("a", encoding="utf-8") as out:
-            out.write(json.dumps({"row": where, "reason": reason}, ensure_ascii=False) + "\n")
+        if self._path is not None:
+            with self._path.open("a", encoding="utf-8") as out:
+                out.write(json.dumps({"row": where, "reason": reason}, ensure_ascii=False) + "\n")
 
     def tell(self, kept: int) -> None:
         """Log how many rows were left out, why, and the first of them."""
@@ -95,6 +101,7 @@ def write_records(section: Section, files: list[DataFile], path: Path) -> Writte
     labels: dict[str, None] = {}
     left_out = LeftOut(path.with_suffix(".left_out.jsonl"), section.skip_invalid)
     read: Counter[str | None] = Counter()  # records of each split
+    preferences = 0
     seen: set[str] = set()  # the separator of documents, once it has occurred
     with path.open("wb") as out, tqdm(desc=path.stem, unit=" records", disable=None, leave=False) as bar:
         for file, split in zip(files, splits, strict=True):
@@ -108,6 +115,7 @@ def write_records(section: Section, files: list[DataFile], path: Path) -> Writte
                     break
                 count = number + 1
                 labels.setdefault(record.get("label", ""))
+                preferences += "rejected" in record
                 line = json.dumps(record | ({"split": split} if split else {}), ensure_ascii=False).encode() + b"\n"
                 out.write(line)
                 digest.update(line)
@@ -120,6 +128,8 @@ def write_records(section: Section, files: list[DataFile], path: Path) -> Writte
         out.flush()
         os.fsync(out.fileno())
     left_out.tell(sum(counts))
+    if preferences:
+        log.info("%s: %d preference pairs, of which the rejected answers are kept for later", path.stem, preferences)
     _tell_of_separator(section, files, seen)
     return Written(counts, digest.hexdigest(), _all_labels(section, labels), left_out)
 
@@ -142,6 +152,11 @@ def _all_labels(section: Section, found: Mapping[str, None]) -> list[str]:
     if len(labels) < 2:
         raise InputError(
             f"labels: auto: expected two labels or more in {section.label!r}, found {labels}; correct label:"
+        )
+    if several := next((label for label in labels if len(_several(label, labels)) > 1), None):
+        raise InputError(
+            f"labels: auto: expected one label a row, found several in one cell of {section.label!r}, {several!r}, "
+            "which occur alone too; write a row for one of them"
         )
     log.warning("labels: auto: found %s; to have a new one refused, write labels: [%s]", len(labels), ", ".join(labels))
     return labels
@@ -168,14 +183,28 @@ def read_options(section: Section, file: DataFile) -> ReadOptions:
 def wanted_columns(section: Section) -> Wanted:
     """Return the columns that a source reads."""
     if isinstance(section, CorpusSource):
-        return Wanted({section.text or "text": "text"}, may_be_text=True)
+        return Wanted(dict.fromkeys(columns_of(section.text or "text"), "text"), may_be_text=True)
     keys = ["text", "label"] if isinstance(section, MessagesSource) else ["instruction", "output", "task"]
     if isinstance(section, InstructionsSource) and "input" in section.model_fields_set:
         keys.insert(1, "input")  # a column named `input` may be absent, one that you name not
-    columns = {getattr(section, key): key for key in [*keys, "split"] if getattr(section, key) is not None}
+    if isinstance(section, InstructionsSource) and section.messages is not None:
+        keys = ["messages", "task"]
+    columns = {
+        name: key
+        for key in [*keys, "split"]
+        if getattr(section, key) is not None
+        for name in columns_of(getattr(section, key))
+    }
     if isinstance(section, InstructionsSource):
-        return Wanted(columns, optional=(section.input,) if section.input else ())
+        more = tuple(name for name in (section.task, section.split) if name is not None)
+        others = tuple((*names, *more) for names in UNSTATED) if _is_unstated(section) else ()
+        return Wanted(columns, optional=(section.input,) if section.input else (), others=others)
     return Wanted(columns, section.label, () if section.labels == AUTO else tuple(section.labels))
+
+
+def _is_unstated(section: InstructionsSource) -> bool:
+    """Return whether the fields of a row tell its form."""
+    return not {"instruction", "output", "messages"} & section.model_fields_set
 
 
 def _convert(
@@ -249,18 +278,35 @@ def messages(section: MessagesSource, file: DataFile, left_out: LeftOut) -> Iter
 
 def _label(section: MessagesSource, row: Mapping[str, Any], where: str) -> str:
     text = _filled(row, section.label, "label", where)
+    if section.label_names is not None:
+        name = section.label_names.get(text.strip().removesuffix(".0"))
+        if name is None:
+            known = ", ".join(section.label_names)
+            raise InputError(f"{where}: expected a number out of {known}, found {text!r}; correct it or label_names:")
+        text = name
     if section.labels == AUTO:
         return text.strip()
-    value = row[section.label]
+    value = cell(row, section.label)[1] if section.label_names is None else text
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     for label in section.labels:
         same = text.strip() == label or (isinstance(value, bool) and text.lower() == label)
         if text == label or same or (is_number and _number(label) == value):
             return label
+    if len(several := _several(text, section.labels)) > 1:
+        raise InputError(
+            f"{where}: expected one label, found {len(several)} in one cell, {text!r}; write a row for one of them"
+        )
     allowed = ", ".join(section.labels)
     raise InputError(
         f"{where}: expected a label out of {allowed}, found {text!r}; correct it or labels:, or write labels: auto"
+        f"{', or name the numbers with label_names:' if _number(text) is not None else ''}"
     )
+
+
+def _several(text: str, labels: Collection[str]) -> list[str]:
+    """Return the labels that a cell holds one beside the other, if it holds nothing else."""
+    parts = [part.strip() for part in re.split(r"[,;|/+]", text) if part.strip()]
+    return parts if all(part in labels for part in parts) else []
 
 
 def _number(text: str) -> float | None:
@@ -271,14 +317,22 @@ def _number(text: str) -> float | None:
 
 
 def instructions(section: InstructionsSource, file: DataFile, left_out: LeftOut) -> Iterator[dict[str, Any]]:
-    """Yield `{"instruction", "input", "output"}`, with `"task"` and `"split"` where the source has such columns."""
+    """Yield `{"instruction", "input", "output"}`, with `"task"` and `"split"` where the source has such columns.
+
+    A conversation is `{"messages"}`, with `"tools"` where it has some; a preference pair `{"chosen", "rejected"}`, or
+    `{"messages", "rejected"}` where `section` says that the chosen one is used.
+    """
     must_have_input = "input" in section.model_fields_set
 
     def convert(row: Mapping[str, Any], where: str) -> dict[str, Any]:
-        record = {"instruction": _filled(row, section.instruction, "instruction", where), "input": ""}
-        if section.input and (must_have_input or section.input in row):
-            record["input"] = _value(row, section.input, "input", where)
-        record["output"] = _filled(row, section.output, "output", where)
+        if (record := _conversation(section, row, where)) is None:
+            names = section.instruction, section.output
+            if _is_unstated(section) and row.keys() >= {*COMPLETION} and not row.keys() >= {*names}:
+                names = COMPLETION
+            record = {"instruction": _filled(row, names[0], "instruction", where), "input": ""}
+            if section.input and (must_have_input or section.input in row):
+                record["input"] = _value(row, section.input, "input", where)
+            record["output"] = _filled(row, names[1], "output", where)
         if section.task:
             record["task"] = _value(row, section.task, "task", where)
         return record | _split(row, section.split, where)
@@ -286,18 +340,38 @@ def instructions(section: InstructionsSource, file: DataFile, left_out: LeftOut)
     return _convert(section, file, left_out, convert)
 
 
+def _conversation(section: InstructionsSource, row: Mapping[str, Any], where: str) -> dict[str, Any] | None:
+    """Return the record of a conversation or a preference pair; None for a row that is another."""
+    if section.messages is None and not _is_unstated(section):
+        return None
+    if section.messages is None and is_preference(row):
+        pair = read_preference(row, where)
+        return {"messages" if section.preferences else "chosen": pair.chosen, "rejected": pair.rejected}
+    columns = [section.messages] if section.messages else conversation_columns(row)
+    columns = [name for name in columns if not (name == "completion" and "prompt" in columns)]
+    if len(columns) > 1:
+        raise InputError(f"{where}: expected one conversation, found {', '.join(columns)}; name one with messages:")
+    if not columns:
+        return None
+    record: dict[str, Any] = {"messages": read_conversation(row, columns[0], where)}
+    tools = row.get("tools")
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = json.loads(tools)
+        except ValueError:
+            raise InputError(f"{where}: expected tools as JSON, found {tools[:60]!r}; correct the row") from None
+    return record | ({"tools": tools} if tools else {})
+
+
 # ---- cells -----------------------------------------------------------------------------------------------------------
 
 
 def _value(row: Mapping[str, Any], column: str, key: str, where: str) -> str:
     """Return a cell as text: numbers and truth values as they are written, what is no number as nothing."""
-    value = row.get(column)
-    if (column not in row or isinstance(value, list | Mapping)) and (shape := describe_shape(row)):
-        raise InputError(
-            f"{where}: expected text in {column!r}, found {shape}; this form is not read yet: "
-            "write one text, message or pair a row"
-        )
-    if column not in row:
+    is_there, value = cell(row, column)
+    if (not is_there or isinstance(value, list | Mapping)) and (shape := describe_shape(row)):
+        raise InputError(f"{where}: expected text in {column!r}, found {shape}")
+    if not is_there:
         raise InputError(
             f"{where}: expected {column!r}, found only {', '.join(row) or 'nothing'}; name the right one with {key}:"
         )

@@ -126,7 +126,7 @@ def _find_columns(file: DataFile, wanted: Wanted, options: ReadOptions, default:
         dialect = Dialect(fitting[0] if fitting else widest, options.header, start, has_header=False)
         return _checked(file, dialect, wanted, firsts[dialect.separator][0])
     if options.header is not False:
-        fitting = [separator for separator in candidates if wanted.columns.keys() <= {*firsts[separator][0]}]
+        fitting = [separator for separator in candidates if wanted.fit(firsts[separator][0])]
         if fitting:
             separator = max(fitting, key=lambda separator: len(firsts[separator][0]))
             names, height = firsts[separator]
@@ -188,7 +188,7 @@ def _checked(file: DataFile, dialect: Dialect, wanted: Wanted, found: Sequence[s
             f"{line}: expected {len(dialect.names)} columns ({', '.join(dialect.names)}), found {len(found)}, {by}: "
             f"{_shown(found)}; correct header: or separator:"
         )
-    missing = [name for name in wanted.columns if name not in dialect.names]
+    missing = [] if wanted.fit(dialect.names) else [name for name in wanted.columns if name not in dialect.names]
     if missing:
         expected = " and ".join(repr(name) for name in missing)
         keys = " and ".join(f"{wanted.columns[name]}:" for name in missing)

@@ -14,13 +14,12 @@ from llm.common.errors import InputError
 from llm.data.examples import Pair, read_lines
 from llm.data.shards import TokenShards
 from llm.evaluation.base_model import text_bytes
+from llm.evaluation.instruction_following import answer
 from llm.evaluation.predictions import Key, Predictions
 from llm.inference.classify import classify_texts
-from llm.inference.generate import generate
 from llm.inference.score import score_tokens
 from llm.model.gpt import GPT
 from llm.tokenizer.bpe import Tokenizer
-from llm.tokenizer.prompts import encode_prompt, end_tokens
 
 TOKENS = Path("data/tokens")
 MAX_TOKENS = 200_000  # of held-out text that base models are compared on
@@ -47,7 +46,10 @@ def predict(folder: Path, name: str, data: Path | None, device: str) -> dict[str
         raise InputError(f"{path}: no row to predict; name another file by --data")
     if kind == "classifier":
         return {"messages": label(checkpoint, name, [(row["text"], row["label"]) for row in rows])}
-    pairs = [Pair(row["instruction"], row.get("input") or "", row["output"], "") for row in rows]
+    pairs = [
+        Pair(row["instruction"], row.get("input") or "", row["output"], "", row.get("messages", ()), row.get("tools"))
+        for row in rows
+    ]
     return {"instructions": answer_pairs(checkpoint, name, pairs)}
 
 
@@ -69,13 +71,10 @@ def label(checkpoint: Checkpoint, name: str, messages: Sequence[tuple[str, str]]
 
 
 def answer_pairs(checkpoint: Checkpoint, name: str, pairs: Sequence[Pair]) -> Predictions:
-    model, tokenizer, config = checkpoint
-    assert isinstance(model, GPT) and config.template is not None
-    prompts = [encode_prompt(tokenizer, config.template, pair.instruction, pair.input, config.system) for pair in pairs]
-    stop = end_tokens(tokenizer, config.template)
-    answers = generate(model, prompts, max_new_tokens=MAX_NEW_TOKENS, stop=stop, batch_size=64)
-    keys: list[Key] = [(pair.instruction, pair.input) for pair in pairs]
-    texts = [tokenizer.decode(ids).strip() for ids in answers]
+    texts = answer(checkpoint, pairs, MAX_NEW_TOKENS, batch_size=64)
+    keys: list[Key] = [
+        (pair.instruction, pair.input, *([str(pair.messages)] if pair.messages else [])) for pair in pairs
+    ]
     return Predictions("instructions", name, keys, [pair.output for pair in pairs], texts)
 
 

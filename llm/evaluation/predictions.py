@@ -16,7 +16,7 @@ from llm.evaluation.metrics import fold, rouge_l_scores
 Kind = Literal["messages", "instructions", "text"]
 Key = tuple[str, ...]
 
-IDENTITY = ("id", "text", "instruction", "input", "question")  # columns that tell one example from another
+IDENTITY = ("id", "text", "instruction", "input", "question", "messages")  # columns that tell one example from another
 EXPECTED = {"given_label": "messages", "label": "messages", "expected": "instructions", "output": "instructions"}
 PREDICTED = ("predicted", "prediction", "answers", "answer")
 SHOWN = 60  # characters of an example in a message

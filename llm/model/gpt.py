@@ -195,14 +195,17 @@ class GPT(nn.Module):
         pad: Tensor | None = None,
         cached_hidden: Tensor | None = None,
         start_layer: int = 0,
+        segments: Tensor | None = None,
     ) -> Tensor:
         """Return the hidden states [B, T, C] after the final norm, of token ids [B, T].
 
         With a cache, the ids continue its tokens. `pad` [B] is the left padding of each row: nothing attends to it, and
         positions count from the first real token. With `cached_hidden` [B, T, C], the result of
-        `run_blocks(idx, start_layer)`, the embeddings and the first `start_layer` blocks do not run.
+        `run_blocks(idx, start_layer)`, the embeddings and the first `start_layer` blocks do not run. `segments` [B, T]
+        numbers several texts of a row in order: a token attends to its own text, where positions count from its start.
         """
-        return self.final_norm(self.run_blocks(idx, self.config.n_layers, cache, pad, cached_hidden, start_layer))
+        n_layers = self.config.n_layers
+        return self.final_norm(self.run_blocks(idx, n_layers, cache, pad, cached_hidden, start_layer, segments))
 
     def run_blocks(
         self,
@@ -212,6 +215,7 @@ class GPT(nn.Module):
         pad: Tensor | None = None,
         cached_hidden: Tensor | None = None,
         start_layer: int = 0,
+        segments: Tensor | None = None,
     ) -> Tensor:
         """Return the residual stream [B, T, C] after the first `n_blocks` blocks; arguments as in `hidden_states`."""
         T = idx.shape[1]
@@ -222,10 +226,14 @@ class GPT(nn.Module):
         masks = []  # of each kind of layer
         for kind in self.kinds:
             narrow = kind.window is not None and start + T > kind.window
-            needed = pad is not None or (start > 0 and T > 1) or narrow
+            needed = pad is not None or (start > 0 and T > 1) or narrow or segments is not None
             masks.append(self.mask(positions, start + T, pad, kind.window) if needed else None)
         if pad is not None:
             positions = (positions - pad[:, None]).clamp(min=0)  # [B, T]
+        if segments is not None:
+            same = (segments[:, :, None] == segments[:, None, :])[:, None]  # [B, 1, T, T]
+            masks = [mask & same for mask in masks if mask is not None]
+            positions = positions - torch.searchsorted(segments, segments)  # [B, T]
 
         angles = [self.cos_sin(kind, positions) for kind in self.kinds]
         x = self.embed(idx, positions) if cached_hidden is None else cached_hidden  # [B, T, C]

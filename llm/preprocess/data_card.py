@@ -83,7 +83,9 @@ def describe_messages(rows: Sequence[Row], split: SplitRows, tokenizer: Tokenize
 
 def describe_instructions(rows: Sequence[Row], split: SplitRows, tokenizer: Tokenizer, how: str) -> Card:
     texts = {name: [row.fields[name] for row in rows] for name in ("instruction", "input", "output")}
-    return {**describe_rows(rows, split, texts, tokenizer, how), "tasks": counts_per_split(split, "task")}
+    card = {**describe_rows(rows, split, texts, tokenizer, how), "tasks": counts_per_split(split, "task")}
+    counts = {name: sum("messages" in row.fields for row in part) for name, part in split.rows.items()}
+    return card | ({"conversations": counts} if any(counts.values()) else {})
 
 
 def describe_rows(
@@ -288,6 +290,9 @@ def _rows(card: Card, kind: str) -> list[str]:
         _lengths("length", lengths),
         _scripts(part["characters_of"]),
     ]
+    if "conversations" in part:
+        counts = ", ".join(f"{n:,} of {name}" for name, n in part["conversations"].items())
+        blocks.append(f"Conversations, of which the lengths are those of the last question and answer: {counts}.")
     if "too_long" in part:
         blocks.append(too_long_line(kind, part["too_long"], part["splits"]))
     if part["most_repeated"]:

@@ -1,7 +1,7 @@
 """Count the texts that are longer than their training reads, and refuse too many of them before any training.
 
-A message is cut at `max_length`. A pair is cut at the context: its answer then lacks its end and the stop token. A pair
-whose prompt alone is longer is dropped.
+A message is cut at `max_length`. A pair is cut at the context: its answer then lacks its end and the stop token. A
+conversation of several turns is cut behind an answer. What has no room for an answer is dropped.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 from llm.common.errors import InputError
 from llm.common.files import read_json_object
 from llm.common.gguf_header import read_gguf_header
-from llm.config import SCRATCH, Params, Template
+from llm.config import SCRATCH, Params
 from llm.download.hub import source_files
 from llm.preprocess.supervised import SplitRows
 from llm.tokenizer.bpe import Tokenizer
-from llm.tokenizer.prompts import encode_prompt
+from llm.tokenizer.conversation import ConversationEncoder, as_messages
 
 
 class TooLong(NamedTuple):
@@ -63,17 +63,20 @@ def count_messages(split: SplitRows, tokenizer: Tokenizer, limit: Limit) -> dict
     return counts
 
 
-def count_pairs(
-    split: SplitRows, tokenizer: Tokenizer, limit: Limit, template: Template, system: str | None
-) -> dict[str, TooLong]:
+def count_pairs(split: SplitRows, encoder: ConversationEncoder, limit: Limit) -> dict[str, TooLong]:
     counts = {}
     for name, rows in split.rows.items():
         cut = dropped = 0
-        for row in rows:
-            prompt = len(encode_prompt(tokenizer, template, row.fields["instruction"], row.fields["input"], system))
-            dropped += prompt > limit.tokens
-            # The stop token is a target, but never read.
-            cut += prompt <= limit.tokens < prompt + len(tokenizer.encode(row.fields["output"]))
+        for number, row in enumerate(rows, 1):
+            try:
+                whole = encoder.encode_answers(as_messages(row.fields), row.fields.get("tools"))
+            except InputError as error:
+                raise InputError(
+                    f"data.instructions: record {number} of {name}: {error}, or name another finetune_instruct.template"
+                ) from None
+            found = whole.cut(limit.tokens)
+            dropped += found is None
+            cut += found is not None and len(found.ids) < len(whole.ids)
         counts[name] = TooLong(len(rows), cut, dropped)
     return counts
 
@@ -114,7 +117,8 @@ def too_long_line(kind: str, card: Mapping[str, Any], records: Mapping[str, Mapp
     effect = (
         "A message is read up to there."
         if kind == "messages"
-        else "A cut answer lacks its end and its stop token; a pair without room for an answer is dropped."
+        else "A cut answer lacks its end and its stop token, a cut conversation its last turns; "
+        "what has no room for an answer is dropped."
     )
     return f"Longer than the {card['limit']:,} tokens of `{card['key']}`: {describe(counts)}. {effect}"
 

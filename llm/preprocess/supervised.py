@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from llm.common.errors import InputError
 from llm.config import HELD_OUT, SPLITS, LabelledSplit
-from llm.preprocess.text import dedup_key, differ_in_signs, key_hash, read_records, text_field
+from llm.preprocess.text import dedup_key, differ_in_signs, key_hash, normalise, read_records, text_field
 
 MANY = 5  # rows with one text, at least, that count as very many
 SLACK = 0.16  # of a held-out split's share of a stratum
@@ -21,7 +21,7 @@ BOOK_SEED = 123  # of the book's own splits, for any seed of the pipeline
 class Row(NamedTuple):
     """A message or an instruction pair on its way into a split."""
 
-    fields: dict[str, str]  # the columns of the written row
+    fields: dict[str, Any]  # the columns of the written row
     key: str  # rows with the same key never stand in two splits
     verbatim: str  # the text of the key
     answer: str  # label or output: rows with the same key and answer are duplicates
@@ -50,8 +50,16 @@ def read_messages(path: Path, labels: Sequence[str]) -> list[Row]:
 
 def read_instructions(path: Path) -> list[Row]:
     rows = []
+    if preferences := sum("chosen" in record for record in read_records(path)):
+        raise InputError(
+            f"data.instructions: {preferences:,} records are preference pairs (chosen and rejected), which "
+            "finetune-instruct cannot use; write preferences: chosen at their source to train on the chosen answers"
+        )
     for number, record in enumerate(read_records(path), start=1):
         where = f"{path}: line {number}"
+        if "messages" in record:
+            rows.append(_conversation(record, where))
+            continue
         instruction, output = text_field(record, "instruction", where), text_field(record, "output", where)
         question = (
             f"{instruction}\n{record_input}" if (record_input := _optional(record, "input", where)) else instruction
@@ -65,6 +73,29 @@ def read_instructions(path: Path) -> list[Row]:
         own = own_split(record, where)
         rows.append(Row(fields, dedup_key(question), question, dedup_key(output), fields["task"], own))
     return rows
+
+
+def _conversation(record: Mapping[str, Any], where: str) -> Row:
+    """Return the row of a conversation: its last question and answer, and all of its messages where there are more."""
+    messages = [{**message, "content": _content(message, where)} for message in record["messages"]]
+    *history, last = messages
+    question = next((message["content"] for message in reversed(history) if message["role"] == "user"), "")
+    fields = {"instruction": question, "input": "", "output": last["content"], "task": _optional(record, "task", where)}
+    if len(messages) > 2 or "tools" in record or last.keys() != {"role", "content"}:
+        fields["messages"] = messages
+    if "tools" in record:
+        fields["tools"] = record["tools"]
+    said = "\n".join(message["content"] for message in history)
+    return Row(fields, dedup_key(said), said, dedup_key(json.dumps(last)), fields["task"], own_split(record, where))
+
+
+def _content(message: Mapping[str, Any], where: str) -> str:
+    text = normalise(message["content"])
+    if not text.strip() and not message.get("tool_calls"):
+        raise InputError(
+            f"{where}: a message of {message['role']} is empty after cleaning; remove this conversation from its source"
+        )
+    return text
 
 
 def _optional(record: Mapping[str, Any], key: str, where: str) -> str:

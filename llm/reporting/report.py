@@ -233,9 +233,28 @@ def _instruct_section(result: InstructResult, picture: list[str], quotable: bool
     ]
     if result.tasks["gpt"]:
         lines += _task_table(result)
+    lines += _turns(result)
     if result.shown and not quotable:
         return [*lines, "### Answers", "", withheld("instructions", "the corpus or the instructions"), ""]
     return [*lines, *_answers(result)] if result.shown else lines
+
+
+def _turns(result: InstructResult) -> list[str]:
+    """Say what the history of a conversation is worth, where there are conversations."""
+    if result.turns is None:
+        return []
+    rows = [
+        ["the last answer, as the conversation goes", percent(result.turns.with_history.exact_match)],
+        ["the same question without what was said before", percent(result.turns.without_history.exact_match)],
+    ]
+    return [
+        "### Conversations",
+        "",
+        f"{result.turns.with_history.rows:,} of the pairs are the last question and answer of a conversation with "
+        "several. The difference is what the model takes from its history.",
+        "",
+        *table(["GPT is asked", "exact match"], rows),
+    ]
 
 
 def _task_table(result: InstructResult) -> list[str]:
@@ -263,11 +282,19 @@ def _answers(result: InstructResult) -> list[str]:
         "",
     ]
     for example in (result.examples[i] for i in result.shown):
-        parts = {"instruction": example.pair.instruction, "input": example.pair.input, "expected": example.pair.output}
+        *before, _, _ = example.pair.messages or [{}, {}]
+        parts = {
+            "said before": "\n".join(f"{message['role']}: {message['content']}" for message in before),
+            "instruction": example.pair.instruction,
+            "input": example.pair.input,
+            "expected": example.pair.output,
+        }
         for name, text in example.answers.items():
             same = fold(text) == fold(example.pair.output)
             parts[("= " if same else "  ") + ANSWERERS[name]] = text
-        lines += fenced(in_column({label: text for label, text in parts.items() if text or label != "input"}))
+        lines += fenced(
+            in_column({label: text for label, text in parts.items() if text or label not in ("input", "said before")})
+        )
     return lines
 
 

@@ -63,6 +63,12 @@ def metrics(base: BaseResult, classifiers: ClassifierResult, instruct: InstructR
         sections[section] = {"pairs": answers.rows, **numbers(answers)}
         if (loss := instruct.losses.get(name)) is not None:
             sections[section] |= {"loss": loss.loss, "loss_per_char": loss.loss_per_char}
+    if instruct.turns is not None:
+        sections["instruct_conversations"] = {
+            "conversations": instruct.turns.with_history.rows,
+            "exact_match": instruct.turns.with_history.exact_match.value,
+            "exact_match_without_history": instruct.turns.without_history.exact_match.value,
+        }
     if instruct.tasks["gpt"]:
         sections["instruct_tasks"] = {task: report.exact_match.value for task, report in instruct.tasks["gpt"].items()}
     return sections
@@ -78,6 +84,9 @@ def headlines(base: BaseResult, classifiers: ClassifierResult, instruct: Instruc
     values["exact_match"] = instruct.reports["gpt"].exact_match.value
     if "scratch" in instruct.reports:
         values["exact_match_scratch"] = instruct.reports["scratch"].exact_match.value
+    if instruct.turns is not None:
+        values["exact_match_turns"] = instruct.turns.with_history.exact_match.value
+        values["exact_match_turns_alone"] = instruct.turns.without_history.exact_match.value
     values["exact_match_alternative"] = instruct.reports[instruct.best_alternative()].exact_match.value
     return values
 
@@ -123,7 +132,15 @@ def predictions(base: BaseResult, classifiers: ClassifierResult, instruct: Instr
         for i, (text, label) in enumerate(zip(classifiers.texts, classifiers.actual, strict=True))
     ]
     completions = [completion._asdict() for completion in base.completions]
-    pairs = [{**example.pair._asdict(), "answers": example.answers} for example in instruct.examples]
+    pairs = [
+        {
+            **{
+                key: value for key, value in example.pair._asdict().items() if key not in ("messages", "tools") or value
+            },
+            "answers": example.answers,
+        }
+        for example in instruct.examples
+    ]
     return {
         f"{name}.jsonl": "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
         for name, rows in (("completions", completions), ("messages", messages), ("instructions", pairs))

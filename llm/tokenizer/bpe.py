@@ -124,14 +124,14 @@ class Tokenizer:
             return [*self.bos_ids, *ids, *([self.eot] if self.form.adds_eos else [])]
         return ids
 
-    def encode_rendered(self, text: str, breaker: str) -> list[int]:
-        """Return the ids of a rendered chat template, special tokens among them.
+    def encode_rendered(self, text: str, breaker: str, before: Sequence[int] = ()) -> list[int]:
+        """Return the ids of a rendered chat template, or of a part behind other ids, special tokens among them.
 
         `breaker` is a character that is left out after the added tokens are found, so that a name which holds it stays
         text.
         """
         ids: list[int] = []
-        for part in self._parts(text, start=True, parse_special=True):
+        for part in self._parts(text, start=not before or self._starts_behind(before), parse_special=True):
             ids += [part] if isinstance(part, int) else self._codec.encode(part.replace(breaker, ""))
         return ids
 
@@ -154,10 +154,11 @@ class Tokenizer:
 
     def encode_after(self, ids: Sequence[int], text: str) -> list[int]:
         """Return the ids of a text that goes on behind others; it gets a space only where another text would."""
-        if not ids:
-            return self.encode(text)
-        behind_token = ids[-1] in self._added_ids and self.form.prefix != "first"
-        return self.encode(text, start=behind_token)
+        return self.encode(text, start=not ids or self._starts_behind(ids))
+
+    def _starts_behind(self, ids: Sequence[int]) -> bool:
+        """Return whether a text behind these ids begins as one that stands alone."""
+        return ids[-1] in self._added_ids and self.form.prefix != "first"
 
     def encode_array(self, text: str, *, start: bool = True) -> np.ndarray[Any, np.dtype[np.uint32]]:
         """Return the ids of `encode` without a Python list: much smaller for long texts."""

@@ -7,15 +7,35 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import takewhile
-from typing import Any
+from typing import Any, NamedTuple
 
 from llm.common.errors import InputError
 from llm.config import Template
 from llm.tokenizer.bpe import Tokenizer
 from llm.tokenizer.own_template import OwnTemplate
-from llm.tokenizer.prompts import TEMPLATES, Message
+from llm.tokenizer.prompts import TEMPLATES, Message, Span
 
 ROLES = ("system", "user", "assistant")
+
+
+class Answered(NamedTuple):
+    """The tokens of a conversation, and the places of its answers, each with the token that ends it."""
+
+    ids: list[int]
+    spans: list[Span]
+
+    def cut(self, max_length: int) -> Answered | None:
+        """Return as many turns as a context holds, which never reads the last token; None for not even one.
+
+        An only answer is cut where the context ends.
+        """
+        fitting = [span for span in self.spans if span[1] <= max_length + 1]
+        if fitting:
+            return Answered(self.ids[: fitting[-1][1]], fitting)
+        start = self.spans[0][0]
+        if len(self.spans) > 1 or start > max_length:
+            return None
+        return Answered(self.ids[: max_length + 1], [(start, max_length + 1)])
 
 
 @dataclass(frozen=True)
@@ -50,6 +70,15 @@ class ConversationEncoder:
         self._check_ours(messages, tools, template_kwargs)
         template = TEMPLATES[self.template]
         return template.encode_messages(self.tokenizer, messages, self.system, add_generation_prompt)
+
+    def encode_answers(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None) -> Answered:
+        """Return the tokens of a conversation up to its last answer, with the places of the answers."""
+        check_messages(messages)
+        if self.own is not None:
+            return Answered(*self.own.encode_answers(messages, tools))
+        assert self.template is not None
+        self._check_ours(messages, tools, None)
+        return Answered(*TEMPLATES[self.template].encode_answers(self.tokenizer, messages, self.system))
 
     @cached_property
     def turn_end(self) -> int | None:
@@ -87,6 +116,16 @@ class ConversationEncoder:
         for what, given in (("tools", tools), ("template_kwargs", template_kwargs)):
             if given:
                 raise InputError(f"{what}: the template {name} has no place for them; leave them out")
+
+
+def as_messages(row: Mapping[str, Any]) -> list[Message]:
+    """Return the messages of a conversation, or of an instruction with its output."""
+    if row.get("messages"):
+        return list(row["messages"])
+    return [
+        {"role": "user", "content": row["instruction"], "input": row["input"]},
+        {"role": "assistant", "content": row["output"]},
+    ]
 
 
 def check_messages(messages: Sequence[Message]) -> None:

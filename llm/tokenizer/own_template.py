@@ -13,18 +13,21 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import takewhile
 from typing import Any
 
 from llm.common.errors import InputError
 from llm.common.sanitize import one_line
 from llm.tokenizer.bpe import Tokenizer
 from llm.tokenizer.chat_template import RenderError, render_chat_untrusted
-from llm.tokenizer.prompts import Message, with_input
+from llm.tokenizer.prompts import Message, Span, with_input
 
 DEFAULT, TOOL_USE = "default", "tool_use"  # names of chat templates, as transformers knows them
 REASONING = ("reasoning_content", "thinking", "reasoning")  # names of a message's thoughts, the first the templates'
 TEXTS = ("content", "text", *REASONING)  # keys of free text, which no template compares with a word
 ROLE = re.compile(r"[A-Za-z_][\w-]*")
+PROBES = ("axa", "byb")  # answers that differ at both ends
+PROMPT_TAIL = 6  # characters by which the end of a prompt is known again
 BREAKERS = [chr(point) for point in range(0xFDD0, 0xFDF0)]  # characters that no text means anything by
 
 
@@ -45,31 +48,86 @@ class OwnTemplate:
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """Return the tokens of a conversation; see `ConversationEncoder.encode`."""
-        conversation = list(_checked(messages))
-        given = {"messages": conversation, "tools": tools, **(template_kwargs or {})}
-        try:
-            text = json.dumps(given, ensure_ascii=False)
-        except (TypeError, ValueError) as error:
-            raise InputError(f"messages: not plain JSON ({one_line(str(error))}); give texts and numbers") from None
-        breaker = next((char for char in BREAKERS if char not in text), None)
-        if breaker is None:
-            raise InputError("messages: hold every one of the noncharacters U+FDD0 to U+FDEF; leave one out")
-        rendered = self._render(
-            {
-                **self.special_tokens,
-                **self._broken(template_kwargs or {}, "", breaker),
-                "messages": [self._broken(one, str(one["role"]), breaker) for one in conversation],
-                "tools": self._broken(tools, "", breaker),
-                "add_generation_prompt": add_generation_prompt,
-            },
-            TOOL_USE if tools and TOOL_USE in self.sources else DEFAULT,
-        )
-        return self.tokenizer.encode_rendered(rendered, breaker)
+        breaker = _breaker(messages, tools, template_kwargs)
+        text = self._rendered(messages, breaker, add_generation_prompt, tools, template_kwargs)
+        return self.tokenizer.encode_rendered(text, breaker)
 
-    def _render(self, variables: Mapping[str, Any], name: str) -> str:
+    def encode_answers(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> tuple[list[int], list[Span]]:
+        """Return the tokens of a conversation up to its last answer, and the places of all answers with their ends."""
+        breaker = _breaker(messages, tools)
+        whole = self._rendered(messages, breaker, False, tools)
+        ids: list[int] = []
+        spans: list[Span] = []
+        done = 0  # characters of the rendered text
+        for i, message in enumerate(messages):
+            if message["role"] == "assistant":
+                start, end, closing = self._answer(whole, messages, i, breaker, tools)
+                # Encoded with the token that ended the last answer, as that may take the space behind it.
+                ids += self.tokenizer.encode_rendered(whole[done:start], breaker, ids[:-1])[1 if spans else 0 :]
+                first, done = len(ids), end
+                ids += self.tokenizer.encode_rendered(whole[start:closing], breaker, ids)
+                spans.append((first, len(ids)))
+        return ids, spans
+
+    def _answer(
+        self, whole: str, messages: Sequence[Message], i: int, breaker: str, tools: Sequence[Mapping[str, Any]] | None
+    ) -> tuple[int, int, int]:
+        """Return where an answer in a rendered conversation starts, and where the token starts and ends that ends it.
+
+        Words stand where the text changes with them. What the template writes before them is the answer's too where it
+        is white space, thoughts or calls that the model has to write behind the generation prompt.
+        """
+        others = [
+            self._rendered(
+                [*messages[:i], {"role": "assistant", "content": text}, *messages[i + 1 :]], breaker, False, tools
+            )
+            for text in PROBES
+        ]
+        start = min(_n_equal(whole, other) for other in others)
+        end = len(whole) - min(_n_equal(whole[::-1], other[::-1]) for other in others)
+        try:
+            prompt = self._rendered(messages[:i], breaker, True, tools)
+        except InputError:  # a template that ends with no question
+            prompt = whole
+        if len(prompt) <= start and whole.startswith(prompt):
+            between = whole[len(prompt) : start].replace(breaker, "").strip()
+            said = messages[i].get("content") or ""
+            written_by_model = messages[i].get("tool_calls") or any(messages[i].get(name) for name in REASONING)
+            if not between or written_by_model or between in said:
+                start = len(prompt)
+        else:  # a template that writes earlier turns otherwise; the space behind the same prompt is the answer's
+            spaces = start - len(whole[:start].rstrip(" \n" + breaker))
+            ends = (n for n in range(spaces + 1) if whole[: start - n].endswith(prompt[-PROMPT_TAIL:]))
+            start -= next(ends, 0)
+        if (closing := re.compile(rf"[\s{breaker}]*({self._special.pattern})").match(whole, max(start, end))) is None:
+            raise InputError(
+                "messages: the model's chat template writes no special token behind an answer (expected one, as "
+                "<|im_end|>), so that a model would learn no end; take one of the templates alpaca, chatml, llama3"
+            )
+        return start, closing.start(1), closing.end()
+
+    def _rendered(
+        self,
+        messages: Sequence[Message],
+        breaker: str,
+        add_generation_prompt: bool,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Return the text of a conversation, in whose messages the breaker stands inside of every special token."""
+        name = TOOL_USE if tools and TOOL_USE in self.sources else DEFAULT
         if name not in self.sources:
             names = ", ".join(map(one_line, sorted(self.sources)))
             raise InputError(f"the chat template of the model has no form for chats (expected {DEFAULT}, got {names})")
+        variables = {
+            **self.special_tokens,
+            **self._broken(template_kwargs or {}, "", breaker),
+            "messages": [self._broken(one, str(one["role"]), breaker) for one in _checked(messages)],
+            "tools": self._broken(tools, "", breaker),
+            "add_generation_prompt": add_generation_prompt,
+        }
         try:
             return render_chat_untrusted(self.sources[name], variables)
         except RenderError as error:
@@ -117,6 +175,18 @@ class OwnTemplate:
         return tuple({start for start, _ in cuts}), tuple({end for _, end in cuts})
 
 
+def _breaker(messages: Sequence[Message], *others: Any) -> str:
+    """Return a character that nothing given holds."""
+    try:
+        text = json.dumps([list(_checked(messages)), *others], ensure_ascii=False)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"messages: not plain JSON ({one_line(str(error))}); give texts and numbers") from None
+    breaker = next((char for char in BREAKERS if char not in text), None)
+    if breaker is None:
+        raise InputError("messages: hold every one of the noncharacters U+FDD0 to U+FDEF; leave one out")
+    return breaker
+
+
 def _checked(messages: Sequence[Message]) -> Iterator[dict[str, Any]]:
     """Yield the messages as a template takes them; raise `InputError` for what cannot be one."""
     for message in messages:
@@ -130,6 +200,11 @@ def _checked(messages: Sequence[Message]) -> Iterator[dict[str, Any]]:
             raise InputError(f"messages: the {role} message has no text as its content; give a string")
         thoughts = next((given[name] for name in REASONING if given.get(name) is not None), None)
         yield given if thoughts is None else {"thinking": thoughts, **given, REASONING[0]: thoughts}
+
+
+def _n_equal(one: str, other: str) -> int:
+    """Return how many characters at the beginning are equal."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def _any_of(names: Collection[str]) -> re.Pattern[str]:

@@ -8,10 +8,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from llm.common.errors import InputError
 from llm.config import Template
 from llm.tokenizer.bpe import END_OF_TEXT, Tokenizer
 
 Message = Mapping[str, Any]  # role, content and perhaps input, a text that the content is about
+Span = tuple[int, int]  # of tokens: the first, and the one behind the last
 MARKER = re.compile(r"(<\|\w+\|>)")
 
 
@@ -40,6 +42,39 @@ class PromptTemplate(ABC):
         `system` stands at the beginning unless the first message is a system message. `add_generation_prompt` adds the
         head of the response.
         """
+
+    def encode_answers(
+        self, tokenizer: Tokenizer, messages: Sequence[Message], system: str | None = None
+    ) -> tuple[list[int], list[Span]]:
+        """Return the tokens of a conversation up to its last answer, and the places of all answers with their ends.
+
+        Before each answer stand the tokens that a model is given when it is asked for that answer.
+        """
+        stop = self.stop_token(tokenizer)
+        ids: list[int] = []
+        spans: list[Span] = []
+        done = 0  # messages, up to the last answer
+        for i, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            prompt = self.encode_messages(tokenizer, messages[:i], system)
+            if spans:  # behind the last answer, whose tokens are those that a model writes
+                answered = self.encode_messages(tokenizer, messages[:done], system, add_generation_prompt=False)
+                if stop not in answered:
+                    raise InputError(
+                        f"{messages[i]['role']} message {i + 1}: the tokenizer has no token {self.turn_end} to end the "
+                        "turns of a conversation (expected one in its vocabulary); take the template alpaca"
+                    )
+                prompt = prompt[len(answered) - answered[::-1].index(stop) :]
+            ids += prompt
+            start, done = len(ids), i + 1
+            ids += [*tokenizer.encode_after(ids, self.written(message)), stop]
+            spans.append((start, len(ids)))
+        return ids, spans
+
+    def written(self, message: Message) -> str:
+        """Return the text of a message as the template writes it."""
+        return with_input(message)
 
     @abstractmethod
     def jinja(self, tokenizer: Tokenizer, system: str | None) -> str:
@@ -106,6 +141,9 @@ class TurnsTemplate(PromptTemplate):
     tail: str
     strips = False  # whether white space around a message is removed
 
+    def written(self, message: Message) -> str:
+        return with_input(message).strip() if self.strips else with_input(message)
+
     def encode_messages(
         self,
         tokenizer: Tokenizer,
@@ -113,9 +151,7 @@ class TurnsTemplate(PromptTemplate):
         system: str | None = None,
         add_generation_prompt: bool = True,
     ) -> list[int]:
-        turns = [(str(message["role"]), with_input(message)) for message in messages]
-        if self.strips:
-            turns = [(role, text.strip()) for role, text in turns]
+        turns = [(str(message["role"]), self.written(message)) for message in messages]
         if system is not None and messages[0]["role"] != "system":
             turns.insert(0, ("system", system))
         head, middle, tail = (_marked(tokenizer, text) for text in (self.head, self.middle, self.tail))

@@ -93,7 +93,8 @@ def cache_frozen_activations(
     with torch.no_grad(), autocast(device, params):
         for batch in batches_by_length(examples, collate, params.batch_size):
             assert batch.lengths is not None
-            cached_hidden = gpt.run_blocks(batch.idx.to(device), n).cpu()  # [B, T, C]
+            segments = None if batch.segments is None else batch.segments.to(device)
+            cached_hidden = gpt.run_blocks(batch.idx.to(device), n, segments=segments).cpu()  # [B, T, C]
             for row, states, length in zip(batch.rows, cached_hidden, batch.lengths.tolist(), strict=True):
                 cache[row] = states[:length].clone()  # [length, C]
 

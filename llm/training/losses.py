@@ -26,7 +26,9 @@ def next_token_loss(model: GPT, batch: Batch) -> tuple[Tensor, Tensor]:
     """Return the cross entropy over the counted targets. Ignored positions never reach the output layer."""
     targets = batch.targets.flatten()  # [B*T]
     counted = (targets != IGNORE_INDEX).nonzero().squeeze(1)  # [N]
-    hidden = model.hidden_states(batch.idx, cached_hidden=batch.cached_hidden, start_layer=batch.start_layer)
+    hidden = model.hidden_states(
+        batch.idx, cached_hidden=batch.cached_hidden, start_layer=batch.start_layer, segments=batch.segments
+    )
     hidden = hidden.flatten(0, 1)  # [B*T, C]
     if len(counted) < len(targets):
         hidden, targets = hidden.index_select(0, counted), targets.index_select(0, counted)  # [N, C], [N]

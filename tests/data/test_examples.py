@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from llm.common.errors import InputError
+from llm.config import Template
 from llm.data.batches import (
     IGNORE_INDEX,
     collate_labels,
@@ -21,12 +23,15 @@ from llm.data.examples import (
     class_weights,
     encode_message,
     message_examples,
+    pack,
     pair_examples,
     read_labels,
     read_messages,
     read_pairs,
+    too_long_pairs,
 )
 from llm.tokenizer.bpe import GPT2_PATTERN, Tokenizer
+from llm.tokenizer.conversation import ConversationEncoder
 from llm.tokenizer.prompts import encode_prompt, end_tokens, stop_token
 from tests.helpers import tiny_tokenizer
 
@@ -138,9 +143,9 @@ PAIRS = [Pair("Name the cat.", "It sat.", "ham", "t"), Pair("Say it.", "", "spam
 
 @pytest.mark.parametrize("template", ["alpaca", "chatml"])
 @pytest.mark.parametrize("mask_prompt", [True, False])
-def test_targets_are_exactly_the_expected_ones(template: str, mask_prompt: bool) -> None:
+def test_targets_are_exactly_the_expected_ones(template: Template, mask_prompt: bool) -> None:
     tokenizer = tiny_tokenizer()
-    examples = pair_examples(PAIRS, tokenizer, template, mask_prompt, max_length=1000)
+    examples = pair_examples(PAIRS, ConversationEncoder(tokenizer, template), 1000, mask_prompt=mask_prompt)
     batch = collate_pairs(examples, [1, 0])
     width = batch.idx.shape[1]
     for b, pair in enumerate(reversed(PAIRS)):
@@ -165,13 +170,60 @@ def test_long_pairs_are_cut_and_those_without_room_for_a_response_go(mask_prompt
     assert short < long
     kept = PAIRS[[len(prompt) for prompt in prompts].index(short)]
     response = [*tokenizer.encode(kept.output), stop_token(tokenizer, "chatml")]
+    encoder = ConversationEncoder(tokenizer, "chatml")
 
     for room in (1, 2):  # of the response
-        examples = pair_examples(PAIRS, tokenizer, "chatml", mask_prompt, max_length=short + room - 1)
+        examples = pair_examples(PAIRS, encoder, short + room - 1, mask_prompt=mask_prompt)
         assert len(examples) == 1
         batch = collate_pairs(examples, [0])
         assert batch.idx.shape[1] == short + room - 1  # the context, and no more
         assert batch.targets[0, short - 1 :].tolist() == response[:room]
         assert (batch.targets[0, : short - 1] == IGNORE_INDEX).all() == mask_prompt
     with pytest.raises(InputError, match=f"every one of 2 prompts is longer than the context of {short - 1} tokens"):
-        pair_examples(PAIRS, tokenizer, "chatml", mask_prompt, max_length=short - 1)
+        pair_examples(PAIRS, encoder, short - 1, mask_prompt=mask_prompt)
+
+
+# ---- conversations ---------------------------------------------------------------------------------------------------
+
+
+def conversation(*turns: str) -> Pair:
+    messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
+    return Pair(turns[-2], "", turns[-1], "t", messages)
+
+
+TALK = conversation("the cat?", "ham.", "and the dog?", "spam and ham.", "the mat?", "the ham")
+
+
+@pytest.mark.parametrize(("loss_on", "answers"), [("all", ["ham.", "spam and ham.", "the ham"]), ("last", ["the ham"])])
+def test_answers_of_a_conversation_are_its_targets(loss_on: Any, answers: list[str]) -> None:
+    tokenizer = tiny_tokenizer()
+    [example] = pair_examples([TALK], ConversationEncoder(tokenizer, "chatml"), 1000, loss_on=loss_on)
+    [targets] = collate_pairs([example], [0]).targets.tolist()
+    counted = tokenizer.decode([target for target in targets if target != IGNORE_INDEX])
+    assert counted == "".join(f"{text}<|im_end|>" for text in answers)
+    [whole] = pair_examples([TALK], ConversationEncoder(tokenizer, "chatml"), 1000, mask_prompt=False, loss_on=loss_on)
+    assert (collate_pairs([whole], [0]).targets != IGNORE_INDEX).all()
+
+
+def test_long_conversations_lose_their_last_turns() -> None:
+    tokenizer = tiny_tokenizer()
+    encoder = ConversationEncoder(tokenizer, "chatml")
+    ends = [end for _, end in encoder.encode_answers(TALK.messages).spans]
+    for length, turns in ((ends[2] - 1, 3), (ends[2] - 2, 2), (ends[1] - 1, 2), (ends[1] - 2, 1)):
+        [example] = pair_examples([TALK], encoder, length)
+        assert len(example.ids) == ends[turns - 1] and example.ids[-1] == stop_token(tokenizer, "chatml")
+        assert too_long_pairs([example], [TALK]) == ("" if turns == 3 else "1 cut before their end of 1")
+    assert (
+        len(pair_examples([TALK, Pair("a", "", "b", "")], encoder, ends[0] - 2)) == 1
+    )  # no room for an answer: dropped
+
+
+def test_packed_examples_are_all_there_and_fill_windows() -> None:
+    encoder = ConversationEncoder(tiny_tokenizer(), "chatml")
+    examples = pair_examples([TALK, *PAIRS * 5, conversation("the cat?", "ham.", "so?", "spam.")], encoder, 200)
+    packed = pack(examples, 200)
+    assert all(len(example.ids) == sum(example.parts) <= 201 for example in packed)
+    assert sorted(n for example in packed for n in example.parts) == sorted(len(example.ids) for example in examples)
+    assert len(packed) <= 1.3 * sum(len(example.ids) for example in examples) / 201 + 1
+    alone, together = (collate_pairs(some, range(len(some))).targets for some in (examples, packed))
+    assert sorted(alone[alone >= 0].tolist()) == sorted(together[together >= 0].tolist())  # no answer is lost or new

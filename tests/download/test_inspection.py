@@ -53,6 +53,11 @@ def parquet(records: list[dict[str, Any]]) -> bytes:
     return buffer.getvalue()
 
 
+TALK = [
+    {"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate("Hi? Hello. So? Well.".split())
+]
+SHAREGPT = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate("Hi? Hello. So? Well.".split())]
+QUOTED = '"' + json.dumps(TALK).replace('"', '""') + '"'
 BY_COMMA = [{"text": mail.replace(",", ""), "label": kind} for mail, kind in MAILS]
 RUSSIAN = [{"text": f"Когда придёт мой заказ номер {i}? Я жду его уже неделю.", "label": "вопрос"} for i in range(5)]
 RUSSIAN += [{"text": f"Посылка {i} пришла сломанной, это ужасно.", "label": "жалоба"} for i in range(5)]
@@ -97,6 +102,38 @@ KNOWN: dict[str, tuple[str, str | bytes, str, int]] = {  # name, content, kind, 
                                       output="Answer", input="")), "instructions", 4),
     "joined JSON": ("a.json", json.dumps(QA) + "\n" + json.dumps(QA), "instructions", 8),
     "ndjson": ("a.ndjson", lines(QA), "instructions", 4),
+    "OpenAI's messages": ("a.jsonl", lines([{"messages": TALK}] * 3), "instructions", 3),
+    "ShareGPT": ("a.json", json.dumps([{"id": "x", "conversations": SHAREGPT}] * 2), "instructions", 2),
+    "a conversation in parquet": ("a.parquet", parquet([{"messages": TALK, "source": "x"}] * 2), "instructions", 2),
+    "messages as text in a .csv": ("a.csv", "id,messages\n1," + QUOTED + "\n2," + QUOTED + "\n", "instructions", 2),
+    "two conversations a row": ("a.jsonl", lines([{"long": TALK, "short": TALK[:2]}] * 2), "instructions", 2),
+    "Gemini's contents": ("a.jsonl", lines([{"contents": [
+        {"role": "user", "parts": [{"text": "Hi?"}]}, {"role": "model", "parts": [{"text": "Hello."}]}]}]),
+        "instructions", 1),
+    "prompt and completion of messages": ("a.jsonl", lines([{"prompt": TALK[:1], "completion": TALK[1:2]}] * 2),
+                                          "instructions", 2),
+    "preferred texts": ("a.jsonl", lines([{"prompt": "Hi?", "chosen": "Hello.", "rejected": "Go."}] * 2),
+                        "instructions", 2),
+    "preferred messages": ("a.jsonl", lines([{"chosen": TALK, "rejected": [*TALK[:3], TALK[1]]}] * 2),
+                           "instructions", 2),
+    "preferred dialogues": ("a.jsonl", lines([{"chosen": "\n\nHuman: Hi?\n\nAssistant: Hello.",
+                            "rejected": "\n\nHuman: Hi?\n\nAssistant: Go."}] * 2), "instructions", 2),
+    "SQuAD": ("a.json", json.dumps({"version": "1", "data": [{"title": "T", "paragraphs": [{"context": LONG, "qas": [
+        {"question": "Where?", "answers": [{"text": "There", "answer_start": 1}]},
+        {"question": "When?", "answers": [{"text": "Late", "answer_start": 1}]}]}]}]}), "instructions", 2),
+    "SQuAD in rows": ("a.jsonl", lines([{"question": "Where?", "context": LONG, "answers": {"text": ["There", "Here"],
+                      "answer_start": [1, 1]}}] * 2), "instructions", 2),
+    "rows under a key": ("a.json", json.dumps({"info": LONG, "items": rows("text", "label")}), "messages", 12),
+    "pandas, split": ("a.json", json.dumps({"columns": ["text", "label"], "index": list(range(12)),
+                      "data": [list(row.values()) for row in rows("text", "label")]}), "messages", 12),
+    "pandas, columns": ("a.json", json.dumps({name: {str(i): row[name] for i, row in enumerate(rows("text", "label"))}
+                        for name in ("text", "label")}), "messages", 12),
+    "pandas, index": ("a.json", json.dumps({str(i): row for i, row in enumerate(rows("text", "label"))}),
+                      "messages", 12),
+    "pandas, table": ("a.json", json.dumps({"schema": {"fields": [{"name": "text"}]}, "data": rows("text", "label")}),
+                      "messages", 12),
+    "a list for each column": ("a.json", json.dumps({name: [row[name] for row in rows("text", "label")]
+                               for name in ("text", "label")}), "messages", 12),
 }  # fmt: skip
 
 
@@ -132,8 +169,14 @@ UNKNOWN: dict[str, tuple[str, str | bytes, str]] = {
     "nothing": ("a.txt", b"", "an empty file"),
     "blanks": ("a.txt", b" \n\n ", "found none"),
     "a login page": ("a.csv", "<!doctype html><html><body>Log in</body></html>", "found an HTML page"),
-    "a conversation": ("a.jsonl", lines([{"messages": [{"role": "user", "content": "hi"}]}]), "a conversation"),
-    "SQuAD": ("a.json", json.dumps({"data": [{"paragraphs": []}]}), "SQuAD"),
+    "a conversation without an answer": (
+        "a.jsonl",
+        lines([{"messages": [{"role": "user", "content": "hi"}]}]),
+        "expected an answer",
+    ),
+    "tagged words": ("a.jsonl", lines([{"tokens": ["It", "sat"], "tags": [0, 1]}] * 3), "a list of tokens"),
+    "translations": ("a.jsonl", lines([{"translation": {"en": "cat", "de": "Katze"}}] * 3), "translation.en"),
+    "choices": ("a.jsonl", lines([{"q": "Which?", "choices": ["a", "b"], "answer": 1}] * 3), "a choice of answers"),
     "numbers": ("a.csv", "x,y\n1,2\n3,4\n5,6\n", "no column looks like a text"),
     "a list of numbers": ("a.json", "[1, 2, 3]", "expected a JSON object"),
     "several files": ("a.zip", zipped({"a.txt": b"a", "b.txt": b"b"}), "say which with member:"),

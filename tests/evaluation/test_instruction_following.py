@@ -40,6 +40,27 @@ def test_answers_stay_with_their_pairs(tmp_path: Path, tokenizer: Tokenizer, mon
     assert "nearest" in result.reports and "nearest" in result.tasks and "nearest" not in result.losses
 
 
+def test_last_answers_of_conversations_are_asked_with_and_without_their_history(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = [("user", "cat?"), ("assistant", "red"), ("user", "again"), ("assistant", "red")]
+    talk = [{"role": role, "content": text} for role, text in said]
+    pair = {"instruction": "again", "input": "", "output": "red", "task": "t"}
+    write_rows(tmp_path / "test.jsonl", [{**pair, "messages": talk}, {**pair, "instruction": "say"}])
+    write_rows(tmp_path / "val.jsonl", [])
+
+    def recall(model: GPT, prompts: list[list[int]], **options: object) -> list[list[int]]:
+        return [tokenizer.encode(" red" if "red" in tokenizer.decode(prompt) else " mat") for prompt in prompts]
+
+    monkeypatch.setattr("llm.evaluation.instruction_following.generate", recall)
+    result = evaluate_instruct({"gpt": make_folder(tokenizer)}, "alpaca", tmp_path, params())
+    assert result.turns is not None and result.turns.with_history.rows == 1
+    assert result.turns.with_history.exact_match.value == 1 and result.turns.without_history.exact_match.value == 0
+    assert [example.answers["gpt"] for example in result.examples] == ["red", "mat"]
+    write_rows(tmp_path / "test.jsonl", [pair])
+    assert evaluate_instruct({"gpt": make_folder(tokenizer)}, "alpaca", tmp_path, params()).turns is None
+
+
 def test_a_base_that_knows_a_template_is_asked_in_it(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

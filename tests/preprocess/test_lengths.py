@@ -15,6 +15,7 @@ from llm.data.examples import Pair, pair_examples, too_long_pairs
 from llm.preprocess import lengths
 from llm.preprocess.lengths import Limit, TooLong
 from llm.preprocess.supervised import Row, SplitRows
+from llm.tokenizer.conversation import ConversationEncoder
 from llm.tokenizer.prompts import encode_prompt, stop_token
 from tests.conftest import ROOT
 from tests.datasets import message_rows
@@ -42,17 +43,27 @@ def test_pairs_are_counted_as_the_training_cuts_and_drops_them(template: Any) ->
     prompt = len(encode_prompt(tokenizer, template, "a" * 20))
     pairs = [Pair("a" * 20, "", "b" * n, "") for n in range(1, 12)]
     pairs += [Pair("a" * n, "", "b", "") for n in range(20, 60)]
-    stop = stop_token(tokenizer, template)
+    encoder = ConversationEncoder(tokenizer, template)
     for room in (1, 5, 30):
         limit = Limit(prompt + room, "model.context_length")
         rows = split([*map(pair_row, pairs)], [], [])
-        count = lengths.count_pairs(rows, tokenizer, limit, template, None)["train"]
-        examples = pair_examples(pairs, tokenizer, template, True, limit.tokens)
-        cut = sum(example.ids[-1] != stop for example in examples)
+        count = lengths.count_pairs(rows, encoder, limit)["train"]
+        examples = pair_examples(pairs, encoder, limit.tokens)
+        cut = sum(example.ids[-1] != stop_token(tokenizer, template) for example in examples)
         assert count == TooLong(len(pairs), cut, len(pairs) - len(examples))
-        said = too_long_pairs(examples, pairs, stop)
-        assert (f"{cut} cut without their stop token" in said) == (cut > 0)
-    assert too_long_pairs(pair_examples(pairs, tokenizer, template, True, 10_000), pairs, stop) == ""
+        said = too_long_pairs(examples, pairs)
+        assert (f"{cut} cut before their end" in said) == (cut > 0)
+    assert too_long_pairs(pair_examples(pairs, encoder, 10_000), pairs) == ""
+
+
+@pytest.mark.parametrize(("role", "template"), [("tool", "chatml"), ("system", "alpaca")])
+def test_conversations_that_a_template_cannot_write_are_named(role: str, template: Any) -> None:
+    said = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+    said.insert(0 if role == "system" else 2, (role, "e"))
+    talk = Pair("c", "", "d", "", [{"role": role, "content": text} for role, text in said])
+    rows = split([pair_row(Pair("a", "", "b", "")), pair_row(talk)], [], [])
+    with pytest.raises(InputError, match=f"record 2 of train: .*{role}.* name another finetune_instruct.template"):
+        lengths.count_pairs(rows, ConversationEncoder(tiny_tokenizer(), template), CONTEXT)
 
 
 def test_messages_are_counted_by_split() -> None:

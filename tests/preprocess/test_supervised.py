@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import random
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 
 from llm.common.errors import InputError
 from llm.config import SPLITS, LabelledSplit
+from llm.data.examples import read_pairs
 from llm.preprocess import data_card, supervised
 from llm.preprocess.supervised import Row, SplitRows
 from llm.preprocess.text import dedup_key
@@ -308,4 +311,27 @@ def test_bad_messages(tmp_path: Path, record: object, message: str) -> None:
 def test_bad_instructions(tmp_path: Path, record: object, message: str) -> None:
     path = write_lines(tmp_path / "instructions.jsonl", [record])
     with pytest.raises(InputError, match=f"instructions.jsonl: line 1: {message}"):
+        supervised.read_instructions(path)
+
+
+# ---- conversations ---------------------------------------------------------------------------------------------------
+
+
+def test_conversations_keep_their_turns_and_equal_ones_stand_together(tmp_path: Path) -> None:
+    def talk(*turns: str, **more: Any) -> dict[str, Any]:
+        said = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
+        return {"messages": said, **more}
+
+    rows = [talk("Hi?", "Hello.", "So\r\n?", "Well."), talk("hi", "hello", "so", "Other."), talk("Hi?", "Hello.")]
+    path = tmp_path / "instructions.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    first, equal, single = supervised.read_instructions(path)
+    assert first.fields["messages"][2] == {"role": "user", "content": "So\n?"}
+    assert (first.fields["instruction"], first.fields["output"]) == ("So\n?", "Well.")
+    assert first.key == equal.key != single.key and first.answer != equal.answer
+    assert single.fields == {"instruction": "Hi?", "input": "", "output": "Hello.", "task": ""}
+    supervised.write_rows(tmp_path / "out", supervised.SplitRows({"train": [first, single]}, 0, {}))
+    assert read_pairs(tmp_path / "out" / "train.jsonl")[0].messages == first.fields["messages"]
+    path.write_text(json.dumps(talk("Hi?", "\x00")) + "\n", encoding="utf-8")
+    with pytest.raises(InputError, match="line 1: a message of assistant is empty after cleaning"):
         supervised.read_instructions(path)

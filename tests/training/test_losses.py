@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from llm.common.errors import InputError
 from llm.data.batches import IGNORE_INDEX, batches_by_length, collate_labels, collate_pairs
+from llm.data.examples import Example, pack
 from llm.model.gpt import GPT
 from llm.training.losses import label_loss, label_metrics, mean_loss, next_token_loss
-from tests.helpers import randomize
+from tests.helpers import FORMS, gpt_config, randomize
 from tests.training.tiny import (
     new_classifier,
     new_gpt,
@@ -76,3 +78,28 @@ def test_accuracy_counts_the_likeliest_labels() -> None:
         assert found["val/accuracy"] == sum(right) / 8
         loss = mean_loss(classifier, label_loss, batches_by_length(examples, collate_labels, 8))
         assert found["val/loss"] == pytest.approx(loss, rel=1e-6)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_packed_conversations_have_the_losses_and_gradients_of_single_ones(form: str) -> None:
+    """Attention and positions are kept apart, in every form of the model."""
+    model = GPT(gpt_config(**FORMS[form])).double()
+    randomize(model)
+    generator = torch.Generator().manual_seed(3)
+    examples = [
+        Example(torch.randint(0, 61, (n,), generator=generator).tolist(), start, 0, gaps)
+        for n, start, gaps in ((5, 1, ()), (9, 2, ((4, 6),)), (4, 0, ()), (8, 3, ()), (3, 1, ()))
+    ]
+    packed = pack(examples, 16)
+    assert len(packed) == 2
+
+    def step(rows: list[Example]) -> tuple[float, list[Tensor]]:
+        model.zero_grad()
+        loss, weight = next_token_loss(model, collate_pairs(rows, range(len(rows))))
+        (loss / weight).backward()
+        return (loss / weight).item(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    (loss, gradients), (expected, expected_gradients) = step(packed), step(examples)
+    assert loss == pytest.approx(expected, abs=1e-6)
+    for ours, theirs in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
