@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from llm.audit.describe import to_dict
 from llm.audit.leakage import Audit
@@ -20,20 +20,23 @@ from llm.common.files import write_atomic
 from llm.data.examples import read_quotable, read_too_long
 from llm.evaluation.base_model import BaseResult, evaluate_base
 from llm.evaluation.classification import ClassifierResult, evaluate_classifiers
+from llm.evaluation.inside import Inside, look_inside
 from llm.evaluation.instruction_following import InstructResult, evaluate_instruct
 from llm.evaluation.leakage import audit_tokens, clean_headlines
-from llm.reporting import leakage, pictures, report, tables
+from llm.reporting import curves, leakage, page, pictures, report, tables, text_pictures
 from stages.runtime.run import Run, main, resource_error, rounded
 
 logger = logging.getLogger("llm")
 MODELS, TOKENS, REPORTS = Path("models"), Path("data/tokens"), Path("reports")
 FIGURES = REPORTS / "figures"
+TABLES = ("bpb", "classifiers", "instructions", "per_task")  # of reports/plots, which MLflow compares
 TIME_LINE = (
-    "How long each stage took, and on what, differs from run to run and so is not in here: `python -m stages.timeline` "
-    "draws it to `.work/timeline.png`, and MLflow has it beside the run."
+    "How long each stage took, on what, and how many tokens a second it read differs from run to run and so is not in "
+    "here: `python -m stages.timeline` draws it to `.work/timeline.png` and `.work/training.png`, and MLflow has both "
+    "beside the run."
 )
 NEXT = (
-    "Read reports/report.md. Talk to the model: python -m llm chat models/instruct",
+    "Open reports/report.html. Talk to the model: python -m llm chat models/instruct",
     "Compare runs: MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui --backend-store-uri sqlite:///mlflow.db",
 )
 
@@ -55,6 +58,7 @@ def evaluate(run: Run) -> None:
     with run.phase("evaluation"):
         base_folder = models(base="base")["base"]
         base = evaluate_base(base_folder, TOKENS / "corpus", section, params.seed)
+        inside = look_inside(base_folder, TOKENS / "corpus") if "corpus" in read_quotable(TOKENS) else None
         classifiers = evaluate_classifiers(
             models(gpt="classifier", scratch="classifier_scratch"), TOKENS / "messages", section.batch_size
         )
@@ -64,18 +68,29 @@ def evaluate(run: Run) -> None:
         instruct = evaluate_instruct(order, template, TOKENS / "instructions", section)
         audit = audit_tokens(TOKENS, base_folder.tokenizer, section)
     with run.phase("saving"):
-        write_reports(run, base, classifiers, instruct, audit)
+        write_reports(run, Results(base, classifiers, instruct, audit, inside))
     for line in [*report.headlines(base, classifiers, instruct), *NEXT]:
         logger.info(line)
-    for path in (REPORTS / "report.md", FIGURES):
+    for path in (REPORTS / "report.html", REPORTS / "report.md", FIGURES):
         optional(f"artifact {path}", partial(run.artifact, path))
+    for path in [REPORTS / "plots" / f"{name}.csv" for name in TABLES] + quotable_predictions():
+        optional(f"table {path}", partial(run.table, path))
     for name in ("base", "classifier", "instruct"):
         optional(f"registration of {name}", partial(run.register, f"llm-{name}", MODELS / name))
 
 
-def write_reports(
-    run: Run, base: BaseResult, classifiers: ClassifierResult, instruct: InstructResult, audit: Audit
-) -> None:
+class Results(NamedTuple):
+    """All that the evaluation found; `inside` is None where the corpus may not be quoted."""
+
+    base: BaseResult
+    classifiers: ClassifierResult
+    instruct: InstructResult
+    audit: Audit
+    inside: Inside | None
+
+
+def write_reports(run: Run, results: Results) -> None:
+    base, classifiers, instruct, audit, inside = results
     quotable = read_quotable(TOKENS)
     clean = clean_headlines(audit, base, classifiers, instruct)
     run.write_metrics(tables.metrics(base, classifiers, instruct) | leakage.metrics(audit, clean))
@@ -91,12 +106,15 @@ def write_reports(
 
     FIGURES.mkdir(parents=True, exist_ok=True)
     drawings: dict[str, Callable[[Path], None]] = {
-        "training": partial(pictures.draw_trainings, REPORTS / "plots"),
+        "training": partial(curves.draw_trainings, REPORTS / "plots"),
         "bpb": partial(pictures.draw_bpb, base),
         "classifiers": partial(pictures.draw_classifiers, classifiers),
         "confusion_roc": partial(pictures.draw_confusion_roc, classifiers),
         "instructions": partial(pictures.draw_instructions, instruct),
     }
+    if inside is not None:
+        drawings["token_losses"] = partial(text_pictures.draw_token_losses, inside)
+        drawings["attention"] = partial(text_pictures.draw_attention, inside)
     for name, draw in drawings.items():
         optional(f"picture {name}", partial(draw, FIGURES / f"{name}.png"))
 
@@ -106,8 +124,21 @@ def write_reports(
         text += "\n" + "\n".join(leakage.section(audit, clean, quotable))
         write_atomic(REPORTS / "report.md", f"{text}\n{too_long_section(read_too_long(TOKENS))}{TIME_LINE}\n")
 
-    write_atomic(REPORTS / "report.md", "The report was left out; the figures are in metrics/evaluate.json.\n")
-    optional("report", write_report)
+    def write_page() -> None:
+        card, versions = REPORTS / "data_card.md", Path("constraints.txt")
+        content = page.page(REPORTS / "report.md", card, versions, quotable_predictions())
+        write_atomic(REPORTS / "report.html", content)
+
+    for name, write in {"report.md": write_report, "report.html": write_page}.items():
+        write_atomic(REPORTS / name, "The report was left out; the figures are in metrics/evaluate.json.\n")
+        optional(name, write)
+
+
+def quotable_predictions() -> list[Path]:
+    """Return the files of predictions whose texts may be shown; an answer can recite the corpus."""
+    kinds = {"messages": {"messages"}, "instructions": {"corpus", "instructions"}}
+    quotable = set(read_quotable(TOKENS))
+    return [REPORTS / "predictions" / f"{name}.jsonl" for name, needed in kinds.items() if needed <= quotable]
 
 
 def too_long_section(cards: Mapping[str, Any]) -> str:

@@ -71,7 +71,7 @@ def pretrain(run: Run) -> None:
     with run.phase("saving"):
         save_trained(Path("models/base"), content, section)
     tokens_per_step = section.batch_size * section.grad_accum_steps * window
-    run.write_history(result.history)
+    run.write_history(result.history, result.curve)
     run.write_metrics(
         {
             "parameters": sum(p.numel() for p in model.parameters()),

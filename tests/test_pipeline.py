@@ -102,9 +102,20 @@ def test_metrics_include_the_baselines(pipeline: Path) -> None:
 def test_the_report_shows_pictures_that_exist(pipeline: Path) -> None:
     report = (pipeline / "reports/report.md").read_text(encoding="utf-8")
     shown = {pipeline / "reports" / name for name in re.findall(r"!\[.*?\]\((.*?)\)", report)}
-    assert len(shown) == 5
+    assert len(shown) >= 7
     assert shown == set((pipeline / "reports/figures").iterdir())
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in shown)
+    page = (pipeline / "reports/report.html").read_text(encoding="utf-8")
+    assert page.count("data:image/png;base64,") == len(shown) and len(page) < 1_500_000
+    assert all(f"<h2>{heading}</h2>" in page for heading in re.findall("^## (.*)$", report, re.MULTILINE))
+    assert "<h2>Predictions: messages</h2>" in page and "<td>torch</td>" in page
+
+
+def test_every_step_of_a_training_is_kept_for_its_curve(pipeline: Path) -> None:
+    for stage in TRAININGS:
+        rows = curve(pipeline, f"{stage}_steps")
+        assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+        assert all(row["train/loss"] > 0 and row["lr"] > 0 for row in rows)
 
 
 def test_time_line_has_the_phases_of_every_stage(pipeline: Path) -> None:

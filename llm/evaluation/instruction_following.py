@@ -15,6 +15,7 @@ from llm.checkpoint.folder import Checkpoint
 from llm.config import EvaluateParams, InstructTemplate
 from llm.data.batches import batches_by_length, collate_pairs
 from llm.data.examples import Pair, first_filled, pair_examples, read_pairs
+from llm.evaluation.answer_form import Answer, FormReport, form_report
 from llm.evaluation.baselines import nearest_answers
 from llm.evaluation.metrics import AnswerReport, answer_report, by_task
 from llm.inference.generate import generate
@@ -41,6 +42,12 @@ class InstructResult(NamedTuple):
     examples: list[Example]  # all pairs, in the order of the data
     shown: list[int]  # the examples in the report
     turns: TurnsReport | None = None  # of the conversations of several turns, where there are any
+
+    def forms(self) -> dict[str, FormReport]:
+        """Return the form of each model's answers."""
+        names = self.examples[0].answers if self.examples else {}
+        expected, tasks = ([getattr(each.pair, name) for each in self.examples] for name in ("output", "task"))
+        return {name: form_report([e.answers[name] for e in self.examples], expected, tasks) for name in names}
 
     def best_alternative(self) -> str:
         """Return what has the highest exact match without this finetuning: the base model or the nearest pair."""
@@ -143,7 +150,7 @@ def answer(
         stop=end_tokens(tokenizer, encoder.template) | config.stop_ids(tokenizer),
         batch_size=batch_size,
     )
-    return [tokenizer.decode(ids).strip() for ids in answers]
+    return [Answer(tokenizer.decode(ids).strip(), len(ids) < params.max_new_tokens) for ids in answers]
 
 
 def is_conversation(pair: Pair) -> bool:

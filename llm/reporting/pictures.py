@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,35 +9,13 @@ from llm.common.plotting import BLUE, GREY, INK, LIGHT_BLUE, ORANGE, new_figure,
 from llm.evaluation.base_model import BaseResult
 from llm.evaluation.classification import OURS, ClassifierResult
 from llm.evaluation.instruction_following import InstructResult
-from llm.reporting.tables import ANSWERERS, CLASSIFIERS, TEXT_MODELS, TRAININGS
+from llm.reporting.tables import ANSWERERS, CLASSIFIERS, TEXT_MODELS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 COLBLUE = {"gpt": BLUE, "base": LIGHT_BLUE, "scratch": ORANGE, "nearest": GREY}
 DASHES = ("-", "--", "-.", ":")  # of the classical ROC curves that are drawn: those with the largest areas
-
-
-def draw_trainings(plots: Path, path: Path) -> None:
-    """Draw the losses of the trainings, from their files in `plots`."""
-    histories = {}
-    for stage in TRAININGS:
-        if (file := plots / f"{stage}.csv").is_file():
-            with file.open(encoding="utf-8") as lines:
-                histories[stage] = list(csv.DictReader(lines))
-    with style():
-        figure = new_figure(10, 3.2)
-        for axes, (stage, rows) in zip(
-            figure.subplots(1, len(histories), squeeze=False)[0], histories.items(), strict=True
-        ):
-            marker = "o" if len(rows) < 25 else ""
-            for column, colour, label in (("train/loss", GREY, "train"), ("val/loss", BLUE, "val")):
-                points = [(float(row["step"]), float(row[column])) for row in rows if row.get(column)]
-                axes.plot(*zip(*points, strict=True), color=colour, label=label, marker=marker, markersize=3)
-            axes.set(title=TRAININGS[stage], xlabel="step", ylim=(0, None))
-            axes.legend()
-        figure.axes[0].set_ylabel("loss (nats)")
-        save(figure, path)
 
 
 def draw_bpb(result: BaseResult, path: Path) -> None:

@@ -9,6 +9,7 @@ import textwrap
 from collections.abc import Collection, Mapping, Sequence
 
 from llm.common.markdown import escape, fenced, table
+from llm.evaluation.answer_form import task_forms
 from llm.evaluation.base_model import BaseResult
 from llm.evaluation.classification import ClassifierResult
 from llm.evaluation.comparison import ALPHA
@@ -45,8 +46,10 @@ def markdown(
         "are on held-out data that no training and no baseline has learned from. Brackets hold 95 % intervals.",
         "",
         *headlines(base, classifiers, instruct),
-        *picture("training", "Losses of the three trainings, over steps"),
+        *picture("training", "Losses and learning rates of the three trainings, over steps"),
         *_base_section(base, picture("bpb", "Bits per byte of each model"), "corpus" in quotable),
+        *picture("token_losses", "Loss of each token under a held-out text: long bars are surprises"),
+        *picture("attention", "Attention over held-out sentences, of the head that looks back farthest"),
         *_classifier_section(
             classifiers,
             picture("classifiers", "Accuracy of each classifier with its interval"),
@@ -234,6 +237,8 @@ def _instruct_section(result: InstructResult, picture: list[str], quotable: bool
     if result.tasks["gpt"]:
         lines += _task_table(result)
     lines += _turns(result)
+    if result.examples:
+        lines += _form_section(result)
     if result.shown and not quotable:
         return [*lines, "### Answers", "", withheld("instructions", "the corpus or the instructions"), ""]
     return [*lines, *_answers(result)] if result.shown else lines
@@ -272,6 +277,30 @@ def _task_table(result: InstructResult) -> list[str]:
         for task, r in result.tasks["gpt"].items()
     ]
     return table(["task", "pairs", "exact match", "ROUGE-L", "chrF", *exact_matches], rows)
+
+
+def _form_section(result: InstructResult) -> list[str]:
+    """Say how long the answers are, how they end, and whether they keep to the form of their task."""
+    reports = result.forms()
+    forms = task_forms([each.pair.output for each in result.examples], [each.pair.task for each in result.examples])
+    kinds = ", ".join(f"{escape(task)}: {form}" if task else f"all: {form}" for task, form in forms.items())
+    rows = [
+        [
+            ANSWERERS[name],
+            f"{r.words:.1f}",
+            f"{100 * r.repetition:.1f} %",
+            "-" if r.stopped is None else percent(r.stopped),
+            "-" if r.valid is None else percent(r.valid),
+        ]
+        for name, r in reports.items()
+    ]
+    return [
+        f"The form of the answers, of which the expected ones have {next(iter(reports.values())).expected_words:.1f} "
+        "words. Repeated: passages of 4 words that stood in the answer before. A task has a form where all its "
+        f"expected answers share one ({kinds or 'none does here'}).",
+        "",
+        *table(["model", "words", "repeated", "ended by a stop token", "in the form of the task"], rows),
+    ]
 
 
 def _answers(result: InstructResult) -> list[str]:

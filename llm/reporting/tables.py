@@ -8,6 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from llm.evaluation.answer_form import FormReport
 from llm.evaluation.base_model import BaseResult
 from llm.evaluation.classification import ClassifierResult
 from llm.evaluation.instruction_following import InstructResult
@@ -34,11 +35,6 @@ ANSWERERS = {
     "scratch": "GPT without pretraining",
     "nearest": "nearest training pair",
 }
-TRAININGS = {
-    "pretrain": "Pretraining",
-    "finetune_classify": "Finetuning: labels",
-    "finetune_instruct": "Finetuning: instructions",
-}
 
 
 def metrics(base: BaseResult, classifiers: ClassifierResult, instruct: InstructResult) -> dict[str, Any]:
@@ -58,9 +54,12 @@ def metrics(base: BaseResult, classifiers: ClassifierResult, instruct: InstructR
     for name, report in classifiers.reports.items():
         section = "classifier" if name == "gpt" else f"classifier_{name}"
         sections[section] = {"messages": report.rows, **numbers(report)}
+    forms = instruct.forms()
     for name, answers in instruct.reports.items():
         section = "instruct" if name == "gpt" else f"instruct_{name}"
         sections[section] = {"pairs": answers.rows, **numbers(answers)}
+        if name in forms:
+            sections[section] |= {key: value for key, value in form_numbers(forms[name]).items() if value is not None}
         if (loss := instruct.losses.get(name)) is not None:
             sections[section] |= {"loss": loss.loss, "loss_per_char": loss.loss_per_char}
     if instruct.turns is not None:
@@ -72,6 +71,12 @@ def metrics(base: BaseResult, classifiers: ClassifierResult, instruct: InstructR
     if instruct.tasks["gpt"]:
         sections["instruct_tasks"] = {task: report.exact_match.value for task, report in instruct.tasks["gpt"].items()}
     return sections
+
+
+def form_numbers(form: FormReport) -> dict[str, float | None]:
+    """Flatten the form of a model's answers for a metrics file."""
+    valid, stopped = (None if share is None else share.value for share in (form.valid, form.stopped))
+    return {"words": form.words, "repetition": form.repetition, "form_valid": valid, "stopped": stopped}
 
 
 def headlines(base: BaseResult, classifiers: ClassifierResult, instruct: InstructResult) -> dict[str, float]:

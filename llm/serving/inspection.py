@@ -1,11 +1,10 @@
 """A model's insides over a text: losses, candidates, attention and the logit lens; and embeddings.
 
-Shapes: T tokens, C emb_dim, H n_heads, K n_kv_heads, D head_dim, V vocab_size.
+Shapes: T tokens, C emb_dim, V vocab_size.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -13,7 +12,8 @@ from torch import Tensor
 
 from llm.api import Model
 from llm.common.errors import InputError
-from llm.model.gpt import GPT, TransformerBlock
+from llm.inference.layers import run_layers
+from llm.model.gpt import GPT
 from llm.serving.prompts import text_ids
 from llm.tokenizer.bpe import Tokenizer
 
@@ -41,7 +41,8 @@ def inspect_text(model: Model, text: str, layer: int, head: int, top: int) -> di
             raise InputError(f"{name}: no such {name} (expected 0 to {size - 1}, got {value})")
     if len(ids) > (longest := min(MAX_TOKENS, config.context_length)):
         raise InputError(f"text: {len(ids)} tokens (expected at most {longest}); send a shorter text")
-    streams, attention = run_layers(gpt, ids, layer, head)
+    layers = list(run_layers(gpt, ids))
+    streams, attention = [each.stream for each in layers], layers[layer + 1].attention[head]
     logprobs = [gpt.lm_head(gpt.final_norm(x)).float().log_softmax(-1) for x in streams]  # (layers + 1) x [T, V]
     following = torch.tensor(ids[1:], device=streams[0].device)[:, None]  # [T - 1, 1]
     losses = [None, *(-logprobs[-1][:-1].gather(1, following)[:, 0]).tolist()]
@@ -56,26 +57,6 @@ def inspect_text(model: Model, text: str, layer: int, head: int, top: int) -> di
         "n_layers": config.n_layers,
         "n_heads": config.n_heads,
     }
-
-
-def run_layers(gpt: GPT, ids: list[int], layer: int, head: int) -> tuple[list[Tensor], Tensor]:
-    """Return the residual streams [T, C] before the first and after each block, and a head's attention [T, T]."""
-    idx = torch.tensor([ids], device=gpt.tok_emb.weight.device)  # [1, T]
-    positions = torch.arange(len(ids), device=idx.device)
-    inputs = [(gpt.cos_sin(kind, positions), gpt.mask(positions, len(ids), None, kind.window)) for kind in gpt.kinds]
-    x = gpt.embed(idx, positions)
-    streams, attention = [x[0]], torch.empty(0)
-    for number, block in enumerate(gpt.blocks):
-        assert isinstance(block, TransformerBlock)
-        cos_sin, mask = inputs[gpt.kind_of_layer[number]]
-        q, k, v = block.project_qkv(x, cos_sin)
-        if number == layer:
-            keys = k[0, head * k.shape[1] // q.shape[1]]  # [T, D], of the queries' group
-            scores = q[0, head].float() @ keys.float().T / math.sqrt(q.shape[-1])  # [T, T]
-            attention = scores.masked_fill(~mask[0, 0], -torch.inf).softmax(-1)
-        x = block.finish(x, block.attn.attend(q, k, v, mask, None))
-        streams.append(x[0])
-    return streams, attention
 
 
 def likeliest(tokenizer: Tokenizer, logprobs: Tensor, top: int) -> list[list[dict[str, Any]]]:

@@ -48,6 +48,7 @@ class FitResult(NamedTuple):
     steps: int  # optimizer steps that were made
     best_step: int  # the step of the weights that the model has now
     history: list[dict[str, float]]  # a row for each evaluation; that of the start has no `train/loss`
+    curve: list[dict[str, float]]  # `step`, `train/loss` and `lr` of every step, or of every few where they are many
     stopped: bool = False  # early, by `should_stop`
 
     @property
@@ -77,23 +78,23 @@ def fit(
     """
     trainer = Trainer(model, task, params, runtime, hooks)
     state = trainer.state
-    with trainer.progress.bar:
+    with trainer.progress:
         while True:
             if state.step % params.eval_interval == 0 or state.step == params.max_steps:
                 try:
                     trainer.evaluate()
                 except StoppedError:
                     trainer.save(trainer.state_dir)
-                    return FitResult(state.step, state.step, state.history, stopped=True)
+                    return trainer.result(stopped=True)
                 if trainer.is_done():
                     break
             stopping = trainer.train_step()
             trainer.save_if_due(stopping)
             if stopping:
-                return FitResult(state.step, state.step, state.history, stopped=True)
+                return trainer.result(stopped=True)
     if params.keep == "best":
         state.restore_best()
-    return FitResult(state.step, state.best_step if params.keep == "best" else state.step, state.history)
+    return trainer.result()
 
 
 class Trainer:
@@ -151,11 +152,10 @@ class Trainer:
                 for optimizer in self.optimizers:
                     optimizer.step()
             stopping = distributed.any_rank(self.hooks.should_stop())
-        self.state.step += 1
-        self.state.losses.append(loss)
-        self.progress.advance(sum(batch.idx.numel() for batch in micro_batches))
+        self.state.record(loss, self.lr)
+        self.progress.advance(sum(batch.idx.numel() for batch in micro_batches), loss)
         if self.state.step % self.runtime.log_interval == 0:
-            speed = self.progress.tokens_per_s(loss)
+            speed = self.progress.tokens_per_s()
             metrics = {"train/loss": loss, "lr": self.lr, "grad_norm": grad_norm, "tokens_per_s": speed}
             self.hooks.log(metrics, self.state.step)
         return stopping
@@ -186,6 +186,12 @@ class Trainer:
             else:
                 state.evals_since_best += 1
         self.progress.restart_clock()
+
+    def result(self, stopped: bool = False) -> FitResult:
+        """Return the outcome: of the best weights, if those are in place, unless it stopped early."""
+        state = self.state
+        best_step = state.best_step if self.params.keep == "best" and not stopped else state.step
+        return FitResult(state.step, best_step, state.history, state.curve_rows(self.lr), stopped)
 
     def sample(self) -> str | None:
         """Return a generated text on rank 0. One process may be stopped between its tokens."""

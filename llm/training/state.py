@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from llm.common.files import parse_json, replaced_folder
 
 logger = logging.getLogger("llm")
+MAX_POINTS = 1024  # of the curve of a training
 
 
 def save_state(folder: Path, step: int, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
@@ -72,10 +73,31 @@ class TrainingState:
         self.model, self.optimizers = model, optimizers
         self.step = 0
         self.losses: list[float] = []  # of the steps since the last evaluation
+        self.curve: list[list[float]] = []  # step, mean loss and learning rate of each block of `block_steps` steps
+        self.block: list[float] = []  # losses of the steps since the last point of the curve
+        self.block_steps = 1
         self.recent: list[float] = []  # of the last 20 steps
         self.history: list[dict[str, float]] = []
         self.best_loss, self.best_step, self.evals_since_best = math.inf, 0, 0
         self.best: dict[str, Tensor] = {}  # the trained weights at best_step
+
+    def record(self, loss: float, lr: float) -> None:
+        """Count a step, and add it to the curve, whose blocks double when they are many: it follows from the losses."""
+        self.step += 1
+        self.losses.append(loss)
+        self.block.append(loss)
+        if len(self.block) == self.block_steps:
+            self.curve.append([self.step, sum(self.block) / len(self.block), lr])
+            self.block = []
+        if len(self.curve) == MAX_POINTS:
+            pairs = zip(self.curve[::2], self.curve[1::2], strict=True)
+            self.curve = [[step, (first + second) / 2, lr] for (_, first, _), (step, second, lr) in pairs]
+            self.block_steps *= 2
+
+    def curve_rows(self, lr: float) -> list[dict[str, float]]:
+        """Return the curve, with a last block that may be shorter and ends with the learning rate `lr`."""
+        rest = [[self.step, sum(self.block) / len(self.block), lr]] if self.block else []
+        return [dict(zip(("step", "train/loss", "lr"), point, strict=True)) for point in self.curve + rest]
 
     def remember_best(self, loss: float) -> None:
         self.best_loss, self.best_step, self.evals_since_best = loss, self.step, 0
@@ -98,7 +120,10 @@ class TrainingState:
             tensors["random.cuda"] = torch.cuda.get_rng_state()
         values = {
             name: getattr(self, name)
-            for name in ("step", "losses", "recent", "history", "best_loss", "best_step", "evals_since_best")
+            for name in (
+                *("step", "losses", "recent", "history", "curve", "block", "block_steps"),
+                *("best_loss", "best_step", "evals_since_best"),
+            )
         }
         return tensors, values
 

@@ -73,7 +73,7 @@ def finetune(run: Run, name: str, section: ClassifyParams | InstructParams, make
         else:
             Path("models", baseline).mkdir(parents=True, exist_ok=True)  # an output that DVC expects, empty
     if distributed.rank() == 0:
-        run.write_history(result.history)
+        run.write_history(result.history, result.curve)
         run.write_metrics(metrics)
 
 

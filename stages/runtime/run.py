@@ -96,18 +96,25 @@ class Run:
         with self.phase("tracking"):
             self._journal.summary({k: v for k, v in flatten(values, "/").items() if isinstance(v, int | float)})
 
-    def write_history(self, rows: list[dict[str, float]]) -> None:
-        """Write a training's evaluations to `reports/plots/<stage>.csv`, which DVC plots."""
-        columns = list(rows[-1])  # the start has no train/loss: an empty cell
-        cells = [[f"{row[column]:.6g}" if column in row else "" for column in columns] for row in rows]
-        lines = [",".join(line) for line in (columns, *cells)]
+    def write_history(self, evaluations: list[dict[str, float]], curve: list[dict[str, float]]) -> None:
+        """Write a training's evaluations and its curve to `reports/plots/`, as `STAGE.csv` and `STAGE_steps.csv`."""
+        name = self.stage.replace("-", "_")
         with self.phase("saving"):
-            write_atomic(Path("reports/plots") / f"{self.stage.replace('-', '_')}.csv", "\n".join(lines) + "\n")
+            for file, rows, empty in ((name, evaluations, []), (f"{name}_steps", curve, ["step", "train/loss", "lr"])):
+                columns = list(rows[-1]) if rows else empty  # the start has no train/loss: an empty cell
+                cells = [[f"{row[column]:.6g}" if column in row else "" for column in columns] for row in rows]
+                lines = [",".join(line) for line in (columns, *cells)]
+                write_atomic(Path("reports/plots") / f"{file}.csv", "\n".join(lines) + "\n")
 
     def artifact(self, path: Path) -> None:
         """Log a copy of a small file or folder."""
         with self.phase("tracking"):
             self._journal.artifact(path)
+
+    def table(self, path: Path) -> None:
+        """Log the rows of a .csv or .jsonl file as a table."""
+        with self.phase("tracking"):
+            self._journal.table(path)
 
     def dataset(self, name: str, digest: str, source: str, context: str) -> None:
         """Log an input: its md5, origin and use (`train`, `val`, `test`)."""
@@ -174,6 +181,9 @@ def run_stage(stage: str, body: Body) -> None:
                 journal.outputs(output_digests(stage))
             if stage == stages[0] and not in_git():
                 logger.info("%s: no git repository here, so its run names no commit", stage)
+            if ahead := stages[stages.index(stage) + 1 :]:
+                number = len(stages) - len(ahead)
+                logger.info("%s: done, stage %d of %d; next %s", stage, number, len(stages), ", ".join(ahead))
             status = "FINISHED"
         except SystemExit as error:
             status = "KILLED" if error.code in EXIT_STATUS.values() else "FAILED"

@@ -29,7 +29,6 @@ from stages.tracking.journal_reader import end_event, is_running, list_journals,
 from stages.tracking.mlflow_client import redact_urls, tracking_uri
 from stages.tracking.process import Process, repository, runs_folder
 from stages.tracking.provenance import path_md5, pipeline_stages
-from stages.tracking.report import html_report
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -39,7 +38,7 @@ BATCH = 1000  # metrics that MLflow takes in one request
 POLL_INTERVAL = 0.5  # seconds between two looks at the journals
 LONGEST_PAUSE = 60.0  # seconds between two attempts at a server that does not answer
 DATASETS = ("data/raw", "data/tokens")  # of a pipeline's run
-REPORTS = ("report.md", "figures")  # artifacts that the pipeline's run has too
+REPORTS = ("report.html", "report.md", "figures")  # artifacts that the pipeline's run has too
 
 logger = logging.getLogger("llm")
 
@@ -295,8 +294,9 @@ class Delivery:
             case "artifact":
                 for run in (run_id, parent) if event["name"] in REPORTS else (run_id,):
                     log_artifact(client, run, files / event["name"])
-                if event["name"] in REPORTS:
-                    self._deliver_report(run_id, parent, files)
+            case "table":
+                for run in (run_id, parent):
+                    log_table(client, run, files / "tables" / event["name"])
             case "model":
                 self._deliver_model(event["name"], run_id, parent, journal)
             case "end":
@@ -315,14 +315,6 @@ class Delivery:
             if name not in known:
                 curve = [mlflow_client.metrics({name: loss}, event["time"], step)[0] for step, loss in points]
                 self._log_metrics(parent, curve)
-
-    def _deliver_report(self, run_id: str, parent: str, files: Path) -> None:
-        """Log the report as one page with its pictures, which MLflow shows as they are."""
-        if (files / "report.md").exists():
-            page = files / "report.html"
-            write_atomic(page, html_report(files / "report.md"))
-            for run in (run_id, parent):
-                log_artifact(self.connection[0], run, page)
 
     def _deliver_model(self, name: str, run_id: str, parent: str, journal: Path) -> None:
         """Register a model folder, unless a version has its bytes; show it on the runs that have it."""
@@ -373,8 +365,9 @@ class Delivery:
         if delivered["md5"] is None or read_if_exists(pipeline / "timeline.json") == delivered:
             return
         parent = self._parent_run(pipeline, list_journals(pipeline)[0])
-        for name in (timeline.PICTURE, timeline.TABLE):
-            self.connection[0].log_artifact(parent, str(pipeline / name))
+        for name in (timeline.PICTURE, timeline.CURVES, timeline.TABLE):
+            if (pipeline / name).exists():
+                self.connection[0].log_artifact(parent, str(pipeline / name))
         write_atomic(pipeline / "timeline.json", json.dumps(delivered))
 
     def _set_status(self, pipeline: Path) -> None:
@@ -396,3 +389,17 @@ def log_artifact(client: MlflowClient, run_id: str, path: Path) -> None:
         client.log_artifacts(run_id, str(path), path.name)
     else:
         client.log_artifact(run_id, str(path))
+
+
+def log_table(client: MlflowClient, run_id: str, path: Path) -> None:
+    """Log the rows of a file as a table, unless the run has it: MLflow would add them to those that are there."""
+    import pandas as pd
+
+    folder = "tables" if path.suffix == ".csv" else "predictions"
+    name = f"{folder}/{path.stem}.json"
+    if name not in {each.path for each in client.list_artifacts(run_id, folder)}:
+        if path.suffix == ".csv":
+            rows = pd.read_csv(path)
+        else:
+            rows = pd.json_normalize([json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()])
+        client.log_table(run_id, rows, name)

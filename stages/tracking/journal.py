@@ -156,6 +156,11 @@ class Journal:
         if self._copy(path, path.name):
             self.write(event="artifact", name=path.name)
 
+    def table(self, path: Path) -> None:
+        """Record a copy of a file of rows, which MLflow shows as a table and compares between runs."""
+        if self._copy(path, f"tables/{path.name}"):
+            self.write(event="table", name=path.name)
+
     def register_model(self, name: str, folder: Path) -> None:
         """Record a model folder and the code that loads it, as hard links where the file system has them."""
         if self._copy(folder, f"models/{name}", link=True) and self._copy(Path(llm.__file__).parent, "code/llm"):

@@ -15,10 +15,12 @@ from llm.common.errors import InputError
 from llm.common.files import atomic_file, write_atomic
 from llm.common.markdown import escape, table
 from llm.common.plotting import BLUE, LIGHT_BLUE, ORANGE, new_figure, save, style
+from llm.reporting import curves
+from stages.tracking.journal import read_events
 from stages.tracking.journal_reader import end_event, is_running, list_journals, start_event
 from stages.tracking.process import runs_folder
 
-TABLE, PICTURE = "timeline.md", "timeline.png"
+TABLE, PICTURE, CURVES = "timeline.md", "timeline.png", "training.png"
 PHASES = {  # name in the journal: description, colour
     "start-up": ("Python, imports", "#6d7783"),
     "data": ("reading, checking and making data", LIGHT_BLUE),
@@ -47,6 +49,7 @@ class TimeLine(NamedTuple):
     pipeline: str
     title: str
     rows: list[Row]  # in the order in which they started
+    trainings: list[curves.Training]  # with their speed, which differs from run to run
 
 
 def read_timeline(pipeline: Path) -> TimeLine:
@@ -56,7 +59,20 @@ def read_timeline(pipeline: Path) -> TimeLine:
         raise InputError(f"{pipeline}: no stage has left a record there")
     starts = [start_event(folder) for folder in folders]
     start = starts[0].get("invoked", starts[0]["time"] / 1000)
-    return TimeLine(pipeline.name, starts[0]["title"], [read_row(folder, start) for folder in folders])
+    stages = {start_event(folder)["stage"].replace("-", "_"): folder for folder in folders}
+    trainings = [read_training(title, stages[stage]) for stage, title in curves.TRAININGS.items() if stage in stages]
+    rows = [read_row(folder, start) for folder in folders]
+    return TimeLine(pipeline.name, starts[0]["title"], rows, [each for each in trainings if each.train and each.val])
+
+
+def read_training(title: str, journal: Path) -> curves.Training:
+    """Return the logged values of a journal's training; a step that was logged twice counts as last logged."""
+    found: dict[str, dict[float, float]] = {name: {} for name in ("train/loss", "val/loss", "lr", "tokens_per_s")}
+    for event in read_events(journal):
+        values = event["values"] if event["event"] == "metrics" else {}
+        for name in found.keys() & values.keys():
+            found[name][event["step"]] = values[name]
+    return curves.Training(title, *(sorted(points.items()) for points in found.values()))
 
 
 def read_row(journal: Path, start: float) -> Row:
@@ -94,7 +110,7 @@ def update(pipeline: Path) -> None:
     if not path.exists() or path.read_text(encoding="utf-8") != markdown(line):
         write(line, pipeline)
     if pipeline == last_pipeline():
-        for name in (PICTURE, TABLE):
+        for name in files(line):
             shutil.copy(pipeline / name, runs_folder().parent / name)
 
 
@@ -103,8 +119,16 @@ def last_pipeline() -> Path | None:
     return max((pipeline for pipeline in runs_folder().glob("*/") if list_journals(pipeline)), default=None)
 
 
+def files(line: TimeLine) -> list[str]:
+    """Return the names of the files of a time line; it has curves where a training ran."""
+    return [PICTURE, *([CURVES] if line.trainings else []), TABLE]
+
+
 def write(line: TimeLine, folder: Path) -> None:
-    """Write the table and the picture."""
+    """Write the table and the pictures."""
+    if line.trainings:
+        with atomic_file(folder / CURVES) as draft:
+            curves.draw(line.trainings, draft)
     with atomic_file(folder / PICTURE) as draft:
         draw(line.rows, draft)
     write_atomic(folder / TABLE, markdown(line))  # last: it says that both are there
@@ -136,6 +160,7 @@ def markdown(line: TimeLine) -> str:
             *table(["seconds", "begins after", *phases, "all"], rows),
             f"{'; '.join(explained)}. Before and between the stages: DVC.",
             "",
+            *([f"![Loss, learning rate and speed of each training]({CURVES})", ""] if line.trainings else []),
         ]
     )
 

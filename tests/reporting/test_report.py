@@ -13,6 +13,7 @@ import pytest
 
 from llm.config import KINDS
 from llm.data.examples import Pair
+from llm.evaluation.answer_form import Answer
 from llm.evaluation.base_model import BaseResult, Completion
 from llm.evaluation.classification import ClassifierResult
 from llm.evaluation.instruction_following import Example, InstructResult, ResponseLoss
@@ -194,30 +195,12 @@ def test_the_report_stands_without_controls_and_tasks() -> None:
     assert tables.plot_files(base, classifiers, instruct)["per_task.csv"].count("\n") == 3
 
 
-def test_training_curve_begins_without_a_training_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn: dict[str, list[float]] = {}
-    monkeypatch.setattr(
-        "matplotlib.axes.Axes.plot",
-        lambda self, *points, label, **_: drawn.update({label: list(points[0]) if points else []}),
-    )
-    monkeypatch.setattr("matplotlib.axes.Axes.legend", lambda self: None)
-    (tmp_path / "pretrain.csv").write_text("step,train/loss,val/loss,lr\n0,,3,1\n10,2,2.5,1\n20,1,2,0.5\n")
-    pictures.draw_trainings(tmp_path, tmp_path / "training.png")
-    assert drawn == {"train": [10.0, 20.0], "val": [0.0, 10.0, 20.0]}
-    (tmp_path / "pretrain.csv").write_text("step,val/loss,lr\n0,3,1\n")  # no step was made
-    pictures.draw_trainings(tmp_path, tmp_path / "training.png")
-    assert drawn == {"train": [], "val": [0.0]}
-
-
 @pytest.mark.parametrize("labels", [["ham", "spam"], ["a", "$b$", "c" * 40]])
 def test_pictures_have_the_same_bytes_twice(tmp_path: Path, labels: list[str]) -> None:
     base, classifiers, instruct = results(labels)
-    rows = [{"step": step, "train/loss": 3.0 - step, "val/loss": 3.1 - step} for step in range(3)]
-    (tmp_path / "pretrain.csv").write_text(tables.to_csv(rows))
     for run in ("one", "two"):
         folder = tmp_path / run
         folder.mkdir()
-        pictures.draw_trainings(tmp_path, folder / "training.png")
         pictures.draw_bpb(base, folder / "bpb.png")
         pictures.draw_classifiers(classifiers, folder / "classifiers.png")
         pictures.draw_confusion_roc(classifiers, folder / "confusion_roc.png")
@@ -292,6 +275,26 @@ def test_nearest_pair_stands_beside_the_models_without_a_loss() -> None:
     assert "nearest training pair 50.0 %" in headline
     assert row.startswith("| nearest training pair | 50.0 % (") and row.endswith("| - |")
     assert set(tables.metrics(base, classifiers, instruct)["instruct_nearest"]) >= {"pairs", "exact_match", "chrf"}
+
+
+def test_the_form_of_the_answers_stands_in_report_and_metrics() -> None:
+    base, classifiers, instruct = results(["ham", "spam"])
+    pairs = [Pair("sort", str(i), "a, b", "sort") for i in range(5)]
+    texts = {"gpt": [Answer("b, a", True)] * 4 + [Answer("b", False)], "nearest": ["a, b"] * 5}
+    instruct = instruct._replace(
+        reports={name: answer_report(given, ["a, b"] * 5) for name, given in texts.items()},
+        tasks={name: by_task(given, ["a, b"] * 5, ["sort"] * 5) for name, given in texts.items()},
+        examples=[Example(pair, {name: given[i] for name, given in texts.items()}) for i, pair in enumerate(pairs)],
+    )
+    text = report.markdown(base, classifiers, instruct, SOURCES, [], KINDS)
+    assert "(sort: list with commas)" in text
+    rows = [line for line in text.splitlines() if line.startswith(("| GPT | 1.8", "| nearest training pair | 2.0"))]
+    assert rows[0].startswith("| GPT | 1.8 | 0.0 % | 80.0 % (") and rows[1].startswith(
+        "| nearest training pair | 2.0 | 0.0 % | - |"
+    )
+    found = tables.metrics(base, classifiers, instruct)
+    assert found["instruct"] | {"words": 1.8, "form_valid": 0.8, "stopped": 0.8, "repetition": 0.0} == found["instruct"]
+    assert "stopped" not in found["instruct_nearest"]
 
 
 def test_messages_without_text_are_counted_and_marked() -> None:

@@ -99,6 +99,14 @@ def snapshot(uri: str, experiment: str) -> dict[str, Any]:
     return content
 
 
+def logged_tables(uri: str, experiment: str) -> list[Any]:
+    """Return the columns and rows of all runs' tables."""
+    places = [Path(run.info.artifact_uri.removeprefix("file://")) for run in all_runs(uri, experiment)]
+    files = [place / folder / "scores.json" for place in places for folder in ("predictions", "tables")]
+    tables = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    return [(table["columns"], table["data"]) for table in tables]
+
+
 def test_urls_lose_user_password_and_query() -> None:
     assert redact_urls("https://me:secret@host:5000/path?a@b") == "https://host:5000/path"
     assert redact_urls("is 'https://host/a?token=secret' up? see b") == "is 'https://host/a' up? see b"
@@ -155,6 +163,10 @@ def test_delivery_is_idempotent_in_any_order(delivery: Delivery, place: Path, st
         journal = record(steps=3000)  # more than one batch
         (place / "report.md").write_text("r")
         journal.artifact(place / "report.md")
+        (place / "scores.csv").write_text("model,accuracy\nGPT,0.9\nxz,0.1\n")
+        (place / "scores.jsonl").write_text('{"text": "a", "predicted": {"gpt": "ham"}}\n')
+        for name in ("scores.csv", "scores.jsonl"):
+            journal.table(place / name)
         journal.summary({"val/loss": 1.5})
         journal.end("FINISHED")
         pipelines.append(journal.folder.parent.rename(journal.folder.parent.with_name(f"pipeline-{number}")))
@@ -166,7 +178,16 @@ def test_delivery_is_idempotent_in_any_order(delivery: Delivery, place: Path, st
     child = next(value for name, value in before.items() if "pipeline-0/" in name)
     assert child[1][0] == "FINISHED"
     assert [step for step, _, _ in child[3]["train/loss"]] == list(range(0, 3000, 10))
-    assert child[4:] == (["report.html", "report.md"], [("data/tokens", "0" * 32, "pretrain")])
+    assert child[4:] == (["predictions", "report.md", "tables"], [("data/tokens", "0" * 32, "pretrain")])
+    shown = logged_tables(store, place.name)
+    assert (
+        shown
+        == [
+            (["text", "predicted.gpt"], [["a", "ham"]]),
+            (["model", "accuracy"], [["GPT", 0.9], ["xz", 0.1]]),
+        ]
+        * 4
+    ), "on each pipeline's run and on its stage's"
     assert not (pipelines[0] / "files").exists()
 
     shutil.rmtree(place / ".work")  # as if nothing had been delivered
@@ -176,6 +197,7 @@ def test_delivery_is_idempotent_in_any_order(delivery: Delivery, place: Path, st
         again.deliver(pipeline)
         again.deliver(pipeline)
     assert snapshot(store, place.name) == before
+    assert logged_tables(store, place.name) == shown, "no row is there twice"
     assert undelivered_pipelines() == []
 
 

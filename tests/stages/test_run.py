@@ -327,8 +327,16 @@ def test_curve_of_a_training_has_an_empty_cell_for_the_start() -> None:
     journal: Any = SimpleNamespace(clock=contextlib.nullcontext)
     run = Run("demo", parse_params(read_yaml(Path("params.yaml"))), Path(".work/demo"), journal)
     start = {"step": 0.0, "val/loss": 7.123456789, "lr": 1e-5}
-    run.write_history([start, {"step": 10.0, "train/loss": 2.5, "val/loss": 2.0, "lr": 0.5}])
+    curve = [{"step": 2.0, "train/loss": 2.0000004, "lr": 0.5}]
+    run.write_history([start, {"step": 10.0, "train/loss": 2.5, "val/loss": 2.0, "lr": 0.5}], curve)
+    assert Path("reports/plots/demo_steps.csv").read_text() == "step,train/loss,lr\n2,2,0.5\n"
     lines = Path("reports/plots/demo.csv").read_text().splitlines()
     assert lines == ["step,train/loss,val/loss,lr", "0,,7.12346,1e-05", "10,2.5,2,0.5"]
-    run.write_history([start])
+    run.write_history([start], [])
+    assert Path("reports/plots/demo_steps.csv").read_text() == "step,train/loss,lr\n", "no step was made"
     assert Path("reports/plots/demo.csv").read_text().splitlines() == ["step,val/loss,lr", "0,7.12346,1e-05"]
+
+
+@pytest.mark.usefixtures("place")
+def test_a_stage_ends_by_saying_which_ones_are_left() -> None:
+    assert execute("pass").stderr.splitlines()[-1] == "demo: done, stage 1 of 2; next last"

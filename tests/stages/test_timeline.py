@@ -164,6 +164,22 @@ def test_picture_has_a_bar_for_each_phase(place: Path, monkeypatch: pytest.Monke
     assert (place / "one.png").read_bytes() == (place / "two.png").read_bytes()
 
 
+def test_curves_of_a_training_stand_beside_it_with_their_speed(place: Path) -> None:
+    folder = stage("pretrain", 2, {"training": 1.0}, "FINISHED")
+    journal = Journal(folder)
+    values = {"train/loss": 3.0, "lr": 0.1, "tokens_per_s": 900.0}
+    for step, loss in ((1, 4.0), (2, 3.0), (2, 2.0)):
+        journal.write(event="metrics", step=step, values=values | {"train/loss": loss})
+    journal.write(event="metrics", step=2, values={"val/loss": 2.5, "scratch/val/loss": 9.0})
+    line = timeline.read_timeline(folder.parent)
+    [training] = line.trainings
+    assert training.train == [(1, 4.0), (2, 2.0)] and training.val == [(2, 2.5)]
+    assert training.speed == [(1, 900.0), (2, 900.0)] and training.lr == [(1, 0.1), (2, 0.1)]
+    timeline.write(line, place)
+    assert (place / timeline.CURVES).read_bytes().startswith(b"\x89PNG")
+    assert f"({timeline.CURVES})" in (place / timeline.TABLE).read_text()
+
+
 def test_journal_without_times_is_drawn(place: Path) -> None:
     """A full disk refused them."""
     journal = stage("download", 2, {"data": 3.0}, "FINISHED")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import pairwise
@@ -19,6 +20,7 @@ from llm.data.batches import IGNORE_INDEX, Batch, collate_labels, collate_pairs
 from llm.data.examples import Example
 from llm.model.gpt import GPT
 from llm.training import fit as training
+from llm.training import progress
 from llm.training.fit import FitResult
 from llm.training.freeze import freeze
 from llm.training.losses import label_loss, mean_loss, next_token_loss
@@ -236,6 +238,38 @@ def test_evaluation_is_without_dropout_and_gradient_and_shows_a_sample(capsys: p
     assert captured.err.count("sample: 'Once upon'") == 3
     assert "a title: step 5, train/loss" in captured.err
     assert captured.out == ""
+
+
+def test_progress_without_a_terminal_is_whole_lines(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "LINE_INTERVAL", 0.0)
+    train(new_gpt(), train_params(max_steps=6, eval_interval=3), title="t", runtime=runtime_params(log_interval=2))
+    said = capsys.readouterr().err
+    assert "\r" not in said and "\x1b" not in said and "%|" not in said
+    lines = said.splitlines()
+    assert lines[0] == "t: begins at step 0 of 6"
+    assert re.fullmatch(r"t: ended at step 6 of 6 after \d+ s", lines[-1])
+    told = [
+        line
+        for line in lines
+        if re.fullmatch(r"t: step \d of 6, loss [\d.]+(, [\d,]+ tokens/s)?, about \d+ s left", line)
+    ]
+    assert len(told) == 6 and "tokens/s" in told[-1] and "about 0 s left" in told[-1]
+    monkeypatch.setattr(progress, "LINE_INTERVAL", 3600.0)
+    train(new_gpt(), train_params(max_steps=6, eval_interval=3), title="t")
+    assert "left" not in capsys.readouterr().err
+
+
+def test_progress_in_a_terminal_is_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    monkeypatch.setattr(progress, "LINE_INTERVAL", 0.0)
+    train(new_gpt(), train_params(max_steps=6, eval_interval=3), title="t", runtime=runtime_params(log_interval=2))
+    said = capsys.readouterr().err
+    assert "begins" not in said and "left" not in said and re.search(r"t: 100%.*6/6 .*tokens/s", said)
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    train(new_gpt(), train_params(max_steps=6, eval_interval=3), title="beside")
+    assert "%|" not in capsys.readouterr().err
 
 
 def test_zero_steps_evaluate_and_leave_the_weights() -> None:

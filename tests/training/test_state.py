@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from llm.data.batches import Batch
 from llm.inference.generate import stream
 from llm.training.fit import FitResult
 from llm.training.freeze import freeze
+from llm.training.state import TrainingState
 from tests.helpers import runtime_params, train_params
 from tests.training.tiny import (
     assert_same_bits,
@@ -26,6 +28,12 @@ from tests.training.tiny import (
 )
 
 RESUME_STEPS = 11
+
+
+@pytest.fixture(autouse=True)
+def _short_curve(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the blocks of the curve double within these few steps."""
+    monkeypatch.setattr("llm.training.state.MAX_POINTS", 4)
 
 
 class Killed(BaseException):
@@ -256,3 +264,16 @@ def test_early_stopping_counts_on_across_a_stop(tmp_path: Path) -> None:
 
     assert run(stop_at=5).steps == 5
     assert run(stop_at=None).steps == 6
+
+
+def test_curve_has_the_mean_of_every_step_in_a_bounded_number_of_points() -> None:
+    losses = [random.Random(step).random() for step in range(11)]
+    state = TrainingState(new_gpt(), [])
+    for step, loss in enumerate(losses):
+        state.record(loss, lr=0.1 * (step + 1))
+    rows = state.curve_rows(lr=1.1)
+    assert [row["step"] for row in rows] == [4, 8, 11], "blocks of four steps, and what is left"
+    assert [row["lr"] for row in rows] == pytest.approx([0.4, 0.8, 1.1]), "of the last step of each block"
+    parts = (losses[:4], losses[4:8], losses[8:])
+    assert [row["train/loss"] for row in rows] == pytest.approx([sum(part) / len(part) for part in parts])
+    assert state.step == 11 and state.losses == losses
