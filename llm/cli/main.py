@@ -11,7 +11,7 @@ import os
 import sys
 from typing import Any, NoReturn
 
-from llm.cli import audit, bench, chat, classify, compare, export, generate, import_, inspect, score, serve
+from llm.cli import audit, bench, chat, classify, compare, export, generate, import_, inspect, judge, score, serve
 from llm.cli.options import add_command
 from llm.common.errors import InputError
 from llm.common.log import setup_logging
@@ -25,6 +25,7 @@ COMMANDS = {
     "score": score,
     "compare": compare,
     "audit": audit,
+    "judge": judge,
     "serve": serve,
     "import": import_,
     "export": export,

@@ -12,6 +12,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from llm.evaluation.metrics import Interval
+
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Verdict = Literal["better", "worse", "not to be told apart"]
@@ -218,3 +220,31 @@ def _z(p: float) -> float:
     from statistics import NormalDist
 
     return NormalDist().inv_cdf(p)
+
+
+def paired_share(wins: int, losses: int, n: int) -> Interval:
+    """Return the share of wins among `n` pairs, a tie counting half, with Tango's 95 % score interval (1998).
+
+    It holds for few pairs and for shares near 0 and 1.
+    """
+    if n == 0:
+        return Interval(0.5, 0.0, 1.0)
+    z = _z(1 - ALPHA / 2)
+
+    def score(difference: float) -> float:
+        """Return the distance of the found difference from a supposed one, in standard errors."""
+        b = -wins - losses + (2 * n - wins + losses) * difference
+        c = -losses * difference * (1 - difference)
+        share = (math.sqrt(max(0.0, b * b - 8 * n * c)) - b) / (4 * n)
+        variance = n * (2 * share + difference * (1 - difference))
+        return (wins - losses - n * difference) / math.sqrt(max(variance, 1e-12))
+
+    def end(target: float) -> float:
+        low, high = -1.0, 1.0
+        for _ in range(60):  # the score falls with the difference
+            middle = (low + high) / 2
+            low, high = (middle, high) if score(middle) > target else (low, middle)
+        return low
+
+    value = (wins - losses) / n
+    return Interval(*((1 + x) / 2 for x in (value, min(value, end(z)), max(value, end(-z)))))

@@ -150,7 +150,7 @@ def answer(
         stop=end_tokens(tokenizer, encoder.template) | config.stop_ids(tokenizer),
         batch_size=batch_size,
     )
-    return [Answer(tokenizer.decode(ids).strip(), len(ids) < params.max_new_tokens) for ids in answers]
+    return [Answer(tokenizer.decode(ids).strip(), len(ids) < max_new_tokens) for ids in answers]
 
 
 def is_conversation(pair: Pair) -> bool:
