@@ -140,6 +140,7 @@ def _checked_header(value: Any) -> Any:
     return names
 
 
+Format = Literal["text", "jsonl", "json", "csv", "tsv", "parquet", "pdf", "html", "epub", "docx", "xlsx"]
 ORIENTATIONS = ("split", "index", "columns", "lists")  # of tables in one JSON object
 
 
@@ -154,7 +155,7 @@ def _checked_records(value: str) -> str:
 class ReadOptions(Strict):
     """Properties of files that are found out where they are not stated."""
 
-    format: Literal["text", "jsonl", "json", "csv", "tsv", "parquet"] | None = None  # else by name, or by content
+    format: Format | None = None  # else by name, or by content
     encoding: Annotated[str, AfterValidator(_checked_encoding)] | None = None  # else UTF-8, or UTF-16 by its mark
     separator: Annotated[str, AfterValidator(_checked_separator)] | None = None  # between the columns of a table
     header: Annotated[Any, AfterValidator(_checked_header)] = None  # true, false, or names where the file has none
@@ -163,8 +164,10 @@ class ReadOptions(Strict):
 
 
 class SourceFile(ReadOptions):
-    """One file of a source: a `url` (https, http, file, s3, gs, hf), or a local `path` that may be a glob.
+    """One file of a source, or several: a `url` (https, http, file, s3, gs, hf), a local `path`, or a hub's data set.
 
+    A `path` is a file, a glob or a folder. `hf` is OWNER/NAME@REVISION of a data set on the Hugging Face hub, and
+    `split` then chooses its files. `member` names a file of an archive or data set, or a sheet of an Excel workbook.
     `sha256` is of the content that is used: of `member` where an archive has several, else of the file itself.
     A URL holds no secret, as DVC writes all params to `dvc.lock`: `${NAME}` in it is taken from the environment.
     """
@@ -172,14 +175,15 @@ class SourceFile(ReadOptions):
     url: Url | None = None
     backup_url: Url | None = None
     path: str | None = None
+    hf: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+(@[\w./-]+)?$")] | None = None
     sha256: Sha256 | None = None
     member: str | None = None
     split: Literal["train", "val", "test", "from_name", "mixed"] | None = None  # of all its rows
 
     @model_validator(mode="after")
     def _one_place(self) -> Self:
-        if (self.url is None) == (self.path is None):
-            raise ValueError("a file needs either url or path")
+        if sum(place is not None for place in (self.url, self.path, self.hf)) != 1:
+            raise ValueError("a file needs either url or path, or hf for a data set of the Hugging Face hub")
         if self.backup_url is not None and self.url is None:
             raise ValueError("backup_url goes with url")
         for url in (self.url, self.backup_url):

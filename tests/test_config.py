@@ -192,7 +192,7 @@ def test_labels_are_text(written: str, labels: list[str]) -> None:
         ("header", "maybe", r"header: expected true, false or a list of the columns' names, found 'maybe'"),
         ("header", "[a, a]", r"header: expected a name of its own for each column"),
         ("files", "{train: a.csv, rest: b.csv}", r"files: expected a list of files, or files for train.*'rest'"),
-        ("format", "xlsx", r"format: input should be 'text'"),
+        ("format", "docm", r"format: input should be 'text'"),
         ("max_rows", "0", r"max_rows: "),
     ],
 )

@@ -31,7 +31,7 @@ from backports import zstd
 from llm.common.errors import InputError
 from llm.common.sanitize import error_text
 from llm.config import SourceFile
-from llm.download.signatures import HEAD, OFFICE, archive_of, compression_of
+from llm.download.signatures import HEAD, OFFICE, OFFICE_DOCUMENTS, archive_of, compression_of
 
 BLOCK = 1 << 20  # bytes read at once
 MAX_RATIO = 200  # unpacked bytes for each packed one; text and tables have 3 to 30
@@ -105,6 +105,20 @@ class DataFile:
                         yield content
 
 
+@contextmanager
+def seekable(file: DataFile) -> Iterator[IO[bytes]]:
+    """Open the unpacked content as a file on this disk, for formats that are read from their end."""
+    if file.is_plain:
+        with file.path.open("rb") as stream:
+            yield stream
+        return
+    with tempfile.NamedTemporaryFile() as unpacked:  # mammoth wants a name
+        for block in file.blocks():
+            unpacked.write(block)
+        unpacked.seek(0)
+        yield unpacked
+
+
 def read_head(stream: IO[bytes]) -> bytes:
     """Return the first bytes of a stream, which may give fewer at a time than it is asked for."""
     head = b""
@@ -132,18 +146,31 @@ def _decompressed(stream: IO[bytes], name: str) -> Iterator[IO[bytes]]:
 
 
 def archive_kind(name: str, path: Path) -> str:
-    """Return `.zip`, `.tar` or nothing, by content or by a name that promises an archive."""
+    """Return `.zip`, `.tar` or nothing, by content or by a name that promises an archive; documents are none."""
     endings = PurePosixPath(unquote(name).lower()).suffixes[-2:]
     with path.open("rb") as stream:
         head = read_head(stream)
         if archive_of(head) == ".zip" or endings[-1:] == [".zip"]:
-            return ".zip"
+            with _unpack_errors(name):
+                return "" if endings[-1:] != [".zip"] and document_of(stream) else ".zip"
         if compression_of(head):
             stream.seek(0)
             with _unpack_errors(name), _decompressed(stream, name) as content:
                 head = read_head(content)
     promised = endings[-1:] == [".tar"] or (endings and endings[-1] in PACKED_TARS)
     return ".tar" if promised or (endings[:1] == [".tar"] and endings[1] in OPENERS) else archive_of(head)
+
+
+def document_of(stream: IO[bytes]) -> str | None:
+    """Return `docx`, `epub` or `xlsx` for a zip archive that is such a document, None for any other."""
+    with open_zip(stream) as archive:
+        names = set(archive.namelist())
+    return next((kind for member, kind in OFFICE_DOCUMENTS.items() if member in names), None)
+
+
+def is_workbook(path: Path) -> bool:
+    with path.open("rb") as stream:
+        return archive_of(read_head(stream)) == ".zip" and document_of(stream) == "xlsx"
 
 
 def archive_members(name: str, path: Path, wanted: str | None) -> list[str]:
@@ -280,6 +307,14 @@ class _ZipReader(io.BufferedReader):
 
 
 @contextmanager
+def open_zip(stream: IO[bytes]) -> Iterator[zipfile.ZipFile]:
+    """Open a zip archive on this disk; the stream stays open."""
+    with _ZipReader(io.FileIO(stream.fileno(), closefd=False)) as file, zipfile.ZipFile(file) as archive:
+        yield archive
+    stream.seek(0)
+
+
+@contextmanager
 def _zip_archive(path: Path) -> Iterator[zipfile.ZipFile]:
-    with _ZipReader(io.FileIO(path)) as file, zipfile.ZipFile(file) as archive:
+    with path.open("rb") as stream, open_zip(stream) as archive:
         yield archive

@@ -13,9 +13,10 @@ from llm.common.errors import InputError
 from llm.config import ReadOptions
 from llm.download.archives import DataFile
 from llm.download.encodings import decoded_head, find_encoding
+from llm.download.extract import document_kind, sheet_rows
 from llm.download.formats import Row, Wanted, json_lines, json_rows, parquet_rows
 from llm.download.nested import inner_rows
-from llm.download.signatures import check_binary, check_pointer, is_parquet, looks_binary
+from llm.download.signatures import DOCUMENTS, check_binary, check_pointer, is_parquet, looks_binary
 from llm.download.tables import SAMPLE_LINES, SEPARATOR_LINE, SEPARATORS, first_row, parse_rows, read_table
 
 BY_SUFFIX = {
@@ -27,13 +28,15 @@ BY_SUFFIX = {
     **dict.fromkeys((".parquet", ".pq"), "parquet"),
 }
 NO_DATA = (".dvc", ".pdf", ".doc", ".docx", ".xls", ".xlsx", ".epub")  # names that promise something else than text
-KNOWN = ".jsonl .json .csv .tsv .parquet (rows) or, for a corpus, .txt .md"
+KNOWN = ".jsonl .json .csv .tsv .parquet .xlsx (rows) or, for a corpus, .txt .md .pdf .html .epub .docx"
 
 
 def read_rows(file: DataFile, found: str, wanted: Wanted, options: ReadOptions) -> Iterator[Row]:
     """Yield the rows of a file whose format has been found."""
     if found == "parquet":
         return parquet_rows(file, wanted)
+    if found == "xlsx":
+        return sheet_rows(file, wanted, options)
     if found in ("csv", "tsv"):
         return read_table(file, wanted, options, "\t" if found == "tsv" else ",")
     rows = (json_rows if found == "json" else json_lines)(file, options)
@@ -46,6 +49,12 @@ def find_format(file: DataFile, wanted: Wanted, options: ReadOptions) -> str:
     check_pointer(str(file), head)
     if is_parquet(head):
         return "parquet"
+    if kind := document_kind(file, head, options.format):
+        if kind != "xlsx" and not wanted.may_be_text:
+            raise InputError(
+                f"{file}: expected rows, found {DOCUMENTS[kind]}; a corpus reads it, other data are tables"
+            )
+        return kind
     check_binary(str(file), head)
     is_utf8 = options.encoding is None and find_encoding(head) == "utf-8"
     text = decoded_head(head, options.encoding)

@@ -1,7 +1,8 @@
 """Fetch the files that a source lists, and let none through unchecked.
 
-A file is a local `path` (or glob), or a `url`, looked for in this order: a mirror folder, an earlier download, the URL,
-its backup. A file that is wrong raises `InputError`. A part of a download stays on disk, and the next attempt resumes.
+A file is a local `path` (glob, folder), a data set of the Hugging Face hub, or a `url`, looked for in this order: a
+mirror folder, an earlier download, the URL, its backup. A file that is wrong raises `InputError`. A part of a download
+stays on disk, and the next attempt resumes.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from filelock import FileLock
 from llm.common.errors import InputError
 from llm.common.sanitize import error_text
 from llm.config import SourceFile
-from llm.download.archives import DataFile, archive_kind, archive_members, read_head
+from llm.download.archives import DataFile, archive_kind, archive_members, is_workbook, read_head
+from llm.download.folders import folder_files
+from llm.download.hub_data import hub_files
 from llm.download.remote import SCHEMES, redact
-from llm.download.signatures import HTML, check_pointer
+from llm.download.signatures import HTML, HTML_SUFFIXES, check_pointer
 from llm.download.transfer import transfer
 
 TRACKED = (Path("data/own"), Path("data/sample"))  # DVC notices changes of local files here
@@ -33,6 +36,8 @@ def fetch(file: SourceFile, cache: Path, mirror: Path | None = None) -> list[Dat
     """Return the files behind one entry of a source: several for a glob, or for a pattern of zip members."""
     if file.path is not None:
         return _from_paths(file.path, file)
+    if file.hf is not None:
+        return _from_hub(file)
     urls = [url for url in (file.url, file.backup_url) if url is not None]
     for url in urls:
         if urlsplit(url).scheme not in SCHEMES:
@@ -56,17 +61,26 @@ def fetch(file: SourceFile, cache: Path, mirror: Path | None = None) -> list[Dat
     raise InputError("; the backup failed too: ".join(problems))
 
 
+def _from_hub(file: SourceFile) -> list[DataFile]:
+    files = hub_files(file)
+    if file.sha256 is not None and len(files) > 1:
+        raise InputError(
+            f"hf: {file.hf}: expected one file, as it has a sha256, found {len(files)}; choose with member:"
+        )
+    return [
+        found
+        for name, path, sha256 in files
+        for found in check_file(name, path, file.model_copy(update={"sha256": file.sha256 or sha256, "member": None}))
+    ]
+
+
 def _from_paths(pattern: str, file: SourceFile) -> list[DataFile]:
     try:
         path = Path(pattern).expanduser()
         there = path.exists()
     except (RuntimeError, OSError) as error:  # no such user's home, a name that is too long
         raise InputError(f"{pattern}: cannot be a path ({error_text(error)}); correct path:") from None
-    if path.is_dir():
-        raise InputError(
-            f"{pattern}: expected a file, found a folder; write {pattern.rstrip('/')}/*.txt for its text files"
-        )
-    paths = [path]
+    paths = folder_files(path) if path.is_dir() else [path]
     if not there:
         matches = sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207 Path.glob refuses absolute patterns
         paths = [Path(match) for match in matches if Path(match).is_file()]
@@ -137,15 +151,16 @@ def check_file(name: str, path: Path, file: SourceFile) -> list[DataFile]:
         stream.seek(0)
         start = read_head(stream)
     check_pointer(name, start)
-    if HTML.match(start) and digest != file.sha256 and file.format != "text":
+    is_page = PurePosixPath(unquote(name).lower()).suffix in HTML_SUFFIXES or file.format in ("html", "text")
+    if HTML.match(start) and digest != file.sha256 and not is_page:
         raise InputError(
             f"{name}: expected data, found an HTML page (an error or login page?); open it in a browser, or, to read "
-            "its markup as text, write format: text"
+            "its text, write format: html (format: text keeps the markup)"
         )
     members: list[str | None] = [None]
     if archive_kind(name, path):
         members = [*archive_members(name, path, file.member)]
-    elif file.member is not None:
+    elif file.member is not None and not is_workbook(path):
         raise InputError(
             f"{name}: expected a .zip or .tar, as it has member: {file.member}; remove member: or correct the name"
         )

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ from llm.common.errors import InputError
 from llm.common.files import parse_json
 from llm.common.sanitize import error_text
 from llm.config import ReadOptions
-from llm.download.archives import BLOCK, DataFile
+from llm.download.archives import BLOCK, DataFile, seekable
 from llm.download.encodings import decode_text
 
 LARGEST_ROW = 64_000_000  # characters
@@ -132,13 +131,9 @@ def parquet_rows(file: DataFile, wanted: Wanted) -> Iterator[Row]:
     import pyarrow
     import pyarrow.parquet
 
-    is_plain = file.is_plain
-    with tempfile.TemporaryFile() as unpacked:  # parquet is read from its end
-        if not is_plain:
-            for block in file.blocks():
-                unpacked.write(block)
+    with seekable(file) as stream:
         try:
-            table = pyarrow.parquet.ParquetFile(file.path if is_plain else unpacked)
+            table = pyarrow.parquet.ParquetFile(stream)
             names, named = table.schema_arrow.names, _class_names(table.schema_arrow.metadata)
             # all of them where one is missing, so that a message can tell
             needed = sorted({*wanted.columns, *wanted.optional} & {*names})

@@ -14,11 +14,13 @@ from llm.download.archives import DataFile
 from llm.download.conversations import conversation_columns, is_preference
 from llm.download.detect import find_format, read_rows
 from llm.download.encodings import find_encoding, guess
+from llm.download.extract import document_kind
 from llm.download.fetch import check_file
 from llm.download.formats import Wanted
 from llm.download.nested import cell, records_of
 from llm.download.readers import SPLIT_COLUMNS, LeftOut, read_records
 from llm.download.shapes import describe_shape
+from llm.download.signatures import DOCUMENTS
 from llm.download.splits import Section, named_split
 from llm.download.tables import SEPARATOR_LINE, SEPARATORS, describe, parse_rows, sample_lines
 
@@ -33,7 +35,7 @@ INPUTS = ("input", "context")
 TASKS = ("task", "category", "type")
 LABELS = ("label", "labels", "class", "category", "target", "sentiment", "intent", "kind", "is_spam", "spam", "topic")
 TEXTS = ("text", "message", "body", "content", "sentence", "review", "comment", "tweet", "sms", "email", "utterance")
-DOCUMENTS = ("text", "content", "story", "document", "article", "body", "code", "markdown", "abstract", "passage")
+PROSE = ("text", "content", "story", "document", "article", "body", "code", "markdown", "abstract", "passage")
 MOST_LABELS, LONGEST_LABEL = 20, 40
 SHORTEST_TEXT = 25  # mean characters of a column that is text by its content
 
@@ -71,7 +73,8 @@ def read_file(path: str) -> Iterator[dict[str, Any]]:
 
 def _inspect(file: DataFile, entry: SourceFile) -> Inspection:
     file_entry = entry
-    entry, encoding = _with_encoding(file, entry)
+    document = document_kind(file, file.head(), entry.format)
+    entry, encoding = (entry, "") if document else _with_encoding(file, entry)
     notes = [] if not entry.encoding else [f"the encoding is a guess: {entry.encoding}"]
     if split := named_split(file):
         notes.append(f"its name says {split}: list the files under train:, validation: and test:, or split: from_name")
@@ -81,7 +84,7 @@ def _inspect(file: DataFile, entry: SourceFile) -> Inspection:
     if rows is None:
         section: Section = CorpusSource(files=[file_entry], **options)
         records = list(islice(read_records(section, file, 0, LeftOut(), set()), 3))
-        return _finish(Inspection(f"text, {encoding}", "corpus", section, options, records, notes))
+        return _finish(Inspection(f"{form}{encoding}", "corpus", section, options, records, notes))
     if rows and (inner := records_of(rows[0])) and (len(rows) == 1 or ("[]" in inner and not _propose(rows))):
         entry = entry.model_copy(update={"records": inner})
         options["records"] = inner
@@ -99,7 +102,7 @@ def _inspect(file: DataFile, entry: SourceFile) -> Inspection:
     options |= layout | mapping
     section = _section(kind, file_entry, options)
     records = list(islice(read_records(section, file, 0, LeftOut(skip=section.skip_invalid), set()), 3))
-    return _finish(Inspection(f"{form}, {encoding}", kind, section, options, records, notes))
+    return _finish(Inspection(f"{form}{encoding}", kind, section, options, records, notes))
 
 
 def _finish(found: Inspection) -> Inspection:
@@ -117,18 +120,18 @@ def _section(kind: str, entry: SourceFile, options: Mapping[str, Any]) -> Sectio
 
 
 def _with_encoding(file: DataFile, entry: SourceFile) -> tuple[SourceFile, str]:
-    """Return the entry with the encoding that a sure guess names, and the encoding in words."""
+    """Return the entry with the encoding that a sure guess names, and the encoding in words after a comma."""
     head = file.head()
     found = find_encoding(head)
     if found != "utf-8":
-        return entry, found.upper()
+        return entry, f", {found.upper()}"
     try:
         head[: len(head) - 4].decode()
     except UnicodeDecodeError:
         guessed = guess(b"\n".join(line for line in head.splitlines() if not line.isascii())[: 1 << 14])
         if guessed is not None:
-            return entry.model_copy(update={"encoding": guessed[0]}), guessed[0]
-    return entry, "UTF-8"
+            return entry.model_copy(update={"encoding": guessed[0]}), f", {guessed[0]}"
+    return entry, ", UTF-8"
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
@@ -141,8 +144,8 @@ def _sample(file: DataFile, entry: SourceFile) -> tuple[list[Mapping[str, Any]] 
         found = find_format(file, Wanted({}), entry)
     except InputError:
         found = find_format(file, Wanted({"\0": "text"}, may_be_text=True), entry)
-    if found == "text":
-        return None, "text", {}
+    if found == "text" or found in DOCUMENTS.keys() - {"xlsx"}:
+        return None, DOCUMENTS.get(found, "text"), {}
     if found in ("csv", "tsv"):
         table = _table(file, entry)
         if table is None:
@@ -152,7 +155,7 @@ def _sample(file: DataFile, entry: SourceFile) -> tuple[list[Mapping[str, Any]] 
         entry = entry.model_copy(update=layout)
     rows = list(islice(_rows(file, found, entry), ROWS))
     names_found = list(rows[0]) if rows else []
-    form = {"jsonl": "JSON Lines", "json": "JSON", "parquet": "parquet"}.get(found, "a table")
+    form = {"jsonl": "JSON Lines", "json": "JSON", "parquet": "parquet", "xlsx": "an Excel sheet"}.get(found, "a table")
     columns = f" with {len(names_found)} columns ({', '.join(map(str, names_found[:20]))})"
     if found in ("csv", "tsv"):
         columns += f" separated by {describe(layout['separator'])}{'' if 'header' in layout else ', with a header'}"
@@ -239,7 +242,7 @@ def _propose(rows: Sequence[Mapping[str, Any]]) -> tuple[str, dict[str, Any]] | 
         columns = {"text": text, "label": label}
         renamed = {key: name for key, name in columns.items() if key != name}
         return "messages", {"labels": labels if len(rows) < ROWS and len(labels) > 1 else AUTO, **renamed}
-    document = text_among(DOCUMENTS) or _longest(rows, but=None)
+    document = text_among(PROSE) or _longest(rows, but=None)
     if document is None:
         return None
     return "corpus", {"text": document} if document != "text" else {}

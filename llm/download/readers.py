@@ -27,10 +27,12 @@ from llm.download.conversations import conversation_columns, is_preference, read
 from llm.download.detect import find_format, read_rows
 from llm.download.documents import cut_pieces, split_documents
 from llm.download.encodings import decode_text
+from llm.download.extract import extract_text
 from llm.download.formats import Wanted
 from llm.download.gutenberg import read_books
 from llm.download.nested import cell, columns_of
 from llm.download.shapes import describe_shape
+from llm.download.signatures import DOCUMENTS
 from llm.download.splits import Section, file_splits
 
 MOST_LABELS = 200  # that are found out; more are no labels
@@ -233,8 +235,12 @@ def corpus(
     section: CorpusSource, file: DataFile, left_out: LeftOut, first: int = 0, seen: set[str] | None = None
 ) -> Iterator[dict[str, Any]]:
     """Yield `{"doc": 0, "text": ...}`. Records in a row with one number are one document, numbered from `first`."""
-    if find_format(file, wanted_columns(section), read_options(section, file)) == "text":
-        documents = _text_documents(section, file, seen)
+    options = read_options(section, file)
+    found = find_format(file, wanted_columns(section), options)
+    if found == "text":
+        documents = _text_documents(section, file, decode_text(file, options.encoding), seen)
+    elif found in DOCUMENTS and found != "xlsx":
+        documents = _text_documents(section, file, extract_text(file, found, options), seen)
     else:
         column = section.text or "text"
         cells = _convert(section, file, left_out, lambda row, where: {"text": _value(row, column, "text", where)})
@@ -244,9 +250,10 @@ def corpus(
         yield {"doc": first + number, "text": piece}
 
 
-def _text_documents(section: CorpusSource, file: DataFile, seen: set[str] | None) -> Iterator[tuple[int, str]]:
+def _text_documents(
+    section: CorpusSource, file: DataFile, text: Iterator[str], seen: set[str] | None
+) -> Iterator[tuple[int, str]]:
     """Yield numbered documents in pieces; each book of Project Gutenberg is a document, or several."""
-    text = decode_text(file, read_options(section, file).encoding)
     if section.strip != "gutenberg":
         yield from split_documents(text, section.document_separator, seen)
         return

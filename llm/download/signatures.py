@@ -39,9 +39,9 @@ NO_DATA = "correct the name"
 BINARIES = [
     Binary(re.compile(rb"SQLite format 3\x00"), "an SQLite database", "export the table, for example with: "
            "sqlite3 -csv -header FILE 'SELECT * FROM name' > name.csv"),
-    Binary(re.compile(rb"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1"), "an old Excel or Word file (.xls, .doc)",
-           "save it as CSV UTF-8 or text"),
-    Binary(re.compile(rb"%PDF-"), "a PDF", TO_TEXT),
+    Binary(re.compile(rb"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1"),
+           "an old Excel or Word file (.xls, .doc), or a new one with a password",
+           "save it as .xlsx, .docx, CSV UTF-8 or text, without password"),
     Binary(re.compile(rb"\{\\rtf"), "an RTF document", TO_TEXT),
     Binary(re.compile(rb"ARROW1\x00\x00|\xff\xff\xff\xff.{4}[\x0c\x10\x14\x18]\x00\x00\x00", re.DOTALL),
            "an Arrow file", "save it as .parquet"),
@@ -52,12 +52,22 @@ BINARIES = [
     Binary(re.compile(rb"\x89PNG\r|\xff\xd8\xff|GIF8[79]a|RIFF....WEBP", re.DOTALL), "an image", NO_DATA),
     Binary(re.compile(rb"GGUF[\x02\x03]\x00|\x7fELF|MZ\x90\x00"), "a program or a model's weights", NO_DATA),
 ]  # fmt: skip
-OFFICE = {  # a member that tells what a zip archive is
-    "xl/workbook.xml": ("an Excel workbook", "save it as CSV UTF-8, one file for each sheet"),
-    "xl/workbook.bin": ("an Excel workbook", "save it as CSV UTF-8, one file for each sheet"),
-    "word/document.xml": ("a Word document", TO_TEXT),
+DOCUMENTS = {  # by format: the nouns of what the extractors read
+    "pdf": "a PDF",
+    "html": "an HTML page",
+    "epub": "an EPUB book",
+    "docx": "a Word document",
+    "xlsx": "an Excel workbook",
+}
+HTML_SUFFIXES = (".html", ".htm", ".xhtml")
+OFFICE_DOCUMENTS = {  # a member that tells which document a zip archive is
+    "xl/workbook.xml": "xlsx",
+    "word/document.xml": "docx",
+    "META-INF/container.xml": "epub",
+}
+OFFICE = {  # a member that tells that a zip archive is a file of another kind, which no reader takes
+    "xl/workbook.bin": ("an Excel workbook in binary form (.xlsb)", "save it as .xlsx or as CSV UTF-8"),
     "ppt/presentation.xml": ("a PowerPoint presentation", TO_TEXT),
-    "META-INF/container.xml": ("an EPUB book", TO_TEXT),
     "META-INF/manifest.xml": ("an OpenDocument file", "save it as CSV UTF-8 or text"),
 }
 

@@ -31,7 +31,8 @@ def file_splits(section: Section, files: Sequence[DataFile]) -> list[str | None]
 
     Raises `InputError` where only some files have one, and for files that look like splits of which nothing is said.
     """
-    stated = [file.declared.split if file.declared else None for file in files]
+    is_corpus = isinstance(section, CorpusSource)  # the split of a hub's data set has chosen its files
+    stated = [file.declared.split if file.declared and not (is_corpus and file.declared.hf) else None for file in files]
     column = None if isinstance(section, CorpusSource) else section.split
     splits = [_stated_split(file, split) for file, split in zip(files, stated, strict=True)]
     kept = [file for file, split in zip(files, splits, strict=True) if split]

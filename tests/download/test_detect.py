@@ -63,12 +63,11 @@ def sqlite() -> bytes:
 @pytest.mark.parametrize(
     ("content", "noun"),
     [
-        (office("xl/workbook.xml"), "an Excel workbook; save it as CSV UTF-8"),
-        (office("word/document.xml"), "a Word document"),
-        (office("META-INF/container.xml"), "an EPUB book"),
+        (office("xl/workbook.bin"), "an Excel workbook in binary form (.xlsb); save it as .xlsx"),
+        (office("ppt/presentation.xml"), "a PowerPoint presentation"),
+        (office("META-INF/manifest.xml"), "an OpenDocument file"),
         (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(600), "an old Excel or Word file"),
         (sqlite(), "an SQLite database; export the table"),
-        (b"%PDF-1.7\n%\xe2\xe3", "a PDF"),
         (b"{\\rtf1\\ansi hello}", "an RTF document"),
         (b"7z\xbc\xaf\x27\x1c\x00\x04", "a 7z archive"),
         (b"Rar!\x1a\x07\x01\x00", "a RAR archive"),
@@ -135,7 +134,7 @@ def test_a_table_without_an_ending_is_a_table_for_a_corpus_too(place: Place) -> 
 
 def test_a_format_is_stated(place: Place) -> None:
     page = "<!DOCTYPE html><html><body>Hi</body></html>"
-    assert "format: text" in place.refused("corpus", ("a.html", page))
+    assert "format: text" in place.refused("corpus", ("a.txt", page))
     assert place.texts("corpus", ("a.html", page), format="text") == [page]
     files = [{"path": place.put("a.log", LINES), "format": "jsonl"}, {"path": place.put("b.log", TABLE)}]
     assert place.texts("messages", files, format="csv") == TEXTS * 2  # a file's own option comes first
@@ -145,7 +144,7 @@ def test_a_format_is_stated(place: Place) -> None:
 @pytest.mark.parametrize(("content", "seen"), [(bytes(range(256)), "no ending"), ("no table at all\n", "no ending")])
 def test_what_has_no_rows_is_refused(place: Place, content: bytes | str, seen: str) -> None:
     message = place.refused("messages", ("a", content))
-    assert "expected a name that ends in .jsonl .json .csv .tsv .parquet (rows)" in message and seen in message
+    assert "expected a name that ends in .jsonl .json .csv .tsv .parquet .xlsx (rows)" in message and seen in message
     assert "format:" in message
 
 

@@ -161,8 +161,8 @@ def test_the_proposal_reads_the_whole_file(shape: str, tmp_path: Path) -> None:
 
 
 UNKNOWN: dict[str, tuple[str, str | bytes, str]] = {
-    "a PDF": ("a.pdf", b"%PDF-1.7\n", "found a PDF"),
-    "an Excel workbook": ("a.xlsx", zipped({"xl/workbook.xml": b"<x/>"}), "found an Excel workbook"),
+    "a broken PDF": ("a.pdf", b"%PDF-1.7\n", "expected a PDF, found an error"),
+    "a broken workbook": ("a.xlsx", zipped({"xl/workbook.xml": b"<x/>"}), "expected an Excel workbook, found an error"),
     "a picture": ("a.csv", b"\x89PNG\r\n\x1a\n" + bytes(50), "found an image"),
     "random bytes": ("a", bytes(range(256)) * 4, "found no ending"),
     "a pointer": ("a.csv", "version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 1\n", "git lfs pull"),

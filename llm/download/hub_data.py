@@ -1,0 +1,107 @@
+"""Data sets of the Hugging Face hub by name: list their files at one revision, choose a split's, fetch them."""
+
+from __future__ import annotations
+
+import fnmatch
+import logging
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from llm.common.errors import InputError
+from llm.common.sanitize import error_text
+from llm.config import SPLITS, SourceFile, split_name
+from llm.download.archives import DataFile
+from llm.download.detect import BY_SUFFIX
+from llm.download.splits import named_split
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
+SHA256 = re.compile(r"[0-9a-f]{64}")
+ABOUT = ("readme.md", "license.md", "license.txt", "dataset_infos.json", "dataset_info.json", "state.json")
+MOST_FILES = 500  # of one entry; a larger data set is read in part
+
+log = logging.getLogger("llm")
+
+
+def hub_files(entry: SourceFile) -> list[tuple[str, Path, str | None]]:
+    """Fetch the files of a data set into the hub's cache; return their names, places and SHA-256 where it is known.
+
+    `entry.hf` is `OWNER/NAME@REVISION`. `entry.split` chooses files by the split in their names, `entry.member` by a
+    pattern of paths. Else parquet files come before others, as a data set often has its rows in several formats.
+    """
+    assert entry.hf is not None
+    name, _, revision = entry.hf.partition("@")
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise InputError(f"hf: {name}: huggingface_hub is missing; pip install 'textmill[hf]'") from None
+    endpoint = os.environ.get("HF_ENDPOINT")
+    try:
+        commit, known = _listing(huggingface_hub, name, revision or None, endpoint)
+        if not COMMIT.fullmatch(revision):
+            log.warning("hf: %s: not pinned, so it may change unnoticed; write hf: %s@%s", name, name, commit)
+        found = []
+        for path in _choose(name, sorted(known), entry):
+            place = huggingface_hub.hf_hub_download(name, path, repo_type="dataset", revision=commit, endpoint=endpoint)
+            found.append((f"hf://datasets/{name}@{commit}/{path}", Path(place), known[path]))
+        return found
+    except InputError:
+        raise
+    except Exception as error:  # no network, no such name, no permission: of several libraries' classes
+        if type(error) is OSError:  # of this disk
+            raise
+        reason = (error_text(error).strip() or type(error).__name__).splitlines()[0]
+        problem = f"the hub did not give it ({reason})"
+        raise InputError(f"hf: {entry.hf}: {problem}; check name, revision and your access to it") from None
+
+
+def _listing(hub: Any, name: str, revision: str | None, endpoint: str | None) -> tuple[str, Mapping[str, str | None]]:
+    """Return the commit and, by path, the SHA-256 of all files; from the hub's cache where the hub cannot be asked."""
+    try:
+        info = hub.HfApi(endpoint=endpoint).dataset_info(name, revision=revision, files_metadata=True)
+        return info.sha, {each.rfilename: each.lfs.sha256 if each.lfs else None for each in info.siblings}
+    except Exception as asked:
+        try:
+            place = hub.snapshot_download(name, repo_type="dataset", revision=revision, local_files_only=True)
+        except Exception:
+            raise asked from None
+    folder = Path(place)
+    log.warning("hf: %s: the hub cannot be asked; takes what its cache has of %s", name, folder.name)
+    known = {}
+    for path in folder.rglob("*"):
+        digest = path.resolve().name  # large files are named by their SHA-256
+        if path.is_file():
+            known[path.relative_to(folder).as_posix()] = digest if SHA256.fullmatch(digest) else None
+    return folder.name, known
+
+
+def _choose(name: str, paths: Sequence[str], entry: SourceFile) -> list[str]:
+    """Return the files to read; raise `InputError` where there is none, or where several subsets would mix."""
+    if entry.member:
+        data = fnmatch.filter(paths, entry.member)
+    else:
+        data = [path for path in paths if PurePosixPath(path).name.lower() not in ABOUT]
+        data = [path for path in data if PurePosixPath(path.removesuffix(".gz")).suffix in BY_SUFFIX]
+        data = [path for path in data if path.endswith(".parquet")] or data
+    if entry.split in SPLITS:
+        data = [path for path in data if named_split(DataFile(path, Path(), "", 0)) == entry.split]
+    if not data:
+        stated = [f"{key}: {value}" for key, value in (("split", entry.split), ("member", entry.member)) if value]
+        wanted = f" for {' and '.join(stated)}" if stated else ""
+        shown = f"{len(paths)}: {', '.join(paths[:8])}{', ...' if len(paths) > 8 else ''}"
+        raise InputError(f"hf: {name}: expected files of data{wanted}, found {shown}; choose with member:, a pattern")
+    if len(data) > MOST_FILES:
+        raise InputError(f"hf: {name}: expected at most {MOST_FILES} files, found {len(data)}; choose with member:")
+    subsets = sorted({_subset(path) for path in data})
+    if not entry.member and len(subsets) > 1:
+        shown = f"{', '.join(subsets[:8])}{', ...' if len(subsets) > 8 else ''}"
+        raise InputError(f"hf: {name}: expected one subset, found {shown}; choose with member:, as in {subsets[0]}/*")
+    return data
+
+
+def _subset(path: str) -> str:
+    """Return the folder of a file, above one that is named for a split."""
+    folder = PurePosixPath(path).parent
+    return (folder.parent if split_name(folder.name) else folder).as_posix()
