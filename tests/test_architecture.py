@@ -41,7 +41,7 @@ LAYERS = [
     {"evaluation"},
     {"reporting"},
     {"api"},
-    {"serving", "bench"},
+    {"serving", "bench", "devices"},
     {"cli"},
     {"__main__"},
 ]

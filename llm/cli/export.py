@@ -12,35 +12,43 @@ from llm.common.errors import InputError
 SUMMARY = "write a model for other tools"
 DESCRIPTION = (
     "Writes a folder that transformers' Auto classes open, or a GGUF file that llama.cpp runs, tokenizer and chat "
-    "template included; or the adapter alone, in PEFT's form, of a model trained with trainable: lora. What the format "
-    "has no place for is named and nothing is written."
+    "template included; a folder for Ollama, or one that chats in a browser; or the adapter alone, in PEFT's form, of "
+    "a model trained with trainable: lora. What the format has no place for is named and nothing is written."
 )
 EXAMPLES = (
     "python -m llm export models/instruct exported --format hf",
     "python -m llm export models/instruct model.gguf --format gguf --dtype q8_0",
+    "python -m llm export models/instruct mine --format ollama && ollama create mine -f mine/Modelfile",
+    "python -m llm export models/instruct page --format web && python -m http.server -d page",
     "python -m llm export models/instruct adapter --format peft --base HuggingFaceTB/SmolLM2-135M-Instruct",
 )
+FORMATS = ("hf", "gguf", "ollama", "web", "peft")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add = parser.add_argument
     add("out", type=Path, metavar="OUT", help="the folder or file to write")
-    add("--format", required=True, choices=["hf", "gguf", "peft"], help="for transformers, for llama.cpp or for PEFT")
+    add("--format", required=True, choices=FORMATS, help="for transformers, llama.cpp, Ollama, a browser or PEFT")
     add("--dtype", choices=["f16", "q8_0", "f32"], help="of the weights in a GGUF file (default: f16)")
+    add("--runtime", type=Path, metavar="PATH", help="wllama's package for --format web (default: fetched by npm)")
     add("--base", metavar="NAME", help="the model that an adapter for PEFT belongs to")
 
 
 def run(args: argparse.Namespace) -> None:
     """Write a model folder, or the adapter in it, in another tool's format."""
-    if args.dtype is not None and args.format != "gguf":
-        raise InputError("--dtype goes with --format gguf; in the other formats the weights keep theirs")
+    if args.dtype is not None and args.format in ("hf", "peft"):
+        raise InputError(
+            "--dtype goes with --format gguf, ollama and web; in the other formats the weights keep theirs"
+        )
+    if args.runtime is not None and args.format != "web":
+        raise InputError("--runtime goes with --format web; no other format has one")
     if args.base is not None and args.format != "peft":
         raise InputError("--base goes with --format peft; in the other formats a model stands on its own")
     if args.format == "peft":
         export_adapter(args.model_dir, args.out, args.base)
     else:
-        export_model(args.model_dir, args.out, args.format, args.dtype or "f16")
+        export_model(args.model_dir, args.out, args.format, args.dtype or "f16", args.runtime)
     logging.getLogger("llm").info(f"{args.out}: written")
 
 
@@ -56,19 +64,31 @@ def export_adapter(model_dir: Path, out: Path, base: str | None) -> None:
     export_peft(folder / "adapter", out, base)
 
 
-def export_model(model_dir: Path, out: Path, form: str, dtype: str) -> None:
-    """Write a model folder for transformers, or for llama.cpp with weights of a dtype."""
+def export_model(model_dir: Path, out: Path, form: str, dtype: str, runtime: Path | None) -> None:
+    """Write a model folder for transformers, or for llama.cpp, Ollama or a browser with weights of a dtype."""
     from llm.checkpoint.folder import load_checkpoint
     from llm.convert.cache import model_folder
 
     if form == "hf":
         check_output(out, model_dir)
+    elif form == "ollama":
+        check_output(out, model_dir, "folder of Ollama", holds="Modelfile")
+    elif form == "web":
+        check_output(out, model_dir, "exported page", holds="sw.js")
     checkpoint = load_checkpoint(model_folder(model_dir), dtype=None)
     try:
         if form == "hf":
             from llm.convert.hf import export_hf
 
             export_hf(checkpoint, out)
+        elif form == "ollama":
+            from llm.devices.ollama import export_ollama
+
+            export_ollama(checkpoint, out, dtype)  # type: ignore[arg-type]  # of the parser's choices
+        elif form == "web":
+            from llm.devices.web import export_web
+
+            export_web(checkpoint, out, model_dir.resolve().stem, dtype, runtime)  # type: ignore[arg-type]
         else:
             from llm.convert.gguf import export_gguf
 

@@ -12,7 +12,7 @@ Shapes: D head_dim.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, Literal
@@ -171,11 +171,12 @@ def _rows(file: BufferedReader, start: int, rows: int, n_bytes: int) -> np.ndarr
 # ---- out -------------------------------------------------------------------------------------------------------------
 
 
-def export_gguf(checkpoint: Checkpoint, out: Path, kind: FileType) -> None:
+def export_gguf(checkpoint: Checkpoint, out: Path, kind: FileType, more: Mapping[str, Any] | None = None) -> None:
     """Write a GGUF file that llama.cpp runs, whole or not at all; the same model gives the same bytes.
 
     `kind` is of the matrices: vectors and learned positions stay in fp32, and where a row is no whole number of blocks
-    q8_0 becomes f16. Raises `InputError` for a model that none of llama.cpp's architectures computes.
+    q8_0 becomes f16. `more` is metadata in place of that of the same keys. Raises `InputError` for a model that none of
+    llama.cpp's architectures computes.
     """
     gguf = gguf_package()
     if out.is_dir():
@@ -193,6 +194,7 @@ def export_gguf(checkpoint: Checkpoint, out: Path, kind: FileType) -> None:
         "general.quantization_version": 2,
         **family.gguf_fields(config),
         **_tokenizer_fields(checkpoint),
+        **(more or {}),
     }
     with atomic_file(out) as draft, contextlib.closing(gguf.GGUFWriter(draft, family.gguf_arch)) as writer:
         for key, value in fields.items():
