@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -143,7 +144,7 @@ class Model:
     def has_template_variable(self, name: str) -> bool:
         """Return whether the model's own chat template may read a variable of this name."""
         sources = (self.checkpoint.config.chat_templates or {}).values()
-        return name.isidentifier() and any(name in source for source in sources)
+        return name.isidentifier() and any(re.search(rf"\b{name}\b", source) for source in sources)
 
     def fit_messages(
         self,

@@ -24,6 +24,7 @@ EXAMPLES = (
     "python -m llm serve models:/llm-instruct@champion",
 )
 MODEL = "[NAME=]MODEL_DIR"
+LOCAL = frozenset({"localhost", "127.0.0.1", "[::1]"})  # names that only this machine answers to
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,6 +81,7 @@ def run(args: argparse.Namespace) -> None:
     config = uvicorn.Config(app, args.host, args.port, http="h11", log_level="warning", access_log=False)
     server = uvicorn.Server(config)
     sockets = [config.bind_socket()]
+    sockets[0].listen(config.backlog)  # who reads the line below can connect at once
     host, port = sockets[0].getsockname()[:2]
     logging.getLogger("llm").info("serving at http://%s:%d", f"[{host}]" if ":" in host else host, port)
     signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises the signal once more when all is finished
@@ -101,7 +103,8 @@ def build(args: argparse.Namespace) -> Any:
         models.add(source)
     for source in args.classifier:
         models.add(source, CLASSIFIER)
-    gate = Gate(os.environ.get("LLM_API_KEY") or None, args.max_body)
+    hosts = LOCAL if args.host in LOCAL or args.host == "::1" else None
+    gate = Gate(os.environ.get("LLM_API_KEY") or None, args.max_body, hosts=hosts)
     return build_app(Server(models, RequestLimits(args.max_tokens, args.max_seconds), gate, args.cors))
 
 

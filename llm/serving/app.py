@@ -160,7 +160,8 @@ def add_openai(app: Any, server: Server) -> None:
     async def chat(body: ChatRequest, request: Request) -> Any:
         served = server.models.get(body.model, "instruct")
         keep = (body.max_completion_tokens or body.max_tokens or server.limits.max_tokens) if body.drop_oldest else None
-        prompt = await run_in_threadpool(chat_ids, served.model, [each.message() for each in body.messages], keep)
+        messages, template = [each.message() for each in body.messages], body.template_options()
+        prompt = await run_in_threadpool(chat_ids, served.model, messages, keep, **template)
         return await respond(body, request, served, ChatForm(body, served.model.checkpoint.tokenizer), [prompt])
 
     @app.post("/v1/completions")

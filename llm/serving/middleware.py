@@ -32,6 +32,7 @@ class Gate:
     api_key: str | None = None
     max_body: int = 4 * 2**20  # bytes
     body_seconds: float = 30.0  # until a body is here
+    hosts: frozenset[str] | None = None  # that a request may be for; None: any
 
 
 class Guard:
@@ -55,6 +56,7 @@ class Guard:
             await send(message)
 
         try:
+            self.check_host(headers)
             self.check_key(scope["path"], headers)
             body = await self.read(headers, receive)
         except ApiError as error:
@@ -69,6 +71,16 @@ class Guard:
             return {"type": "http.request", "body": body, "more_body": False}
 
         return await self.app(scope, replay, counted)
+
+    def check_host(self, headers: MutableMapping[bytes, bytes]) -> None:
+        """Raise `ApiError` for another host's name, by which a foreign page reaches a local server (DNS rebinding)."""
+        if self.gate.hosts is None:
+            return
+        host = headers.get(b"host", b"").decode("latin-1").lower()
+        name = host[: host.find("]") + 1] if host.startswith("[") else host.partition(":")[0]
+        if name not in self.gate.hosts:
+            known = ", ".join(sorted(self.gate.hosts))
+            raise ApiError(403, f"Host: a foreign name (expected {known}); ask for one of these, or serve with --host")
 
     def check_key(self, path: str, headers: MutableMapping[bytes, bytes]) -> None:
         """Raise `ApiError` unless the request has the API key; the time it takes tells nothing about the key."""

@@ -6,7 +6,10 @@ import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from llm.common.errors import InputError
+from llm.common.files import parse_json
 
 TOP_LOGPROBS = 20
 SURROGATES = re.compile("[\ud800-\udfff]")
@@ -74,26 +77,76 @@ class TextPart(Body):
     text: str
 
 
+class CalledFunction(Body):
+    name: Text
+    arguments: str | dict[str, Any]  # OpenAI's form is JSON in a string
+
+
+class ToolCall(Body):
+    id: str = ""
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class Function(Body):
+    name: Text
+    description: str | None = None
+    parameters: dict[str, Any] = Field(default_factory=dict)
+    strict: bool | None = None  # accepted, without effect
+
+
+class Tool(Body):
+    type: Literal["function"]
+    function: Function
+
+
 class ChatMessage(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart]
+    content: str | list[TextPart] | None = None
     name: str | None = None  # accepted, without effect
+    tool_calls: Annotated[list[ToolCall], Field(min_length=1, max_length=128)] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = Field(None, description="an earlier answer's thoughts; not in OpenAI's API")
 
-    def message(self) -> dict[str, str]:
-        """Return the message with its content as one text."""
+    @model_validator(mode="after")
+    def _says_something(self) -> ChatMessage:
+        if self.content is None and self.tool_calls is None:
+            raise ValueError("no content (expected a text)")
+        if self.role != "assistant" and not (self.tool_calls is None and self.reasoning_content is None):
+            raise ValueError(f"tool_calls and reasoning_content go with the role assistant, found {self.role}")
+        return self
+
+    def message(self) -> dict[str, Any]:
+        """Return the message as a chat template takes it: its content one text, arguments of calls as objects."""
         parts = self.content
-        content = parts if isinstance(parts, str) else "".join(part.text for part in parts)
-        return {"role": "system" if self.role == "developer" else self.role, "content": content}
+        content = parts if isinstance(parts, str | None) else "".join(part.text for part in parts)
+        names = {"tool_call_id", "reasoning_content", "tool_calls"}
+        more = self.model_dump(include=names, exclude_none=True)
+        for call in more.get("tool_calls", []):
+            call["function"]["arguments"] = _arguments(call["function"]["arguments"])
+        return {"role": "system" if self.role == "developer" else self.role, "content": content, **more}
 
 
 class ChatRequest(Decoding):
     messages: list[ChatMessage] = Field(min_length=1, max_length=10_000)
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = Field(None, description="for the model's own template")
+    tool_choice: Literal["auto", "none"] | None = None
+    chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=32)] | None = Field(
+        None, description="variables of the model's own chat template, such as enable_thinking; not in OpenAI's API"
+    )
     max_completion_tokens: int | None = Field(None, ge=1)
     drop_oldest: bool = Field(False, description="leave out turns that do not fit; not in OpenAI's API")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=TOP_LOGPROBS)
     metadata: dict[str, str] | None = None  # accepted, without effect
     store: bool | None = None  # accepted, without effect
+
+    def template_options(self) -> dict[str, Any]:
+        """Return the arguments for the model's own chat template."""
+        tools = (
+            None if self.tool_choice == "none" else [tool.model_dump(exclude_none=True) for tool in self.tools or []]
+        )
+        return {"tools": tools or None, "template_kwargs": self.chat_template_kwargs or None}
 
 
 class CompletionRequest(Decoding):
@@ -131,6 +184,17 @@ class InspectRequest(Body):
 
 class ReloadRequest(Body):
     model: str | None = Field(None, description="a model's name; all models without it")
+
+
+def _arguments(given: str | dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call, which OpenAI's clients send as JSON in a string."""
+    try:
+        value = parse_json(given) if isinstance(given, str) else given
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise InputError("messages: arguments of a tool call are no JSON object; send them as the model wrote them")
+    return value
 
 
 def _leaves(value: Any) -> Iterator[Any]:
