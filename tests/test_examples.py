@@ -6,6 +6,7 @@ import csv
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -85,3 +86,9 @@ def test_each_example_runs_by_its_command(tmp_path: Path) -> None:
         done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=600)
         assert done.returncode == 0 and source in done.stdout + done.stderr, done.stdout + done.stderr
         assert (folder / "reports/report.md").exists()
+    for name in ("models/base", "models/instruct", "data/tokens/corpus"):
+        shutil.copytree(folder / name, folder / ".work/sample" / Path(name).name)
+    measure = ("env", "PYTHONPATH=.", sys.executable, "examples/handbook/measure.py", ".work/sample")
+    lines = execute(folder, *measure).splitlines()
+    assert re.fullmatch(r"handbook, bits per byte: (\d+\.\d+) before, \1 after", lines[0])
+    assert "never asked, answered: 0 of 28 before, 0 of 28 after" in lines
