@@ -23,6 +23,7 @@ from llm.download.inspection import inspect_file, params_lines
 from llm.download.readers import write_records
 from tests.conftest import ROOT
 from tests.download.files import zipped
+from tests.download.test_extract import docx, pdf, xlsx
 
 MAILS = [(f"Could you send me invoice number {i}, please?", "question") for i in range(6)]
 MAILS += [(f"The parcel {i} has arrived broken - this is the second time!", "complaint") for i in range(6)]
@@ -63,6 +64,9 @@ RUSSIAN = [{"text": f"Когда придёт мой заказ номер {i}? 
 RUSSIAN += [{"text": f"Посылка {i} пришла сломанной, это ужасно.", "label": "жалоба"} for i in range(5)]
 KNOWN: dict[str, tuple[str, str | bytes, str, int]] = {  # name, content, kind, records
     "plain text": ("a.txt", LONG, "corpus", 1),
+    "a PDF": ("a.pdf", pdf("The boats lay still."), "corpus", 1),
+    "a Word document": ("letter.docx", docx(LONG), "corpus", 1),
+    "an Excel sheet": ("a.xlsx", xlsx(Mails=[["text", "label"], *map(list, MAILS)]), "messages", 12),
     "markdown": ("a.md", "# Title\n\n" + LONG, "corpus", 1),
     "code": ("a.py", "import os\n\nprint(os.name, 1)\n", "corpus", 1),
     "text without ending": ("notes", LONG, "corpus", 1),
