@@ -596,6 +596,17 @@ class EvaluateParams(Strict):
     audit_bytes: NonNegative
 
 
+class ReleaseParams(Strict):
+    """Requirements of a champion, by its folder's name and the metric's."""
+
+    at_least: dict[str, dict[str, float]]
+    at_most: dict[str, dict[str, float]]
+    no_worse_by: dict[str, NonNegativeFloat]
+    slower_by: NonNegativeFloat
+    larger_by: NonNegativeFloat
+    leaks: NonNegative
+
+
 class RuntimeParams(Strict):
     """Params of speed and comfort, which change no compared result: no stage lists this section in `dvc.yaml`."""
 
@@ -619,6 +630,7 @@ class Params(Strict):
     finetune_instruct: InstructParams
     evaluate: EvaluateParams
     runtime: RuntimeParams
+    release: ReleaseParams
 
     @model_validator(mode="after")
     def _sources_exist(self) -> Self:

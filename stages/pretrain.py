@@ -10,14 +10,16 @@ from pathlib import Path
 import torch
 
 from llm.checkpoint.adapter import save_trained
+from llm.checkpoint.card import Card, foreign_base, new_card
 from llm.checkpoint.folder import Checkpoint, lm_checkpoint
 from llm.common import distributed
 from llm.common.device import pick_device
 from llm.common.errors import InputError
-from llm.config import SCRATCH, GPTConfig, PretrainParams
+from llm.config import SCRATCH, GPTConfig, Params, PretrainParams
 from llm.convert.load import import_model
 from llm.data.batches import held_out_windows, window_batches
 from llm.data.shards import TokenShards
+from llm.download.hub import source_files
 from llm.inference.generate import stream, stream_text
 from llm.inference.sampling import Sampling
 from llm.model.gpt import GPT
@@ -69,7 +71,7 @@ def pretrain(run: Run) -> None:
     if distributed.rank() > 0:
         return
     with run.phase("saving"):
-        save_trained(Path("models/base"), content, section)
+        save_trained(Path("models/base"), content, section, make_card(params, tokens))
     tokens_per_step = section.batch_size * section.grad_accum_steps * window
     run.write_history(result.history, result.curve)
     run.write_metrics(
@@ -82,6 +84,16 @@ def pretrain(run: Run) -> None:
             **result.best_metrics,
         }
     )
+
+
+def make_card(params: Params, tokens: Path) -> Card:
+    """Return the card of the base model; open weights are its base, named without their path."""
+    section, base, model = params.pretrain, None, params.model.model_dump(mode="json")
+    if section.init != SCRATCH:
+        base, model = foreign_base(section.init, source_files(section.init)), {}
+    init = base.name if base is not None else section.init
+    values = {"seed": params.seed, "model": model, **section.model_dump(mode="json"), "init": init}
+    return new_card("base", tokens=tokens, data=["corpus"], params=values, base=base)
 
 
 def open_weights(

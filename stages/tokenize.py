@@ -69,6 +69,8 @@ def write_tokens(run: Run, folder: Path) -> dict[str, Any]:
         too_long = check_lengths(run.params, imported, split_messages, split_pairs)
         tokenizer.save(folder / "tokenizer")
         encoded = encode_corpus(corpus, folder / "corpus", plan, folder / "tokenizer", params.tokens_per_shard, workers)
+    for kind in KINDS:
+        write_atomic(folder / kind / "source.json", json.dumps(source_card(provenance[kind]), indent=2) + "\n")
 
     card = {
         "sources": {kind: {key: provenance[kind][key] for key in ("source", "licence")} for kind in KINDS},
@@ -88,6 +90,20 @@ def write_tokens(run: Run, folder: Path) -> dict[str, Any]:
         if "left_out" in provenance[kind]:
             card[kind]["left_out"] = provenance[kind]["left_out"]["rows"]
     return data_card.without_texts(card, [kind for kind in KINDS if kind not in quotable])
+
+
+def source_card(found: dict[str, Any]) -> dict[str, Any]:
+    """Return a source as models state it: a private file by its digest alone, without its path."""
+
+    def is_told(file: str) -> bool:
+        own = Path(file).is_absolute() or ".." in Path(file).parts or Path(file).parts[:2] == ("data", "own")
+        return bool(found["quotable"]) and not own
+
+    files = [
+        {key: file[key] for key in ("sha256", "bytes")} | ({"file": file["file"]} if is_told(file["file"]) else {})
+        for file in found.get("files", [])  # none in data/raw of an earlier version
+    ]
+    return {key: found[key] for key in ("source", "licence", "quotable")} | {"files": files}
 
 
 def make_tokenizer(params: Params, corpus: Path, plan: Plan) -> tuple[str, ImportedTokenizer]:

@@ -40,15 +40,17 @@ LAYERS = [
     {"audit"},
     {"evaluation"},
     {"reporting"},
+    {"release"},
     {"api"},
     {"serving", "bench", "devices"},
     {"cli"},
     {"__main__"},
 ]
-COMMANDS = {"sync", "timeline"}  # scripts of `stages` that are no stage
-# Modules of stages/tracking: those that a running stage imports (no other one makes a stage stale), and MLflow's.
+COMMANDS = {"pull_request", "release", "sync", "timeline"}  # scripts of `stages` that are no stage
+# Modules of stages/tracking: those that a running stage imports (no other one makes a stage stale), and MLflow's,
+# with the script that releases.
 WRITER = {"clock", "journal", "process", "provenance", "system_metrics"}
-MLFLOW = {"alignment", "delivery", "mlflow_client", "registry"}
+MLFLOW = {"alignment", "champion", "delivery", "mlflow_client", "registry", "release"}
 
 
 def modules(package: str) -> list[Path]:
@@ -335,10 +337,12 @@ def test_data_deps_come_from_an_earlier_stage_or_the_repository() -> None:
             made |= {out if isinstance(out, str) else next(iter(out)) for out in entry.get(kind, [])}
 
 
-def test_runtime_is_no_dependency() -> None:
+def test_runtime_and_release_are_no_dependency() -> None:
     keys = {key.split(".")[0] for entry in dvc_stages().values() for key in entry["params"]}
-    assert "runtime" not in keys
-    assert keys == Params.model_fields.keys() - {"runtime"} | {"training"}, "every other section feeds some stage"
+    assert not {"runtime", "release"} & keys
+    assert keys == Params.model_fields.keys() - {"runtime", "release"} | {"training"}, (
+        "every other section feeds some stage"
+    )
 
 
 # ---- params.yaml -----------------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -11,12 +10,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from llm.checkpoint.card import Card
 from llm.checkpoint.folder import Checkpoint, CheckpointConfig, save_checkpoint
 from llm.checkpoint.weights import stored_tensors, unreadable
 from llm.common.errors import InputError
 from llm.common.files import read_json, replaced_folder
 from llm.config import LoRAParams, Sha256, Strict, TrainParams, explain
-from llm.data.about import ABOUT_FILE, About
 from llm.model.classifier import GPTClassifier
 from llm.model.gpt import GPT
 from llm.model.lora import add_lora, merge_lora
@@ -65,15 +64,13 @@ def save_adapter(folder: Path, content: Checkpoint, lora: LoRAParams) -> None:
             (new / name).write_bytes(data)
 
 
-def save_trained(folder: Path, content: Checkpoint, params: TrainParams, about: About | None = None) -> None:
+def save_trained(folder: Path, content: Checkpoint, params: TrainParams, card: Card | None = None) -> None:
     """Write the model folder of a training; adapters are merged into it, and kept alone in its folder `adapter`."""
     files: dict[str, bytes] = {}
-    if about is not None:
-        files[ABOUT_FILE] = (json.dumps(about.model_dump(), ensure_ascii=False, indent=2) + "\n").encode()
     if params.trainable == "lora":
         files |= {f"adapter/{name}": data for name, data in adapter_files(content, params.lora).items()}
         merge_lora(content.model)
-    save_checkpoint(folder, content, files)
+    save_checkpoint(folder, content, files, card)
 
 
 def load_adapter(folder: Path, base: Checkpoint) -> Checkpoint:

@@ -10,6 +10,8 @@ from typing import Any, Literal, NamedTuple, Self
 import torch
 from pydantic import Field, ValidationError, model_validator
 
+from llm.checkpoint.card import Card, write_card
+from llm.checkpoint.readme import readme
 from llm.checkpoint.weights import (
     check_layers,
     load_weights,
@@ -181,7 +183,9 @@ def _problem(conversations: ConversationEncoder) -> str | None:
     return problem
 
 
-def save_checkpoint(folder: Path, content: Checkpoint, more: Mapping[str, bytes] | None = None) -> None:
+def save_checkpoint(
+    folder: Path, content: Checkpoint, more: Mapping[str, bytes] | None = None, card: Card | None = None
+) -> None:
     """Write a model folder, whole or not at all, in place of any earlier one.
 
     `more` are further files, by their path inside the folder.
@@ -194,6 +198,8 @@ def save_checkpoint(folder: Path, content: Checkpoint, more: Mapping[str, bytes]
         for name, data in {**template_files(content.config.chat_templates or {}), **(more or {})}.items():
             (new / name).parent.mkdir(exist_ok=True)
             (new / name).write_bytes(data)
+        if card is not None:
+            write_card(new, card, readme(card, folder.name))
 
 
 def load_checkpoint(

@@ -17,6 +17,7 @@ from llm.common.errors import InputError
 from llm.common.files import write_atomic
 from llm.common.markdown import escape, table
 from llm.common.sanitize import visible
+from llm.evaluation.tracked import download_models, has_store, is_tracked
 
 if TYPE_CHECKING:
     from llm.evaluation.comparison import MetricComparison
@@ -24,14 +25,16 @@ if TYPE_CHECKING:
 
 SUMMARY = "test which of two models is better"
 DESCRIPTION = (
-    "Compares B with A on the same examples: files of predictions, `reports` folders, model folders, or git revisions "
-    "whose reports/predictions are in DVC's cache. PATH:NAME picks one model of a file, as in "
+    "Compares B with A on the same examples: files of predictions, `reports` folders, model folders, git revisions or "
+    "DVC experiments whose reports/predictions are in DVC's cache, MLflow's runs (id or name) and models:/ URIs, whose "
+    "models answer the test set. PATH:NAME picks one model of a file, as in "
     "reports/predictions:scratch. Says of each metric whether B is better, worse, or not to be told apart, and "
     "how small a difference these examples could have shown. Exit status: 0, or 3 where B is worse."
 )
 EXAMPLES = (
     "python -m llm compare reports/predictions:scratch reports/predictions:gpt",
     "python -m llm compare HEAD~1 reports --json > comparison.json",
+    "python -m llm compare models:/llm-classifier@champion models:/llm-classifier@candidate",
     "python -m llm compare models/classifier_scratch models/classifier --require better",
 )
 WORSE = 3  # exit status
@@ -82,6 +85,8 @@ def run(args: argparse.Namespace) -> int:
 
 def read_side(name: str, data: Path | None, device: str) -> Mapping[str, Predictions]:
     """Return the predictions behind an argument, by kind."""
+    if is_tracked(name):
+        return predict_tracked(name, data, device)
     path, model = split_name(name)
     if (path / "config.json").is_file():
         from llm.evaluation.predict import predict
@@ -89,8 +94,24 @@ def read_side(name: str, data: Path | None, device: str) -> Mapping[str, Predict
         return predict(path, name, data, device)
     if path.exists():
         return read_predictions(path, name, model)
-    with tempfile.TemporaryDirectory() as folder:
-        return read_predictions(fetch_revision(str(path), Path(folder) / "predictions"), name, model)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            return read_predictions(fetch_revision(str(path), Path(folder) / "predictions"), name, model)
+    except InputError:
+        if not has_store():
+            raise
+    return predict_tracked(name, data, device)
+
+
+def predict_tracked(name: str, data: Path | None, device: str) -> dict[str, Predictions]:
+    """Return the predictions of MLflow's models, by kind, on the test set."""
+    from llm.evaluation.predict import predict
+
+    found: dict[str, Predictions] = {}
+    with tempfile.TemporaryDirectory() as place:
+        for folder in download_models(name, Path(place)):
+            found |= {kind: each for kind, each in predict(folder, name, data, device).items() if kind not in found}
+    return found
 
 
 def split_name(name: str) -> tuple[Path, str | None]:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import argparse
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llm.cli.options import add_model, check_output
 from llm.common.errors import InputError
+
+if TYPE_CHECKING:
+    from llm.checkpoint.card import Card
 
 SUMMARY = "write a model for other tools"
 DESCRIPTION = (
@@ -61,7 +65,14 @@ def export_adapter(model_dir: Path, out: Path, base: str | None) -> None:
     folder = model_folder(model_dir)
     if not (folder / "adapter").is_dir():
         raise InputError(f"{model_dir}: holds no adapter; train it with trainable: lora, or use --format hf")
-    export_peft(folder / "adapter", out, base)
+    export_peft(folder / "adapter", out, base, export_card(folder))
+
+
+def export_card(folder: Path) -> Card:
+    """Return the card that goes with an export of a model folder."""
+    from llm.release.lineage import exported, lineage
+
+    return exported(folder, lineage(folder))
 
 
 def export_model(model_dir: Path, out: Path, form: str, dtype: str, runtime: Path | None) -> None:
@@ -75,23 +86,25 @@ def export_model(model_dir: Path, out: Path, form: str, dtype: str, runtime: Pat
         check_output(out, model_dir, "folder of Ollama", holds="Modelfile")
     elif form == "web":
         check_output(out, model_dir, "exported page", holds="sw.js")
-    checkpoint = load_checkpoint(model_folder(model_dir), dtype=None)
+    folder = model_folder(model_dir)
+    checkpoint = load_checkpoint(folder, dtype=None)
+    card = export_card(folder)
     try:
         if form == "hf":
             from llm.convert.hf import export_hf
 
-            export_hf(checkpoint, out)
+            export_hf(checkpoint, out, card)
         elif form == "ollama":
             from llm.devices.ollama import export_ollama
 
-            export_ollama(checkpoint, out, dtype)  # type: ignore[arg-type]  # of the parser's choices
+            export_ollama(checkpoint, out, dtype, card)  # type: ignore[arg-type]  # of the parser's choices
         elif form == "web":
             from llm.devices.web import export_web
 
-            export_web(checkpoint, out, model_dir.resolve().stem, dtype, runtime)  # type: ignore[arg-type]
+            export_web(checkpoint, out, model_dir.resolve().stem, dtype, runtime, card)  # type: ignore[arg-type]
         else:
             from llm.convert.gguf import export_gguf
 
-            export_gguf(checkpoint, out, dtype)  # type: ignore[arg-type]  # of the parser's choices
+            export_gguf(checkpoint, out, dtype, card=card)  # type: ignore[arg-type]  # of the parser's choices
     except InputError as error:
         raise InputError(f"{model_dir}: {error}") from None

@@ -54,12 +54,15 @@ def with_adapter(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
 
 def run(args: argparse.Namespace) -> None:
     """Write a model folder from another tool's model, or from a base model and an adapter for it."""
+    from llm.checkpoint.card import foreign_base, new_card
     from llm.checkpoint.folder import save_checkpoint
     from llm.convert.load import describe, import_model
+    from llm.download.hub import source_files
 
     check_output(args.model_dir, args.source)
     checkpoint = import_model(args.source)
     if args.adapter is not None:
         checkpoint = with_adapter(checkpoint, args.adapter)
-    save_checkpoint(args.model_dir, checkpoint)
+    base = foreign_base(args.source, source_files(args.source))
+    save_checkpoint(args.model_dir, checkpoint, card=new_card(checkpoint.config.kind, base=base))
     logging.getLogger("llm").info(f"{args.model_dir}: {describe(checkpoint)}")

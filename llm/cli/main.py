@@ -11,7 +11,22 @@ import os
 import sys
 from typing import Any, NoReturn
 
-from llm.cli import audit, bench, chat, classify, compare, export, generate, import_, inspect, judge, score, serve
+from llm.cli import (
+    audit,
+    bench,
+    card,
+    chat,
+    classify,
+    compare,
+    drift,
+    export,
+    generate,
+    import_,
+    inspect,
+    judge,
+    score,
+    serve,
+)
 from llm.cli.options import add_command
 from llm.common.errors import InputError
 from llm.common.log import setup_logging
@@ -24,6 +39,8 @@ COMMANDS = {
     "classify": classify,
     "score": score,
     "compare": compare,
+    "card": card,
+    "drift": drift,
     "audit": audit,
     "judge": judge,
     "serve": serve,

@@ -22,6 +22,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from llm.checkpoint.card import Card
 from llm.checkpoint.folder import Checkpoint, lm_checkpoint
 from llm.checkpoint.weights import assign_tensor, check_layers, check_tensors, stored_tensors, tie_head, without_weights
 from llm.common.errors import InputError
@@ -32,6 +33,7 @@ from llm.config import GPTConfig, explain
 from llm.convert.families.base import Family, fused_names, fused_shapes
 from llm.convert.families.metadata import Metadata
 from llm.convert.families.registry import FAMILIES, family_with
+from llm.convert.gguf_card import card_fields, write_digest
 from llm.model.gpt import GPT
 from llm.tokenizer.chat_source import ChatSource, gguf_chat, gguf_chat_fields
 from llm.tokenizer.gguf import gguf_tokenizer_fields, parse_gguf_tokenizer
@@ -171,7 +173,13 @@ def _rows(file: BufferedReader, start: int, rows: int, n_bytes: int) -> np.ndarr
 # ---- out -------------------------------------------------------------------------------------------------------------
 
 
-def export_gguf(checkpoint: Checkpoint, out: Path, kind: FileType, more: Mapping[str, Any] | None = None) -> None:
+def export_gguf(
+    checkpoint: Checkpoint,
+    out: Path,
+    kind: FileType,
+    more: Mapping[str, Any] | None = None,
+    card: Card | None = None,
+) -> None:
     """Write a GGUF file that llama.cpp runs, whole or not at all; the same model gives the same bytes.
 
     `kind` is of the matrices: vectors and learned positions stay in fp32, and where a row is no whole number of blocks
@@ -195,26 +203,30 @@ def export_gguf(checkpoint: Checkpoint, out: Path, kind: FileType, more: Mapping
         **family.gguf_fields(config),
         **_tokenizer_fields(checkpoint),
         **(more or {}),
+        **(card_fields(card) if card is not None else {}),
     }
-    with atomic_file(out) as draft, contextlib.closing(gguf.GGUFWriter(draft, family.gguf_arch)) as writer:
-        for key, value in fields.items():
-            writer.add_key_value(key, value, _value_type(value))
-        for name, tensor in _tensors_out(family, config, layout, layout):
-            type_out = _type_out(name, tensor, kind)
-            block, block_bytes = gguf.GGML_QUANT_SIZES[type_out]
-            n_bytes = tensor.numel() // block * block_bytes
-            writer.add_tensor_info(name, tensor.shape, np.dtype(np.float32), n_bytes, type_out)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        weights = {HEAD: checkpoint.model.lm_head.weight, **stored_tensors(checkpoint.model)}
-        for name, tensor in _tensors_out(family, config, layout, weights):
-            type_out, largest = _type_out(name, tensor, kind), tensor.abs().max().item()
-            if type_out != gguf.GGMLQuantizationType.F32 and not largest <= torch.finfo(torch.float16).max:
-                raise InputError(
-                    f"{name} would hold {largest:.4g}, no number of half precision; export with --dtype f32"
-                )
-            writer.write_tensor_data(gguf.quantize(tensor.cpu().numpy(), type_out))
+    with atomic_file(out) as draft:
+        with contextlib.closing(gguf.GGUFWriter(draft, family.gguf_arch)) as writer:
+            for key, value in fields.items():
+                writer.add_key_value(key, value, _value_type(value))
+            for name, tensor in _tensors_out(family, config, layout, layout):
+                type_out = _type_out(name, tensor, kind)
+                block, block_bytes = gguf.GGML_QUANT_SIZES[type_out]
+                n_bytes = tensor.numel() // block * block_bytes
+                writer.add_tensor_info(name, tensor.shape, np.dtype(np.float32), n_bytes, type_out)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            weights = {HEAD: checkpoint.model.lm_head.weight, **stored_tensors(checkpoint.model)}
+            for name, tensor in _tensors_out(family, config, layout, weights):
+                type_out, largest = _type_out(name, tensor, kind), tensor.abs().max().item()
+                if type_out != gguf.GGMLQuantizationType.F32 and not largest <= torch.finfo(torch.float16).max:
+                    raise InputError(
+                        f"{name} would hold {largest:.4g}, no number of half precision; export with --dtype f32"
+                    )
+                writer.write_tensor_data(gguf.quantize(tensor.cpu().numpy(), type_out))
+        if card is not None:
+            write_digest(draft)
 
 
 def _tensors_out(

@@ -17,7 +17,9 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from llm.checkpoint.card import Card, write_card
 from llm.checkpoint.folder import Checkpoint, CheckpointConfig, lm_checkpoint
+from llm.checkpoint.readme import readme
 from llm.checkpoint.weights import (
     assign_tensor,
     check_layers,
@@ -254,7 +256,7 @@ def hf_config_of(gpt: GPTConfig) -> tuple[Family, HFConfig]:
     return family, hf_config
 
 
-def export_hf(checkpoint: Checkpoint, out: Path) -> None:
+def export_hf(checkpoint: Checkpoint, out: Path, card: Card | None = None) -> None:
     """Write a folder that transformers' Auto classes open, whole or not at all, in place of any earlier one.
 
     The weights keep their dtype. Raises `InputError` for what transformers cannot say, by name.
@@ -285,6 +287,8 @@ def export_hf(checkpoint: Checkpoint, out: Path) -> None:
         own = config.chat_templates
         write_tokenizer_json(new, tokenizer, config.template if own is None else None, config.system)
         _write_own_chat(new, config.chat_source)
+        if card is not None:
+            write_card(new, card, readme(card, out.name, "transformers"))
 
 
 def _generation_values(config: CheckpointConfig, tokenizer: Tokenizer) -> dict[str, Any]:

@@ -14,12 +14,14 @@ from safetensors.torch import save
 from torch import Tensor
 
 from llm.checkpoint.adapter import read_adapter
+from llm.checkpoint.card import Card, write_card
+from llm.checkpoint.readme import readme
 from llm.common.errors import InputError
 from llm.common.files import replaced_folder
 from llm.convert.hf import hf_config_of
 
 
-def export_peft(adapter: Path, out: Path, base: str | None = None) -> None:
+def export_peft(adapter: Path, out: Path, base: str | None = None, card: Card | None = None) -> None:
     """Write what `peft.PeftModel.from_pretrained(model, out)` loads; `base` is the name or folder of that model.
 
     Raises `InputError` for a classifier's adapter and for a base that transformers cannot express.
@@ -71,3 +73,5 @@ def export_peft(adapter: Path, out: Path, base: str | None = None) -> None:
     with replaced_folder(out) as new:
         (new / "adapter_config.json").write_text(json.dumps(values, indent=2) + "\n")
         (new / "adapter_model.safetensors").write_bytes(save(weights, {"format": "pt"}))
+        if card is not None:
+            write_card(new, card, readme(card, out.name, "peft"))

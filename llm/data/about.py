@@ -15,11 +15,12 @@ from llm.data.examples import Message, Pair, read_quotable
 
 SHOWN_EXAMPLES = 3  # texts of the training data that a model folder quotes
 SHOWN_CHARS = 200
-ABOUT_FILE = "about.json"
+CARD_FILE = "card.json"  # of which it is a part
+ABOUT_FILE = "about.json"  # of earlier model folders
 
 
 class About(Strict):
-    """The content of `about.json`: the data that a finetuned model learned from."""
+    """The data that a finetuned model learned from."""
 
     tasks: dict[str, int]  # instruct: training pairs of each task, the most frequent first
     examples: list[str]  # texts that it was trained on, where reports may show them
@@ -27,11 +28,14 @@ class About(Strict):
 
 def read_about(folder: Path) -> About | None:
     """Read what a model was trained on; None for a folder that does not say it."""
-    path = folder / ABOUT_FILE
-    if not path.is_file():
+    path = next((path for name in (CARD_FILE, ABOUT_FILE) if (path := folder / name).is_file()), None)
+    if path is None:
         return None
+    content = read_json(path, "make the model folder again")
+    if path.name == CARD_FILE and isinstance(content, dict):
+        content = content.get("about")
     try:
-        return About.model_validate(read_json(path, "make the model folder again"))
+        return About.model_validate(content)
     except ValidationError as error:
         raise InputError(explain(error, str(path))) from None
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from llm.checkpoint.card import Card
 from llm.checkpoint.folder import Checkpoint
 from llm.common.errors import InputError
 from llm.common.files import replaced_folder
@@ -23,13 +24,13 @@ DATED = "The model's own template writes today's date where it is told; here sta
 log = logging.getLogger("llm")
 
 
-def export_ollama(checkpoint: Checkpoint, out: Path, kind: FileType) -> None:
+def export_ollama(checkpoint: Checkpoint, out: Path, kind: FileType, card: Card | None = None) -> None:
     """Write a folder for `ollama create`, whole or not at all; raise `InputError` where it cannot be."""
     text = modelfile(checkpoint)
     with replaced_folder(out) as new:
         # A chat's template writes the BOS token itself, or none.
         chat = {"tokenizer.ggml.add_bos_token": False} if checkpoint.config.kind == "instruct" else {}
-        export_gguf(checkpoint, new / MODEL, kind, chat)
+        export_gguf(checkpoint, new / MODEL, kind, chat, card)
         (new / MODELFILE).write_text(text, encoding="utf-8", newline="\n")
 
 

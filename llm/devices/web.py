@@ -18,6 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from llm.checkpoint.card import Card
 from llm.checkpoint.folder import Checkpoint
 from llm.common.errors import InputError
 from llm.common.files import replaced_folder
@@ -42,13 +43,20 @@ MAX_BYTES = 2**31 - 1  # of a file that wllama loads
 BY_HAND = f"npm pack {PACKAGE}@{VERSION} elsewhere, and --runtime FILE.tgz"
 
 
-def export_web(checkpoint: Checkpoint, out: Path, name: str, kind: FileType, runtime: Path | None = None) -> None:
+def export_web(
+    checkpoint: Checkpoint,
+    out: Path,
+    name: str,
+    kind: FileType,
+    runtime: Path | None = None,
+    card: Card | None = None,
+) -> None:
     """Write the folder, whole or not at all. `runtime` is wllama's package: a .tgz file, or a folder of its files."""
     chat = chat_settings(checkpoint, name, kind)
     with replaced_folder(out) as new:
         shutil.copytree(PAGE, new, dirs_exist_ok=True)
         copy_runtime(runtime or fetch_runtime(), new / "wllama")
-        export_gguf(checkpoint, new / MODEL, kind)
+        export_gguf(checkpoint, new / MODEL, kind, card=card)
         if (size := (new / MODEL).stat().st_size) > MAX_BYTES:
             raise InputError(
                 f"the weights take {size:,} bytes (a browser loads at most {MAX_BYTES:,}); use --dtype q8_0"

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from llm.checkpoint.adapter import save_trained
+from llm.checkpoint.card import new_card
 from llm.checkpoint.folder import Checkpoint, CheckpointConfig, load_checkpoint
 from llm.common import distributed
 from llm.common.device import pick_device
@@ -110,5 +111,14 @@ def train(
         raise SystemExit  # this rank stops because another was asked to, which says so
     if distributed.rank() == 0:
         with run.phase("saving"):
-            save_trained(Path("models", name), Checkpoint(model, base.tokenizer, task.config), section, task.about)
+            kind, data = task.config.kind, "messages" if task.config.labels else "instructions"
+            card = new_card(
+                kind,
+                tokens=Path("data/tokens"),
+                data=[data],
+                params={"seed": seed, **section.model_dump(mode="json")},
+                base_folder=Path("models/base") if from_base else None,
+                about=task.about,
+            )
+            save_trained(Path("models", name), Checkpoint(model, base.tokenizer, task.config), section, card)
     return result, trained

@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 import yaml
 
 from llm.common.device import device_kind
+from llm.common.digests import file_md5, folder_md5, path_md5
 from llm.common.errors import InputError
 from llm.config import Params, TrainParams, effective_params
-from stages.tracking.provenance import OUTPUTS, file_md5, folder_md5, path_md5, paths
+from stages.tracking.provenance import OUTPUTS, paths
 
 
 class FileState(NamedTuple):

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import llm
+from llm.common.digests import path_md5
 from llm.common.errors import InputError
 from llm.common.files import read_json_object
 from llm.config import effective_params
 from stages.tracking import mlflow_client, registry
 from stages.tracking.pipeline_run import digests_of, leaves
 from stages.tracking.process import repository
-from stages.tracking.provenance import git_tags, path_md5, pipeline_stages
+from stages.tracking.provenance import git_tags, pipeline_stages
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

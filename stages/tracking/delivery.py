@@ -21,6 +21,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llm.common.digests import path_md5
 from llm.common.files import read_json_object, write_atomic
 from llm.common.lock import locked
 from stages.tracking import journal_reader, mlflow_client, pipeline_run, registry, timeline
@@ -28,7 +29,7 @@ from stages.tracking.journal import Event, is_delivered, iter_events, read_event
 from stages.tracking.journal_reader import end_event, is_running, list_journals, start_event
 from stages.tracking.mlflow_client import redact_urls, tracking_uri
 from stages.tracking.process import Process, repository, runs_folder
-from stages.tracking.provenance import path_md5, pipeline_stages
+from stages.tracking.provenance import pipeline_stages
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -20,9 +20,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llm.common.digests import path_md5
 from llm.common.files import read_json_object
 from stages.tracking.process import repository
-from stages.tracking.provenance import path_md5
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -111,6 +111,14 @@ def register(
         description=description(kind, origin),
         model_id=logged.model_id,
     )
+
+
+def find_or_register(
+    client: MlflowClient, experiment: str, name: str, folder: Path, code: Path, origin: Origin
+) -> ModelVersion:
+    """Return the version with a folder's bytes; register it where there is none."""
+    found = find_version(client, name, path_md5(folder) or "")
+    return found or register(client, experiment, name, folder, code, origin)
 
 
 def model_id(version: ModelVersion) -> str:

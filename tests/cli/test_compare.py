@@ -17,6 +17,7 @@ from llm.evaluation.comparison import mcnemar
 from llm.model.classifier import GPTClassifier
 from llm.model.gpt import GPT
 from tests.helpers import LLAMA_FORM, gpt_config, randomize, tiny_tokenizer
+from tests.pipelines import execute
 
 
 class Result(NamedTuple):
@@ -207,3 +208,22 @@ def test_foreign_text_stays_text(cli: Cli) -> None:
     write("b.jsonl", [r | {"predicted": r["label"]} for r in rows])
     out = cli("a.jsonl", "b.jsonl").out
     assert "\x1b" not in out and "\n# no" not in out and "<b>" not in out.replace("\\<b\\>", "")
+
+
+@pytest.mark.slow
+def test_experiments_of_dvc_are_revisions(cli: Cli, tmp_path: Path) -> None:
+    stage = {"cmd": "mkdir -p reports/predictions && cp in.jsonl reports/predictions/messages.jsonl"}
+    Path("dvc.yaml").write_text(
+        json.dumps({"stages": {"e": {**stage, "deps": ["in.jsonl"], "outs": ["reports/predictions"]}}})
+    )
+    execute(tmp_path, "git", "init", "-q")
+    execute(tmp_path, "dvc", "init", "-q")
+    write("in.jsonl", messages(200, set(range(40))))
+    execute(tmp_path, "dvc", "repro", "-q")
+    execute(tmp_path, "git", "add", "-A")
+    execute(tmp_path, "git", "commit", "-qm", "one")
+    write("in.jsonl", messages(200, set()))
+    execute(tmp_path, "dvc", "exp", "run", "-q", "-n", "bold-try")
+    result = cli("HEAD", "bold-try")
+    assert result.status == 0 and "- accuracy: B is better than A by 20.0 points" in result.out, result.err
+    assert cli("bold-try", "HEAD").status == 3

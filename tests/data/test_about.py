@@ -10,6 +10,7 @@ import pytest
 
 import llm
 from llm.checkpoint.adapter import save_trained
+from llm.checkpoint.card import new_card
 from llm.checkpoint.folder import Checkpoint, CheckpointConfig, load_checkpoint
 from llm.cli.main import main
 from llm.cli.terminal import describe_training
@@ -53,7 +54,7 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = CheckpointConfig(kind="classifier", gpt=form, labels=["ham", "spam"], max_length=16)
     path = tmp_path_factory.mktemp("models") / "classifier"
     about = About(tasks={}, examples=["See you\nat six\x1b[2J"])
-    save_trained(path, Checkpoint(model, tiny_tokenizer(), config), train_params(), about)
+    save_trained(path, Checkpoint(model, tiny_tokenizer(), config), train_params(), new_card("classifier", about=about))
     return path
 
 
@@ -64,16 +65,21 @@ def test_classify_without_texts_says_what_it_was_trained_on(
     assert main(["classify", str(classifier)]) == 1
     said = "labels: ham, spam\ntrained on texts such as:\n  See you at six\\x1b[2J\n"
     assert capsys.readouterr() == ("", said + ends)
-    (classifier / "about.json").rename(classifier / "other.json")
+    (classifier / "card.json").rename(classifier / "other.json")
     assert main(["classify", str(classifier)]) == 1
     assert capsys.readouterr() == ("", f"labels: ham, spam\n{ends}")
-    (classifier / "other.json").rename(classifier / "about.json")
+    (classifier / "other.json").rename(classifier / "card.json")
 
 
 def test_a_folder_keeps_what_it_was_trained_on(classifier: Path) -> None:
     assert llm.load(classifier, device="cpu").about == About(tasks={}, examples=["See you\nat six\x1b[2J"])
     assert load_checkpoint(classifier).config.labels == ["ham", "spam"]
     assert describe_training([], About(tasks={"sorting": 1200}, examples=[])) == ["tasks: sorting (1,200)"]
+
+
+def test_an_earlier_folder_has_it_in_a_file_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "about.json").write_text('{"tasks": {"sorting": 2}, "examples": []}')
+    assert read_about(tmp_path) == About(tasks={"sorting": 2}, examples=[])
 
 
 def test_a_damaged_about_is_one_line(tmp_path: Path) -> None:
@@ -95,7 +101,8 @@ def test_chat_in_a_terminal_begins_with_it(
     model = randomize(GPT(form))
     assert isinstance(model, GPT)
     config = CheckpointConfig(kind="base", gpt=form).instructed("chatml", tiny_tokenizer())
-    save_trained(tmp_path / "it", Checkpoint(model, tiny_tokenizer(), config), train_params(), about_pairs(PAIRS, True))
+    card = new_card("instruct", about=about_pairs(PAIRS, True))
+    save_trained(tmp_path / "it", Checkpoint(model, tiny_tokenizer(), config), train_params(), card)
     monkeypatch.setattr(sys, "stdin", Screen(io.BytesIO(b"")))
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     monkeypatch.setattr("builtins.input", lambda prompt: (_ for _ in ()).throw(EOFError))

@@ -10,12 +10,13 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
+from llm.common.digests import path_md5
 from stages.tracking import pipeline_run
 from stages.tracking.delivery import Delivery
 from stages.tracking.journal import Journal
 from stages.tracking.journal_reader import start_event
 from stages.tracking.mlflow_client import tracking_uri
-from stages.tracking.provenance import git_tags, in_workspace, path_md5
+from stages.tracking.provenance import git_tags, in_workspace
 
 PARAMS: dict[str, Any] = {
     "seed": 1,

@@ -16,13 +16,13 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from llm.checkpoint.folder import Checkpoint, CheckpointConfig, save_checkpoint
+from llm.common.digests import path_md5
 from llm.model.gpt import GPT
 from stages import sync
 from stages.tracking import registry
 from stages.tracking.delivery import Delivery
 from stages.tracking.journal import Journal
 from stages.tracking.mlflow_client import tracking_uri
-from stages.tracking.provenance import path_md5
 from tests.conftest import ROOT
 from tests.helpers import gpt_config, tiny_tokenizer
 

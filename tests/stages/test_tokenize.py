@@ -67,9 +67,10 @@ def test_the_stage_writes_everything_and_the_same_again(raw: Path) -> None:
     tokens, reports = Path("data/tokens"), Path("reports")
     first = folder_digest(tokens), folder_digest(reports)
     assert sorted(path.relative_to(tokens).as_posix() for path in tokens.rglob("*.*")) == [
-        *(f"corpus/{name}" for name in ("meta.json", "test-00000.bin", "train-00000.bin", "val-00000.bin")),
-        *(f"instructions/{name}.jsonl" for name in ("test", "train", "val")),
-        *(f"messages/{name}" for name in ("labels.json", "test.jsonl", "train.jsonl", "val.jsonl")),
+        *(f"corpus/{name}" for name in ("meta.json", "source.json", "test-00000.bin", "train-00000.bin")),
+        "corpus/val-00000.bin",
+        *(f"instructions/{name}" for name in ("source.json", "test.jsonl", "train.jsonl", "val.jsonl")),
+        *(f"messages/{name}" for name in ("labels.json", "source.json", "test.jsonl", "train.jsonl", "val.jsonl")),
         "quotable.json",
         "tokenizer/bpe.json",
     ]
