@@ -23,7 +23,7 @@ from llm.release.verify import check_folder
 
 Verdict = Literal["passes", "falls short", "not checked"]
 MODELS = ("base", "classifier", "instruct")
-LEAKED = re.compile(r"(^|_)leaked$")  # a count in a metrics file
+LEAKED = re.compile(r"(^|[._])leaked$")  # a count in a metrics file
 DIFFERING = 0.01  # predictions that another processor's rounding may change
 TOKENIZER_FILES = ("bpe.json", "tokenizer.json", "tokenizer.model")
 SETS = {"messages": ("text",), "instructions": ("instruction", "input")}  # of data/tokens, and what makes an example

@@ -86,9 +86,10 @@ def evaluate() -> None:
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A workspace with good models, that are the champions already: their answers are the truth."""
+def store(tmp_path_factory: pytest.TempPathFactory, database: Path) -> Iterator[Path]:
+    """A workspace with good models, the classifier the champion: its answers are the truth."""
     root = tmp_path_factory.mktemp("w")
+    shutil.copy(database, root / "mlflow.db")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         patch.setenv("DVC_ROOT", str(root))
@@ -113,7 +114,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             rows = [{"instruction": text, "input": str(i), "output": "x", "task": ""} for i in range(3)]
             write_rows(Path(f"data/tokens/instructions/{split}.jsonl"), rows)
         evaluate()
-        assert release.main(["classifier", "instruct", "--why", "the first"]) == 0
+        assert release.main(["classifier", "--why", "the first"]) == 0
         yield root
 
 
@@ -238,9 +239,8 @@ def test_registered_models_and_runs_are_compared(
     write_classifier(seed=9)
     assert cli(["compare", "models:/llm-classifier@champion", "models/classifier"]) == 3
     assert "accuracy: B is worse than A" in capsys.readouterr().out
-    for name in (run.info.run_id, f"runs:/{run.info.run_id}", "good night"):
-        assert cli(["compare", name, "models:/llm-classifier/1"]) == 0
-        assert "They differ on 0 examples." in capsys.readouterr().out
+    assert cli(["compare", f"runs:/{run.info.run_id}", "good night"]) == 0
+    assert "They differ on 0 examples." in capsys.readouterr().out
     for name, message in (
         ("models:/none/1", "models:/none/1: MLflow has no such model or run"),
         ("0" * 32, "MLflow has no such model or run"),
