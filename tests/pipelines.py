@@ -34,6 +34,7 @@ def tiny_copy(folder: Path) -> Path:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
     slices = {"stories.txt": ("\n\n\n", 25), "messages.jsonl": ("\n", 35), "instructions.jsonl": ("\n", 45)}
+    slices["conversations.jsonl"] = ("\n", 100)
     for name, (separator, n) in slices.items():
         path = folder / "data/sample" / name
         entries = path.read_text(encoding="utf-8").strip("\n").split(separator)

@@ -10,11 +10,12 @@ import sys
 from collections import Counter
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
 SAMPLE = Path(__file__).parents[1] / "data" / "sample"
-FILES = ("stories.txt", "messages.jsonl", "instructions.jsonl")
+FILES = ("stories.txt", "messages.jsonl", "instructions.jsonl", "conversations.jsonl")
 Rows = list[dict[str, str]]
 
 
@@ -112,6 +113,31 @@ def test_messages_hold_hard_cases_on_both_sides() -> None:
         share = len(of_split(rows, split)) / 2
         assert len(alarming_ham) > 0.2 * share
         assert len(quiet_spam) > 0.2 * share
+
+
+def test_last_answers_of_conversations_need_their_history(maker: ModuleType) -> None:
+    """No question at the end has one answer by itself, and what is asked of val and test is new."""
+    rows: Any = read("conversations.jsonl")
+    assert {len(row["messages"]) for row in rows} == {4, 6, 8}
+    whole = {letters(" ".join(message["content"] for message in row["messages"])) for row in rows}
+    assert len(whole) == len(rows)
+    answers: dict[str, set[str]] = {}
+    asked: dict[str, set[str]] = {"train": set(), "val": set(), "test": set()}
+    for row in rows:
+        *_, question, answer = (message["content"] for message in row["messages"])
+        answers.setdefault(question, set()).add(answer)
+        for message in row["messages"][::2]:
+            if "\n" in message["content"]:
+                asked[row["split"]].add(letters(message["content"]))
+        roles = [message["role"] for message in row["messages"]]
+        assert roles == ["user", "assistant"] * (len(roles) // 2)
+    repeated = [question for question in answers if sum(q["messages"][-2]["content"] == question for q in rows) > 5]
+    assert len(repeated) > 20 and sum(len(answers[question]) > 1 for question in repeated) > 0.6 * len(repeated)
+    pairs = {
+        letters(row["instruction"] + row["input"]) for row in read("instructions.jsonl") if row["split"] != "train"
+    }
+    assert not asked["train"] & (asked["val"] | asked["test"] | pairs)
+    assert not set(maker.HELD_NAMES) & words(json.dumps([row for row in rows if row["split"] == "train"]))
 
 
 def test_every_task_is_in_every_split(maker: ModuleType) -> None:

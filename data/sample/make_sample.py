@@ -1,9 +1,9 @@
-"""Writes the sample source: stories.txt, messages.jsonl and instructions.jsonl, the same bytes on every run.
+"""Writes the sample source: its stories, messages, instruction pairs and conversations, the same bytes on every run.
 
     python data/sample/make_sample.py            # rewrites the files beside this script
     python data/sample/make_sample.py --out DIR
 
-One small world feeds all three files. People move, carry, give, sell and teach; what a story says later agrees with what
+One small world feeds all files. People move, carry, give, sell and teach; what a story says later agrees with what
 it said before, because it is read off a world state. The stories use every name and word. The instruction pairs hold some
 names and words back for val and test, so that a model can answer those only from what the stories taught it.
 
@@ -17,7 +17,7 @@ import json
 import random
 import re
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Generic, NamedTuple, TypeVar
 
@@ -27,6 +27,7 @@ SEED = 20
 STORIES = 2700
 MESSAGES = {"train": 6000, "val": 400, "test": 1000}
 INSTRUCTIONS = {"train": 12000, "val": 300, "test": 600}
+CONVERSATIONS = {"train": 2000, "val": 60, "test": 240}
 
 # ---- words -----------------------------------------------------------------------------------------------------------
 
@@ -861,6 +862,106 @@ TASKS: dict[str, tuple[int, list[Callable[[random.Random, Vocabulary], Pair]]]] 
     "translation": (8, [velic_pair]),
 }
 
+# ---- conversations ---------------------------------------------------------------------------------------------------
+
+
+class Talk(NamedTuple):
+    """Questions and answers in turn; the last answer needs what was said before."""
+
+    turns: list[tuple[str, str]]
+    asked: list[str]  # the questions in it that could stand alone
+
+
+def alone(pair: Pair) -> tuple[tuple[str, str], str]:
+    """Return a pair as a turn, and its whole question."""
+    instruction, given, output = pair
+    question = f"{instruction}\n{given}" if given else instruction
+    return (question, output), question
+
+
+def story_talk(rng: random.Random, words: Vocabulary) -> Talk:
+    """Talk about a story that is told in the first turn only."""
+    world, told = small_world(rng, words.names, 3, 2, 1)
+    questions = rng.sample(world.questions(), min(len(world.questions()), rng.randint(2, 3)))
+    (instruction, output), *more = questions
+    first, asked = alone((instruction, " ".join(told), output))
+    return Talk([first, *more], [asked])
+
+
+def own_talk(rng: random.Random, words: Vocabulary) -> Talk:
+    """Tell something of oneself, ask for something else, and ask for what was told."""
+    name, thing, place = rng.choice(words.names), rng.choice(OBJECTS), rng.choice(PLACES)
+    facts = [
+        (f"I am {name}.", f"Good day, {name}.", "Who am I?", f"You are {name}."),
+        (f"I have {a(thing)}.", f"That is a good {thing}.", "What do I have?", f"You have {a(thing)}."),
+        (f"I live at the {place}.", f"I know the {place}.", "Where do I live?", f"You live at the {place}."),
+    ]
+    chosen = rng.sample(facts, rng.choice((1, 2)))
+    turns = [(say, answer) for say, answer, _, _ in chosen]
+    other, asked = alone(rng.choice((opposite_pair, plural_pair, velic_pair))(rng, words))
+    _, _, question, answer = rng.choice(chosen)
+    return Talk([*turns, other, (question, answer)], [asked])
+
+
+def word_talk(rng: random.Random, words: Vocabulary) -> Talk:
+    """Ask for two words alike: what is wanted of the second was said of the first alone."""
+    kind = rng.choice(("plural", "velic", "adjective"))
+    if kind == "plural":
+        one, other = rng.sample(words.plurals, 2)
+        first, *answers = f"What is the plural of {one}?", *(f"The plural of {n} is {plural(n)}." for n in (one, other))
+    elif kind == "velic":
+        one, other = rng.sample(words.velic, 2)
+        first, *answers = f"What is {one} in Velic?", *(f"In Velic {n} is {VELIC_NOUNS[n]}." for n in (one, other))
+    else:
+        noun, (one, other) = rng.choice(words.velic), rng.sample(sorted(VELIC_ADJECTIVES), 2)
+        first = f"What is {one} {noun} in Velic?"
+        answers = [f"In Velic {a} {noun} is {VELIC_NOUNS[noun]} {VELIC_ADJECTIVES[a]}." for a in (one, other)]
+    return Talk([(first, answers[0]), (f"And {other}?", answers[1])], [first])
+
+
+def list_talk(rng: random.Random, words: Vocabulary) -> Talk:
+    """Sort words, and ask for the first or the last of them."""
+    first, asked = alone(sorting_pair(rng, words))
+    listed = first[1].split(", ")
+    ends = [
+        ("Which one is first?", f"The first one is {listed[0]}."),
+        ("Which one is last?", f"The last one is {listed[-1]}."),
+    ]
+    return Talk([first, *rng.sample(ends, rng.choice((1, 2)))], [asked])
+
+
+def number_talk(rng: random.Random, words: Vocabulary) -> Talk:
+    """Count goods, and count on from there."""
+    x, y = rng.sample(words.names, 2)
+    food, start = rng.choice(FOODS), rng.randint(5, 9)
+    sold = rng.randint(1, start - 3)
+    left = start - sold
+    text = f"{x} had {counted(start, food)}. {x} gave {counted(sold, food)} to {y}."
+    first, asked = alone((f"How many {plural(food)} does {x} have now?", text, f"{x} has {counted(left, food)}."))
+    return Talk([first, (f"Then {x} gave one to {y}. And now?", f"{x} has {counted(left - 1, food)}.")], [asked])
+
+
+def retold_talk(rng: random.Random, words: Vocabulary) -> Talk:
+    """Rewrite a sentence, and rewrite the answer."""
+    x, y = rng.sample(words.names, 2)
+    verb, thing = rng.choice(sorted(VERBS)), rng.choice(OBJECTS + FOODS)
+    now = f"{x} {verb} the {thing} to {y}."
+    instruction = rng.choice(("Rewrite the sentence in the past.", "Tell it in the past."))
+    first, asked = alone((instruction, now, f"{x} {VERBS[verb]} the {thing} to {y}."))
+    return Talk([first, ("Now the other way round.", f"{y} {VERBS[verb]} the {thing} to {x}.")], [asked])
+
+
+def again_talk(rng: random.Random, words: Vocabulary) -> Talk:
+    """Have an answer said again."""
+    maker = rng.choice((question_pair, counting_pair, velic_pair, swap_pair, opposite_pair))
+    first, asked = alone(maker(rng, words))
+    return Talk([first, (rng.choice(("Say that again.", "Once more, please.")), first[1])], [asked])
+
+
+TALKS: dict[Callable[[random.Random, Vocabulary], Talk], int] = {  # shares
+    story_talk: 3, own_talk: 3, word_talk: 2, list_talk: 2, number_talk: 1, retold_talk: 2, again_talk: 1,
+}  # fmt: skip
+
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
@@ -922,7 +1023,33 @@ def make_instructions(rng: random.Random) -> list[dict[str, str]]:
     return rows
 
 
-def write_rows(path: Path, rows: Iterable[dict[str, str]]) -> None:
+def make_conversations(rng: random.Random) -> list[dict[str, object]]:
+    """Conversations of two to four turns; train asks nothing that a pair or conversation of val and test asks."""
+    seen: set[str] = set()
+    rows: list[dict[str, object]] = []
+    makers, shares = list(TALKS), list(TALKS.values())
+    for split, count in CONVERSATIONS.items():
+        made = tries = 0
+        while made < count:
+            tries += 1
+            held = split != "train" and tries % HELD_EVERY == 0
+            turns, asked = rng.choices(makers, shares)[0](rng, Vocabulary(rng, held))
+            whole = key("\n".join(text for turn in turns for text in turn))
+            if whole in seen or any(is_held_out(key(question)) != (split != "train") for question in asked):
+                continue
+            seen.add(whole)
+            made += 1
+            said = [
+                {"role": role, "content": text}
+                for turn in turns
+                for role, text in zip(("user", "assistant"), turn, strict=True)
+            ]
+            rows.append({"messages": said, "task": "conversation", "split": split})
+    rng.shuffle(rows)
+    return rows
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8", newline="\n")
 
 
@@ -935,6 +1062,7 @@ def main() -> None:
     (out / "stories.txt").write_text(stories, encoding="utf-8", newline="\n")
     write_rows(out / "messages.jsonl", make_messages(random.Random(f"{SEED} messages"), stories))
     write_rows(out / "instructions.jsonl", make_instructions(random.Random(f"{SEED} instructions")))
+    write_rows(out / "conversations.jsonl", make_conversations(random.Random(f"{SEED} conversations")))
 
 
 if __name__ == "__main__":
