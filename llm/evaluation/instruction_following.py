@@ -79,6 +79,7 @@ class TurnsReport(NamedTuple):
 
     with_history: AnswerReport
     without_history: AnswerReport
+    single: AnswerReport | None  # the pairs that are no conversation, if there are any
 
 
 class Example(NamedTuple):
@@ -99,9 +100,13 @@ def evaluate_instruct(
     def ask(folder: Checkpoint, asked: Sequence[Pair]) -> list[str]:
         return answer(folder, asked, params.max_new_tokens, params.batch_size, template)
 
+    def report(texts: Sequence[str], chosen: Sequence[int]) -> AnswerReport:
+        return answer_report([texts[i] for i in chosen], [pairs[i].output for i in chosen])
+
     answers = {name: ask(folder, pairs) for name, folder in folders.items()}
     turns = [i for i, pair in enumerate(pairs) if is_conversation(pair)]
     alone = [pairs[i]._replace(messages=()) for i in turns]
+    single = [i for i, pair in enumerate(pairs) if not is_conversation(pair)]
     if (path := instructions / "train.jsonl").is_file():
         answers["nearest"] = nearest_answers(read_pairs(path), pairs)
     expected, tasks = [pair.output for pair in pairs], [pair.task for pair in pairs]
@@ -116,8 +121,9 @@ def evaluate_instruct(
         examples=[Example(pair, {name: texts[i] for name, texts in answers.items()}) for i, pair in enumerate(pairs)],
         shown=[by_tasks[k] for k in shown],
         turns=TurnsReport(
-            answer_report([answers["gpt"][i] for i in turns], [expected[i] for i in turns]),
+            report(answers["gpt"], turns),
             answer_report(ask(folders["gpt"], alone), [expected[i] for i in turns]),
+            report(answers["gpt"], single) if single else None,
         )
         if turns
         else None,

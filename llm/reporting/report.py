@@ -252,6 +252,8 @@ def _turns(result: InstructResult) -> list[str]:
         ["the last answer, as the conversation goes", percent(result.turns.with_history.exact_match)],
         ["the same question without what was said before", percent(result.turns.without_history.exact_match)],
     ]
+    if result.turns.single is not None:
+        rows.append(["the pairs that are no conversation", percent(result.turns.single.exact_match)])
     return [
         "### Conversations",
         "",

@@ -68,6 +68,8 @@ def metrics(base: BaseResult, classifiers: ClassifierResult, instruct: InstructR
             "exact_match": instruct.turns.with_history.exact_match.value,
             "exact_match_without_history": instruct.turns.without_history.exact_match.value,
         }
+        if instruct.turns.single is not None:
+            sections["instruct_conversations"]["exact_match_of_single_turns"] = instruct.turns.single.exact_match.value
     if instruct.tasks["gpt"]:
         sections["instruct_tasks"] = {task: report.exact_match.value for task, report in instruct.tasks["gpt"].items()}
     return sections

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from llm.data.examples import Pair
 from llm.evaluation.answer_form import Answer
 from llm.evaluation.base_model import BaseResult, Completion
 from llm.evaluation.classification import ClassifierResult
-from llm.evaluation.instruction_following import Example, InstructResult, ResponseLoss
+from llm.evaluation.instruction_following import Example, InstructResult, ResponseLoss, TurnsReport
 from llm.evaluation.metrics import answer_report, by_task, classification_report, roc_points
 from llm.inference.classify import NO_TEXT
 from llm.inference.score import Score
@@ -98,6 +99,28 @@ def test_headlines_are_few_and_equal_the_metrics() -> None:
         "accuracy_scratch",
         "exact_match_scratch",
     }
+
+
+def test_conversations_are_reported_with_and_without_their_history() -> None:
+    base, classifiers, instruct = results(["ham", "spam"])
+    assert "### Conversations" not in report.markdown(base, classifiers, instruct, dict.fromkeys(KINDS, "s"), [], KINDS)
+    said = [{"role": role, "content": text} for role, text in (("user", "cat?"), ("assistant", "no"))] * 2
+    talk = instruct.examples[0]._replace(pair=Pair("cat?", "", "no", "sum", said))
+    yes, no = answer_report(["yes"], ["yes"]), answer_report(["no"], ["yes"])
+    instruct = instruct._replace(turns=TurnsReport(yes, no, no), examples=[talk, *instruct.examples[1:]])
+    text = report.markdown(base, classifiers, instruct, dict.fromkeys(KINDS, "s"), [], KINDS)
+    assert "| the same question without what was said before | 0.0 %" in text
+    assert re.search(r"said before +user: cat\?", text)
+    sections, headlines = (make(base, classifiers, instruct) for make in (tables.metrics, tables.headlines))
+    assert sections["instruct_conversations"] == {
+        "conversations": 1,
+        "exact_match": 1.0,
+        "exact_match_without_history": 0.0,
+        "exact_match_of_single_turns": 0.0,
+    }
+    assert (headlines["exact_match_turns"], headlines["exact_match_turns_alone"]) == (1.0, 0.0)
+    first, second = map(json.loads, tables.predictions(base, classifiers, instruct)["instructions.jsonl"].splitlines())
+    assert first["messages"] == said and "messages" not in second and "tools" not in first
 
 
 def test_plot_files_hold_what_dvc_plots() -> None:
