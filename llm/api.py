@@ -18,7 +18,6 @@ from llm.common.errors import InputError
 from llm.convert.cache import model_folder
 from llm.data.about import About, read_about
 from llm.inference.classify import NO_TEXT, classify_texts, doubt, has_text
-from llm.inference.compiled import CompiledDecoder
 from llm.inference.generate import generate, stream, stream_text
 from llm.inference.int8 import to_int8
 from llm.inference.prefill import PrefixCache
@@ -69,6 +68,8 @@ def load(
             raise InputError(f"{draft}: the draft has another tokenizer than {path}; choose one that shares it")
         model.draft = small.gpt
     if compiled:
+        from llm.inference.compiled import CompiledDecoder
+
         log.info("compiling the step of a token")
         model.decoder = CompiledDecoder(model.gpt)
         model.draft = None if model.draft is None else CompiledDecoder(model.draft.gpt)

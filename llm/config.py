@@ -24,9 +24,9 @@ HELD_OUT = SPLITS[1:]
 
 
 class Strict(BaseModel):
-    """Unknown keys, missing keys and wrong types are errors; instances never change."""
+    """Unknown keys, missing keys and wrong types are errors; instances never change. Built at its first use."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, defer_build=True)
 
 
 Positive = Annotated[int, Field(ge=1)]

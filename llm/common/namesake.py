@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
 from pathlib import Path
 
@@ -17,6 +16,8 @@ logger = logging.getLogger("llm")
 
 def check_namesake() -> None:
     """Warn of another installed package of this name; raise `InputError` where its files lie among ours."""
+    import importlib.metadata
+
     try:
         other = importlib.metadata.distribution(NAME)
     except importlib.metadata.PackageNotFoundError:

@@ -13,14 +13,10 @@ import os
 import re
 from pathlib import Path
 
-from filelock import FileLock
-
 from llm.checkpoint.folder import save_checkpoint
 from llm.common.errors import InputError
 from llm.common.files import read_json, read_json_object, write_atomic
-from llm.convert.hf import ADAPTER
-from llm.convert.load import import_model
-from llm.download.hub import HUB_NAME, source_files
+from llm.download.hub import ADAPTER, HUB_NAME, source_files
 
 READ = (".json", ".txt", ".jinja", ".model", ".safetensors", ".gguf")  # endings of files that an import may read
 CODE = ("config.py", "checkpoint", "common", "convert", "model", "tokenizer")  # what an import runs, inside `llm`
@@ -35,6 +31,10 @@ def model_folder(source: str | Path) -> Path:
     """
     if not is_foreign(source):
         return Path(source)
+    from filelock import FileLock
+
+    from llm.convert.load import import_model
+
     files = source_files(str(source))
     root = cache_root()
     name = re.sub(r"[^\w.-]+", "--", str(source if HUB_NAME.fullmatch(str(source)) else files.name)).strip("-.")

@@ -37,7 +37,7 @@ from llm.common.stored_tensor import StoredTensor
 from llm.config import GPTConfig, explain
 from llm.convert.families.base import TAKE, Family, HFConfig, fused_names, fused_shapes
 from llm.convert.families.registry import FAMILIES, family_with
-from llm.download.hub import PICKLED
+from llm.download.hub import ADAPTER, PICKLED
 from llm.model.gpt import GPT
 from llm.tokenizer.bpe import Tokenizer
 from llm.tokenizer.chat_source import NAMED_TOKENS, ChatSource, GenerationConfig, read_hf_chat, template_files
@@ -49,7 +49,6 @@ DTYPES = ("F32", "F16", "BF16")  # as safetensors names them
 HEAD = "lm_head.weight"
 PREFIX = re.compile(r"^((model|transformer)\.)+")
 SHARD = re.compile(r"(.+)-(\d{1,6})-of-(\d{1,6})\.safetensors")
-ADAPTER = "adapter_config.json"  # PEFT's
 QUANTIZED = re.compile(  # names that GPTQ, AWQ, bitsandbytes, compressed-tensors and fp8 give to what they store
     r"\.(qweight|qzeros|scales|g_idx|SCB|weight_(scale|scale_inv|zero_point|packed|format)|input_scale|biases)$"
     r"|\.weight\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..*)$"

@@ -23,7 +23,8 @@ from llm.common.files import read_json_object
 from llm.config import Positive, PositiveFloat, explain
 from llm.convert.families.base import Family, fused_names
 from llm.convert.families.registry import FAMILIES
-from llm.convert.hf import ADAPTER, PREFIX, hf_config_of, mapped_tensor
+from llm.convert.hf import PREFIX, hf_config_of, mapped_tensor
+from llm.download.hub import ADAPTER
 from llm.model.gpt import GPT
 
 WEIGHTS = "adapter_model.safetensors"

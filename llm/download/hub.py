@@ -8,6 +8,7 @@ from pathlib import Path
 from llm.common.errors import InputError
 
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+ADAPTER = "adapter_config.json"  # PEFT's
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 TEXT_FILES = ["*.json", "*.txt", "*.jinja"]  # all that a hub folder needs besides its weights
 

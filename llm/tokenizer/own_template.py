@@ -19,7 +19,6 @@ from typing import Any
 from llm.common.errors import InputError
 from llm.common.sanitize import one_line
 from llm.tokenizer.bpe import Tokenizer
-from llm.tokenizer.chat_template import RenderError, render_chat_untrusted
 from llm.tokenizer.prompts import Message, Span, with_input
 
 DEFAULT, TOOL_USE = "default", "tool_use"  # names of chat templates, as transformers knows them
@@ -121,6 +120,8 @@ class OwnTemplate:
         if name not in self.sources:
             names = ", ".join(map(one_line, sorted(self.sources)))
             raise InputError(f"the chat template of the model has no form for chats (expected {DEFAULT}, got {names})")
+        from llm.tokenizer.chat_template import RenderError, render_chat_untrusted  # with Jinja2
+
         variables = {
             **self.special_tokens,
             **self._broken(template_kwargs or {}, "", breaker),

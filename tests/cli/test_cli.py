@@ -483,7 +483,7 @@ def test_draft_and_compilation_keep_greedy_text_and_int8_nearly_the_score(
     assert cli("generate", folders.base, "--prompt", "One", "--draft", folders.base).out == plain.out
     assert cli("generate", folders.base, "--prompt", "One", "--int8").out.startswith("One")
     compiled: list[object] = []
-    monkeypatch.setattr("llm.api.CompiledDecoder", lambda model: compiled.append(model) or model)
+    monkeypatch.setattr("llm.inference.compiled.CompiledDecoder", lambda model: compiled.append(model) or model)
     found = cli("generate", folders.base, "--prompt", "One", "--draft", folders.base, "--compile")
     assert (found.out, found.err) == (plain.out, "compiling the step of a token\n") and len(compiled) == 2
     text = tmp_path / "text.txt"
@@ -567,6 +567,20 @@ def test_help_shows_examples_without_loading_torch() -> None:
     kinds = [f"bench {kind}" for kind in ("tokenize", "train", "finetune", "generate", "learn", "scale")]
     commands = ["generate", "chat", "classify", "score", "compare", "import", "export", "bench", *kinds]
     subprocess.run([sys.executable, "-c", code, *commands], cwd=ROOT, check=True)
+
+
+LATE = ("jinja2", "filelock", "llm.convert.hf", "llm.convert.gguf", "llm.inference.compiled")
+NEVER = ("torch._dynamo", "torch._inductor", "sympy", "scipy", "sklearn", "pandas", "pyarrow", "transformers")
+NEVER += ("matplotlib", "mlflow", "yaml", "requests", "huggingface_hub", "xllamacpp", "gguf")
+
+
+def test_generating_imports_only_what_it_needs(folders: Folders) -> None:
+    """The first token comes as soon as PyTorch is there."""
+    code = "import sys; from llm.cli.main import main; main(sys.argv[1:]); print(*sys.modules, sep='\\n')"
+    command = ["generate", str(folders.base), "--prompt", "One", "--max-new-tokens", "2"]
+    done = subprocess.run([sys.executable, "-c", code, *command], cwd=ROOT, capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.splitlines())
+    assert "torch" in loaded and not loaded & {*LATE, *NEVER}
 
 
 def test_closed_pipe_ends_with_141_and_output_is_utf8_in_any_locale(folders: Folders) -> None:

@@ -41,7 +41,7 @@ def no_import(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: object, **__: object) -> None:
         raise AssertionError("imported again")
 
-    monkeypatch.setattr(cache, "import_model", fails)
+    monkeypatch.setattr("llm.convert.load.import_model", fails)
 
 
 def kept(root: Path) -> list[str]:
