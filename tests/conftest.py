@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,18 @@ for name in ("LLM_DATA_MIRROR", "LLM_LOG_LEVEL", "DVC_ROOT", "DVC_STAGE"):
 # The same examples every time and no time limits: a test passes or fails by what it tests.
 hypothesis.settings.register_profile("tests", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("tests")
+
+
+# Modules and fixtures make millions of objects that stay, and every full collection looks at them all.
+gc.set_threshold(50_000, 20, 50)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_waiting_for_disks() -> Iterator[None]:
+    """Leave out the wait for the disk of each written file; its place among the other steps has tests of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
 
 
 @pytest.fixture(autouse=True)

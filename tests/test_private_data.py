@@ -11,7 +11,6 @@ from typing import cast
 
 import pytest
 import yaml
-from tests.evaluation.test_report import results
 
 from llm.common.errors import InputError
 from llm.config import KINDS, parse_params
@@ -28,6 +27,7 @@ from tests.conftest import ROOT
 from tests.datasets import message_rows
 from tests.helpers import tiny_tokenizer
 from tests.pipelines import change_params, environment, execute, read_params, tiny_copy, write_params
+from tests.reporting.test_report import results
 
 MARKS = {kind: f"zq{kind}zq" for kind in KINDS}  # in every text of that kind
 OWN = Path("data/own/mine")

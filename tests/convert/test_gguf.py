@@ -689,6 +689,7 @@ def smollm2_prompts(folder: Checkpoint) -> list[list[int]]:
     return [encode_prompt(folder.tokenizer, "chatml", question, system=system) for question in QUESTIONS]
 
 
+@pytest.mark.slow
 def test_smollm2_has_the_logits_of_transformers(smollm2_folder: Checkpoint, smollm2_original: Any) -> None:
     assert smollm2_folder.config.system == "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
     for prompt in smollm2_prompts(smollm2_folder)[:3]:
@@ -697,6 +698,7 @@ def test_smollm2_has_the_logits_of_transformers(smollm2_folder: Checkpoint, smol
             torch.testing.assert_close(smollm2_folder.model(idx), smollm2_original(idx).logits, atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_smollm2_writes_what_transformers_writes(smollm2_folder: Checkpoint, smollm2_original: Any) -> None:
     """LLM_TEST_SLOW=1: all prompts, 200 tokens each."""
     n_prompts, n_tokens = (10, 200) if os.environ.get("LLM_TEST_SLOW") else (2, 30)
@@ -711,6 +713,7 @@ def test_smollm2_writes_what_transformers_writes(smollm2_folder: Checkpoint, smo
         assert [token for token in theirs[0, len(prompt) :].tolist() if token != end] == answer
 
 
+@pytest.mark.slow
 def test_llama_cpp_writes_what_smollm2_writes_here(smollm2_folder: Checkpoint, tmp_path: Path) -> None:
     """From an export in half precision, which alone turns near ties: one among the 1,900 tokens of all ten answers."""
     prompts = smollm2_prompts(smollm2_folder)[3:7]
@@ -742,6 +745,7 @@ print(status("VmHWM") - before, sum(p.numel() * p.element_size() for p in folder
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is measured as Linux tells it")
 def test_loading_smollm2_takes_little_more_than_its_weights(smollm2: Path, llama_file: Path) -> None:
     command = [sys.executable, "-c", MEASURE, str(llama_file), str(smollm2)]

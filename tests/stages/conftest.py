@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from stages.tracking import mlflow_client
 
@@ -19,14 +21,21 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="session")
 def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the file of MLflow's database as the first connection to it leaves it."""
-    home = tmp_path_factory.mktemp("home")
-    with pytest.MonkeyPatch.context() as patch:
+    """Return the file of MLflow's database as the first connection to it leaves it, one for all workers of xdist."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    home = shared / "home"
+    home.mkdir(exist_ok=True)
+    with FileLock(shared / "home.lock"), pytest.MonkeyPatch.context() as patch:
+        if (home / "made").exists():
+            return home / "mlflow.db"
         patch.setenv("DVC_ROOT", str(home))
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         patch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
         mlflow_client.set_environment()
         mlflow_client.connect()
+        (home / "made").touch()
     return home / "mlflow.db"
 
 

@@ -41,10 +41,19 @@ from tests.stages.test_journal import record
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Return the URI of a database that processes in two repositories raced to create: none may fail."""
-    uri = f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db"
-    places = [tmp_path_factory.mktemp("repository") for _ in range(2)]
+def store(tmp_path_factory: pytest.TempPathFactory, database: Path) -> str:
+    """Return the URI of a database with one experiment."""
+    copy = shutil.copy(database, tmp_path_factory.mktemp("store"))
+    client = MlflowClient(f"sqlite:///{copy}")
+    assert [e.name for e in client.search_experiments()] == ["llm"], "without an empty Default beside it"
+    return f"sqlite:///{copy}"
+
+
+@pytest.mark.slow
+def test_processes_of_two_repositories_race_to_create_a_database(tmp_path: Path) -> None:
+    """None of them fails."""
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    places = [tmp_path / "one", tmp_path / "other"]
     racing = [places[0], places[1], places[1]]
     for number, place in enumerate(racing):
         journal = Journal(place / ".work/runs" / f"pipeline-{number}" / "demo-1")
@@ -57,7 +66,6 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
     client = MlflowClient(uri)
     assert [e.name for e in client.search_experiments()] == ["llm"], "without an empty Default beside it"
     assert len(all_runs(uri)) == 6
-    return uri
 
 
 @pytest.fixture

@@ -152,6 +152,7 @@ def smollm2_transformers(smollm2: Path) -> Any:
     return tokenizer
 
 
+@pytest.mark.slow
 def test_smollm2_has_the_ids_of_transformers(smollm2_fields: dict[str, Any], smollm2_transformers: Any) -> None:
     tokenizer, template, system = tokenizer_from_gguf(smollm2_fields)
     assert (tokenizer.vocab_size, tokenizer.eot_token, tokenizer.bos_token) == (49152, "<|im_end|>", None)
@@ -168,6 +169,7 @@ def test_smollm2_has_the_ids_of_transformers(smollm2_fields: dict[str, Any], smo
         assert encode_prompt(tokenizer, template, question, system=system) == prompt_of(smollm2_transformers, question)
 
 
+@pytest.mark.slow
 @given(text=TEXTS)
 @settings(max_examples=200, deadline=None)
 def test_smollm2_has_the_ids_of_transformers_for_generated_text(

@@ -88,16 +88,16 @@ def resumable(
 def test_stopped_at_any_step_and_continued_equals_never_stopped(
     tmp_path: Path, optimizer: str, keep: str, trainable: str
 ) -> None:
+    """One training that stops after each of its steps: a single wrong resume would show at its end."""
     expected, expected_weights = resumable(None, optimizer, keep, trainable=trainable)
     for stop_at in range(1, RESUME_STEPS + 1):
-        folder = tmp_path / str(stop_at)
         torch.manual_seed(99)  # another process starts with another state of the generator
-        stopped, _ = resumable(folder, optimizer, keep, stop_at=stop_at, trainable=trainable)
+        stopped, _ = resumable(tmp_path, optimizer, keep, stop_at=stop_at, trainable=trainable)
         assert stopped.steps == stop_at
-        assert (folder / f"step-{stop_at:08d}").is_dir()  # nothing is lost
-        result, found = resumable(folder, optimizer, keep, trainable=trainable)
-        assert_same_bits(found, expected_weights)
-        assert result == expected
+        assert (tmp_path / f"step-{stop_at:08d}").is_dir()  # nothing is lost
+    result, found = resumable(tmp_path, optimizer, keep, trainable=trainable)
+    assert_same_bits(found, expected_weights)
+    assert result == expected
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -183,19 +183,19 @@ def test_a_training_that_is_prolonged_equals_a_long_one(tmp_path: Path, optimize
             first = min(first, step)
             return random_batches(step)
 
-        schedule = {"schedule": "wsd", "decay_steps": decay_steps, "max_steps": max_steps, "eval_interval": 4}
+        schedule = {"schedule": "wsd", "decay_steps": decay_steps, "max_steps": max_steps, "eval_interval": 2}
         params = train_params(optimizer=optimizer, keep=keep, dropout=0.2, **schedule)
         result = train(model, params, batches=batches, stable_dir=stable)
         return result, weights(model), first
 
     kept = tmp_path / "stable"
     for max_steps, decay_steps, begin, states in (
-        (12, 3, 0, [9]),
-        (12, 3, 9, [9]),  # the same again
-        (21, 5, 9, [9, 16]),
-        (22, 6, 16, [9, 16]),  # another decay
-        (30, 4, 16, [16, 26]),
-        (20, 5, 0, [15]),  # shorter than what is kept
+        (6, 2, 0, [4]),
+        (6, 2, 4, [4]),  # the same again
+        (10, 3, 4, [4, 7]),
+        (11, 4, 7, [4, 7]),  # another decay
+        (14, 2, 7, [7, 12]),
+        (9, 3, 0, [6]),  # shorter than what is kept
     ):
         expected, expected_weights, _ = run(max_steps, decay_steps, None)
         result, found, first = run(max_steps, decay_steps, kept)
