@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ import torch
 
 from llm.bench import learning, scaling
 from llm.bench.decoding import BYTES_PER_WEIGHT, FORMS, requests
-from llm.bench.harness import OURS, Cost, Skipped, compare, draw, load_benchmark, markdown, memory, of_limit
+from llm.bench.harness import OURS, Cost, Skipped, compare, draw, load_benchmark, markdown, memory, of_limit, serve
 from llm.bench.learning import (
     FIRST_LR,
     NANOGPT,
@@ -91,7 +92,9 @@ def test_installed_implementations_run_in_rounds(
 
 
 @pytest.mark.parametrize("kind", BENCHMARKS)
-def test_workload_returns_its_amount_of_work(kind: str, tiny: dict[str, Any]) -> None:
+def test_workload_returns_its_amount_of_work(kind: str, tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("decoding", "tokenizing"):  # their files are written here, for which no process is started
+        monkeypatch.setattr(f"llm.bench.{module}.run_apart", lambda work, *arguments: work(*arguments))
     asked = sum(requests(tiny["generate"]).new)
     expected = {"tokenize": 1.0, "train": 2 * 16, "finetune": 2, "generate": asked}[kind]
     for name, make in load_benchmark(kind).implementations.items():
@@ -159,15 +162,30 @@ def test_our_decoding_is_compiled_if_possible(monkeypatch: pytest.MonkeyPatch) -
             make(shape._replace(batch=2))
 
 
-def test_implementation_that_cannot_take_part_is_skipped_by_name(capsys: pytest.CaptureFixture[str]) -> None:
-    benchmark = load_benchmark("generate")
-    names = [OURS, "transformers, continuous", "llama.cpp, F32"]
-    found = compare(benchmark, TINY._replace(batch=1), 1, 0.0, only=names)
-    assert list(found["results"]) == [OURS]
-    assert capsys.readouterr().err.splitlines()[:2] == [
-        "transformers, continuous: skipped, a single row is no batch",
-        "llama.cpp, F32: skipped, a GGUF file needs a vocabulary of 258",
-    ]
+def test_implementation_that_cannot_take_part_is_skipped_by_name(
+    tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tokenizers.py").write_text('raise ModuleNotFoundError("none", name="tokenizers")')
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    names = ["rustbpe, one core", "tokenizers, one core"]
+    found = compare(load_benchmark("tokenize"), tiny["tokenize"], 1, 0.0, only=names)
+    assert list(found["results"]) == names[:1]
+    assert capsys.readouterr().err.splitlines()[0] == "tokenizers, one core: skipped, no package tokenizers"
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("transformers, continuous", "a single row is no batch"),
+        ("llama.cpp, F32", "a GGUF file needs a vocabulary of 258"),
+    ],
+)
+def test_process_of_an_implementation_says_why_it_takes_no_part(
+    name: str, reason: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdout", sys.stdout)  # which `serve` replaces
+    serve(load_benchmark("generate"), name, list(TINY._replace(batch=1)))
+    assert json.loads(capsys.readouterr().out) == reason
 
 
 def test_forms_have_the_parameters_of_the_open_models() -> None:
@@ -338,9 +356,9 @@ def test_option_of_another_kind_is_refused_by_the_parser(
     assert said.endswith(f"; see python -m llm bench {kind} --help\n")
 
 
-def test_only_named_implementations_take_part() -> None:
-    found = compare(load_benchmark("finetune"), TINY, 1, 0.0, only=[OURS])
-    assert list(found["results"]) == [OURS]
+def test_only_named_implementations_take_part(tiny: dict[str, Any]) -> None:
+    found = compare(load_benchmark("tokenize"), tiny["tokenize"], 1, 0.0, only=["rustbpe, one core"])
+    assert list(found["results"]) == ["rustbpe, one core"]
     with pytest.raises(InputError, match="nobody: takes no part in finetune; those who do: this project, transformers"):
         compare(load_benchmark("finetune"), TINY, 1, 0.0, only=["nobody"])
 
@@ -359,7 +377,7 @@ def test_only_named_implementations_take_part() -> None:
         ("learn -S pretrain.lr=[", "--set-param pretrain.lr=[: the value is not valid YAML"),
         ("learn -S pretrain.lr=fast", "pretrain.lr: input should be a valid number"),
         ("learn --vocab 20000000", "vocab_size: input should be less than or equal to 16777216"),
-        ("learn --width 2 --heads 1 --layers 100", "our model differs by"),
+        ("learn --width 2 --heads 1 --layers 8", "our model differs by"),
         ("learn --text nowhere.txt", "nowhere.txt: not found"),
     ],
 )
