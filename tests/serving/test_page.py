@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -163,6 +164,26 @@ def test_compare_classify_and_look_inside(page: Any) -> None:
     page.locator("#inside .tokens button").nth(1).click()
     assert page.get_by_role("heading", name="Token 2").count() == 1
     assert "embedding" in page.locator("#inside").inner_text()
+
+
+@pytest.mark.slow
+def test_scripts_in_a_models_output_are_shown_as_text(page: Any) -> None:
+    said = "<script>document.title = 1</script><img src=x onerror='document.title = 1'>"
+    chunk = json.dumps({"choices": [{"index": 0, "delta": {"content": said}, "finish_reason": None}]})
+    answer = {"content_type": "text/event-stream", "body": f"data: {chunk}\n\ndata: [DONE]\n\n"}
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(**answer))
+    page.fill("#ask textarea", "the cat")
+    page.click("#send")
+    page.wait_for_selector(".message.assistant .text:not(:empty)")
+    idle(page)
+    assert page.locator(".message.assistant .text").inner_text() == said
+    page.click("#tab-compare")
+    page.fill("#versus textarea", "the cat")
+    page.click("#versus button >> text=Compare")
+    page.wait_for_selector("#left:not(:empty)")
+    page.wait_for_selector("#versus-stop", state="hidden")
+    assert page.locator("#left").inner_text() == said
+    assert page.locator("#log img, #log script, #left img, #left script").count() == 0 and page.title() == "textmill"
 
 
 @pytest.mark.slow
