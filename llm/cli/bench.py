@@ -37,6 +37,7 @@ class Kind(NamedTuple):
     examples: tuple[str, ...]
 
 
+SERVED = ("layers", "width", "heads", "kv_heads", "ffn", "vocab", "context", "clients", "prompt", "new")
 MODEL = ("layers", "width", "heads", "vocab", "context", "batch")
 KINDS = {
     "tokenize": Kind(
@@ -67,6 +68,30 @@ KINDS = {
             'python -m llm bench generate --form llama --only "this project" --only "llama.cpp, Q8_0"',
         ),
     ),
+    "serve": Kind(
+        "stream to one client and to many",
+        "Serves SmolLM2-135M's form with random weights: to one client at a time, then to --clients at once. "
+        "Peer: llama.cpp's server (as xllamacpp), in F32 and Q8_0. Servers take turns in rounds.",
+        SERVED,
+        (
+            "python -m llm bench serve --rounds 1 --seconds 20",
+            'python -m llm bench serve --only "this project" --clients 32',
+        ),
+    ),
+    "load": Kind(
+        "keep the server beyond its limits",
+        "Asks our server by more clients than its queue takes. One in twenty leaves in the middle, and the model is "
+        "swapped once. The table shows what the requests came to, errors, memory, and what is left over.",
+        SERVED,
+        ("python -m llm bench load --seconds 600",),
+    ),
+    "precisions": Kind(
+        "compare precisions of one model",
+        "Measures a model folder in fp32 and int8, and in llama.cpp as F32, F16 and Q8_0: weights on disk, memory, "
+        "decoding on one thread, and bits per byte of --text. Those of a GGUF file are of its weights, in fp32.",
+        ("text", "new"),
+        ("python -m llm bench precisions models/base --text book.txt",),
+    ),
     "learn": Kind(
         "measure time to a loss beside nanoGPT's recipe",
         "Trains nanoGPT's recipe at the best learning rate of a small sweep. Then it trains ours, from params.yaml and "
@@ -82,6 +107,7 @@ KINDS = {
         ("python -m llm bench scale --text book.txt --vocab 4096 --tokens 2",),
     ),
 }
+APART = ("serve", "load", "precisions")  # not in the harness's rounds
 TRAININGS = ("learn", "scale")  # of params.yaml's recipe, not in rounds
 SIZES = {
     "megabytes": "length of the text in MB",
@@ -98,6 +124,7 @@ SIZES = {
     "vocab": "size of the vocabulary",
     "context": "context length in tokens",
     "batch": "rows of a batch",
+    "clients": "clients at once, and rows of the decode batch",
     "prompt": "tokens of a prompt",
     "new": "tokens to generate",
 }
@@ -124,6 +151,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                 metavar="KEY=VALUE",
                 help="a value in place of that of params.yaml, as in `dvc exp run`; may be repeated",
             )
+        elif name == "precisions":
+            add("model_dir", type=Path, metavar="MODEL_DIR", help="a model folder")
+        elif name == "load":
+            add("--seconds", type=float, default=600.0, metavar="X", help="length of the load (default: %(default)s)")
         else:
             add("--only", action="append", metavar="NAME", help="an implementation; may be repeated (default: all)")
             add("--rounds", type=positive, default=ROUNDS, metavar="N", help="number of rounds (default: %(default)s)")
@@ -135,7 +166,10 @@ def run(args: argparse.Namespace) -> None:
     """Print a table of a benchmark's results, and leave them in a folder if one is named."""
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)  # an error of it shows now
-    module, results = compare_trainings(args) if args.kind in TRAININGS else compare_in_rounds(args)
+    compare = (
+        compare_trainings if args.kind in TRAININGS else compare_apart if args.kind in APART else compare_in_rounds
+    )
+    module, results = compare(args)
     if args.out is not None:
         (args.out / f"{args.kind}.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         module.draw(results, args.out / f"{args.kind}.png")
@@ -149,6 +183,24 @@ def compare_in_rounds(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     benchmark = harness.load_benchmark(args.kind)
     sizes = benchmark.forms[args.form] if args.kind == "generate" else benchmark.sizes
     return harness, harness.compare(benchmark, given_sizes(args, sizes), args.rounds, args.seconds, args.only)
+
+
+def compare_apart(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """Run serve, load or precisions; return the module that reports the results, and these."""
+    if args.kind == "precisions":
+        from llm.bench import precisions
+
+        if args.text is None:
+            raise InputError("--text: not given; name a text file that the model has not been trained on")
+        text = Path(args.text).read_text(encoding="utf-8")
+        return precisions, precisions.compare_precisions(args.model_dir, text, args.new or precisions.NEW)
+    from llm.bench import serving
+
+    given = {"batch" if name == "clients" else name: getattr(args, name) for name in SERVED}
+    shape = serving.SIZES._replace(**{name: value for name, value in given.items() if value is not None})
+    if args.kind == "load":
+        return serving, serving.load(shape, args.seconds)
+    return serving, serving.serve(shape, args.rounds, args.seconds, args.only)
 
 
 def compare_trainings(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
-from llm.bench import learning, scaling
+from llm.bench import learning, precisions, scaling, serving
 from llm.bench.decoding import BYTES_PER_WEIGHT, FORMS, requests
 from llm.bench.harness import OURS, Cost, Skipped, compare, draw, load_benchmark, markdown, memory, of_limit, serve
 from llm.bench.learning import (
@@ -38,7 +42,7 @@ from llm.bench.tokenizing import (
     tokenize_ours,
     tokenizers_encoder,
 )
-from llm.cli.bench import KINDS, SIZES, TRAININGS, shipped_params
+from llm.cli.bench import APART, KINDS, SIZES, TRAININGS, shipped_params
 from llm.cli.main import build_parser, main
 from llm.common.errors import DivergenceError, InputError
 from llm.config import GPTConfig, Params
@@ -63,7 +67,7 @@ def tiny(tmp_path: Path) -> dict[str, Any]:
 
 
 COMPILED = "transformers, compiled"
-BENCHMARKS = [kind for kind in KINDS if kind not in TRAININGS]
+BENCHMARKS = [kind for kind in KINDS if kind not in (*TRAININGS, *APART)]
 
 
 @pytest.mark.parametrize("kind", BENCHMARKS)
@@ -586,3 +590,115 @@ def test_largest_model_is_that_of_the_params() -> None:
         recipe.params.max_steps == math.ceil(size / (scaling_sizes.batch * scaling_sizes.context))
         for recipe, size in zip((*smaller, last), sizes, strict=True)
     )
+
+
+# ---- servers ---------------------------------------------------------------------------------------------------------
+
+SMALL = Shape(
+    layers=1, width=32, heads=2, vocab=300, context=64, batch=2, prompt=4, new=8, kv_heads=1, ffn=32, form="llama"
+)
+
+
+class Completions(BaseHTTPRequestHandler):
+    """A server of OpenAI's completions that streams a letter for each token, and refuses odd prompts."""
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        if body["prompt"][0] % 2:
+            self.send_response(429)
+            self.send_header("content-length", "0")
+            self.end_headers()
+            return
+        self.send_response(200)
+        self.end_headers()
+        for _ in range(body["max_tokens"]):
+            self.wfile.write(b'data: {"choices": [{"text": "a"}]}\n\n')
+        self.wfile.write(b'data: {"choices": []}\n\ndata: [DONE]\n\n')
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def completions() -> Iterator[serving.Address]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Completions) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield serving.Address("127.0.0.1", server.server_port, psutil.Process())
+        server.shutdown()
+
+
+def test_every_request_is_counted_as_what_it_came_to(completions: serving.Address) -> None:
+    counts = serving.Counts()
+    for seed in range(20):
+        serving.stream(completions, SMALL, seed, counts, lambda n: True)
+    assert counts.answers.keys() == {"complete", "429"} and counts.answers.total() == 20
+    assert len(counts.chunks) == SMALL.new * counts.answers["complete"]
+    assert len(counts.first) == counts.answers["complete"]
+    left = serving.Counts()
+    even = next(seed for seed in range(20) if random.Random(seed).randrange(256, SMALL.vocab - 1) % 2 == 0)
+    serving.stream(completions, SMALL, even, left, lambda n: n < 3)
+    assert left.answers == {"left": 1} and len(left.chunks) == 3
+    serving.stream(completions._replace(port=1), SMALL, 0, left, lambda n: True)
+    assert left.answers["ConnectionRefusedError"] == 1
+
+
+def test_a_server_that_refuses_ends_the_measurement(completions: serving.Address) -> None:
+    with pytest.raises(InputError, match=r"requests failed: .'429'"):
+        serving.measure(completions, SMALL, 2, 0.2, seed=1)
+
+
+def test_the_tables_of_servers() -> None:
+    one, many = {"rate": 10.0, "first": 0.1}, {"rate": 45.0, "first": 1.25}
+    shape = {"layers": 30, "batch": 16}
+    found = {"kind": "serve", "shape": shape, "results": {"this project": {"one": one, "many": many, "memory": 2**21}}}
+    assert "| this project | 10.0 | 0.10 | 45.0 | 1.25 | 4.5 | 2 MB |" in serving.markdown(found)
+    memory = [(float(i), (100 + i) * 2**20) for i in range(8)]
+    held = {"answers": {"complete": 5, "429": 1}, "errors": 0, "swap": [200], "memory": memory, "held": 0.0}
+    text = serving.markdown({"kind": "load", "shape": shape, **held})
+    assert "| answers: 429 | 1 |" in text and "| 102 MB, 106 MB |" in text and "| requests left over | 0 |" in text
+
+
+@pytest.mark.slow
+def test_servers_stream_side_by_side_and_under_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("xllamacpp")
+    sizes = (
+        "--layers 1 --width 32 --heads 2 --kv-heads 1 --ffn 32 --vocab 300 --context 64 --clients 2 --prompt 4 --new 8"
+    )
+    assert main(["bench", "serve", *sizes.split(), "--rounds", "1", "--seconds", "0.5", "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "serve.json").read_text())
+    assert set(found["results"]) == {serving.OURS, serving.OURS_INT8, *serving.LLAMA_CPP}
+    for result in found["results"].values():
+        assert result["one"]["rate"] > 0 and result["many"]["first"] < 10 and result["memory"] > 0
+    assert main(["bench", "load", *sizes.split(), "--seconds", "3", "--out", str(tmp_path)]) == 0
+    load = json.loads((tmp_path / "load.json").read_text())
+    assert load["errors"] == 0 and load["held"] == 0 and load["swap"] == [200]
+    assert load["answers"]["complete"] > 0 and load["answers"]["429"] > 0 and load["answers"]["left"] > 0
+    assert "requests left over" in capsys.readouterr().out and (tmp_path / "load.png").is_file()
+
+
+# ---- precisions ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_one_model_in_every_precision(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("xllamacpp")
+    serving.write_model(
+        SMALL._replace(vocab=400, context=128, width=64, heads=2, kv_heads=2, ffn=64), tmp_path / "model"
+    )
+    (tmp_path / "text.txt").write_text(STORY.format(1) * 3)
+    options = ["--text", str(tmp_path / "text.txt"), "--new", "8", "--out", str(tmp_path)]
+    assert main(["bench", "precisions", str(tmp_path / "model"), *options]) == 0
+    found = json.loads((tmp_path / "precisions.json").read_text())["results"]
+    assert set(found) == {*precisions.OURS, *precisions.GGUF}
+    disk = [found[name]["disk"] for name in precisions.GGUF]
+    assert disk == sorted(disk, reverse=True) and len(set(disk)) == 3
+    exact = found["this project, fp32"]["bpb"]
+    assert found["llama.cpp, F32"]["bpb"] == pytest.approx(exact, rel=1e-5)
+    for result in found.values():
+        assert result["bpb"] == pytest.approx(exact, rel=0.05) and result["rate"] > 0 and result["memory"] > 2**20
+    assert "| llama.cpp, Q8_0 |" in capsys.readouterr().out
+
+
+def test_a_precision_that_the_form_does_not_have_is_told() -> None:
+    found = {"results": {"llama.cpp, F16": {"skipped": "no architecture"}}}
+    assert "| llama.cpp, F16 | skipped: no architecture | - | - | - |" in precisions.markdown(found)
