@@ -17,7 +17,7 @@ from llm.common.device import pick_device
 from llm.common.errors import InputError
 from llm.convert.cache import model_folder
 from llm.data.about import About, read_about
-from llm.inference.classify import NO_TEXT, classify_texts, doubt, has_text
+from llm.inference.classify import NO_TEXT, classify_texts, decide, doubt, has_text
 from llm.inference.generate import generate, stream, stream_text
 from llm.inference.int8 import to_int8
 from llm.inference.prefill import PrefixCache
@@ -288,6 +288,14 @@ class Model:
         labels = self.checkpoint.config.labels or []
         rows = classify_texts(self.checkpoint, texts).tolist()
         return [dict(zip(labels, row, strict=True)) for row in rows]
+
+    def decide(self, probabilities: Mapping[str, float]) -> str:
+        """Return the label of a text's probabilities: by the model's threshold, else the likeliest; or `unsure`.
+
+        >>> classifier.decide({"ham": 0.2, "spam": 0.8})
+        'spam'
+        """
+        return decide(self.checkpoint.config, probabilities)
 
     def doubt(self, text: str) -> str | None:
         """Return why a label of this text would mean little, or None.

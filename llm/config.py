@@ -570,10 +570,23 @@ class PretrainParams(TrainParams):
     eval_tokens: Positive
 
 
+class DecisionParams(Strict):
+    """The rule by which val chooses the threshold of one label's probability."""
+
+    rule: Literal["none", "cost", "precision"]
+    label: OptionalText  # null: the last one
+    false_alarm_cost: PositiveFloat
+    miss_cost: PositiveFloat
+    precision: Annotated[float, Field(gt=0, le=1)]
+
+
 class ClassifyParams(TrainParams):
     class_weights: Literal["none", "balanced"]
     max_length: Positive
     scratch_control: bool
+    calibrate: bool
+    decision: DecisionParams
+    unsure_below: Probability
 
 
 class InstructParams(TrainParams):
@@ -592,6 +605,8 @@ class EvaluateParams(Strict):
     batch_size: Positive
     report_samples: NonNegative
     prompts: list[str]
+    robustness: NonNegative
+    seeds: Positive
     audit_texts: NonNegative
     audit_bytes: NonNegative
 

@@ -12,18 +12,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from llm.audit.describe import to_dict
 from llm.audit.leakage import Audit
 from llm.checkpoint.folder import Checkpoint, load_checkpoint
 from llm.common.device import pick_device
 from llm.common.files import write_atomic
 from llm.data.examples import read_quotable, read_too_long
+from llm.evaluation import seeds
 from llm.evaluation.base_model import BaseResult, evaluate_base
 from llm.evaluation.classification import ClassifierResult, evaluate_classifiers
 from llm.evaluation.inside import Inside, look_inside
 from llm.evaluation.instruction_following import InstructResult, evaluate_instruct
 from llm.evaluation.leakage import audit_tokens, clean_headlines
-from llm.reporting import curves, leakage, page, pictures, report, tables, text_pictures
+from llm.reporting import classifier_pictures, curves, leakage, page, pictures, report, tables, text_pictures
 from stages.runtime.run import Run, main, resource_error, rounded
 
 logger = logging.getLogger("llm")
@@ -60,15 +63,19 @@ def evaluate(run: Run) -> None:
         base = evaluate_base(base_folder, TOKENS / "corpus", section, params.seed)
         inside = look_inside(base_folder, TOKENS / "corpus") if "corpus" in read_quotable(TOKENS) else None
         classifiers = evaluate_classifiers(
-            models(gpt="classifier", scratch="classifier_scratch"), TOKENS / "messages", section.batch_size
+            models(gpt="classifier", scratch="classifier_scratch"),
+            TOKENS / "messages",
+            section.batch_size,
+            robustness=section.robustness,
         )
         instruct_models = models(gpt="instruct", scratch="instruct_scratch")
         template = instruct_models["gpt"].config.template or params.finetune_instruct.template
         order = {"gpt": instruct_models["gpt"], "base": base_folder, **instruct_models}
         instruct = evaluate_instruct(order, template, TOKENS / "instructions", section)
         audit = audit_tokens(TOKENS, base_folder.tokenizer, section)
+        spreads = spread_of_seeds(run, tables.headlines(base, classifiers, instruct), device)
     with run.phase("saving"):
-        write_reports(run, Results(base, classifiers, instruct, audit, inside))
+        write_reports(run, Results(base, classifiers, instruct, audit, inside, spreads))
     for line in [*report.headlines(base, classifiers, instruct), *NEXT]:
         logger.info(line)
     for path in (REPORTS / "report.html", REPORTS / "report.md", FIGURES):
@@ -79,6 +86,19 @@ def evaluate(run: Run) -> None:
         optional(f"registration of {name}", partial(run.register, f"llm-{name}", MODELS / name))
 
 
+def spread_of_seeds(run: Run, headlines: Mapping[str, float], device: torch.device) -> dict[str, seeds.Spread]:
+    """Return the headlines' spread over the seeds of the finetunings; empty where there is one seed."""
+    section, template = run.params.evaluate, run.params.finetune_instruct.template
+    further: dict[str, list[float]] = {}
+    for suffix in ("", "_scratch"):
+        labels, answers = (seeds.repeated(MODELS / f"{name}_seeds", suffix) for name in ("classifier", "instruct"))
+        further[f"accuracy{suffix}"] = seeds.accuracies(labels, TOKENS / "messages", section.batch_size, device)
+        further[f"exact_match{suffix}"] = seeds.exact_matches(
+            answers, template, TOKENS / "instructions", section, device
+        )
+    return seeds.spreads(headlines, further)
+
+
 class Results(NamedTuple):
     """All that the evaluation found; `inside` is None where the corpus may not be quoted."""
 
@@ -87,13 +107,16 @@ class Results(NamedTuple):
     instruct: InstructResult
     audit: Audit
     inside: Inside | None
+    spreads: Mapping[str, seeds.Spread]
 
 
 def write_reports(run: Run, results: Results) -> None:
-    base, classifiers, instruct, audit, inside = results
+    base, classifiers, instruct, audit, inside, spreads = results
     quotable = read_quotable(TOKENS)
     clean = clean_headlines(audit, base, classifiers, instruct)
-    run.write_metrics(tables.metrics(base, classifiers, instruct) | leakage.metrics(audit, clean))
+    run.write_metrics(
+        tables.metrics(base, classifiers, instruct) | leakage.metrics(audit, clean) | tables.seed_metrics(spreads)
+    )
     headlines = rounded(tables.headlines(base, classifiers, instruct))
     write_atomic(REPORTS / "metrics" / "headlines.json", json.dumps(headlines, indent=2) + "\n")
     for name, content in tables.plot_files(base, classifiers, instruct).items():
@@ -115,6 +138,8 @@ def write_reports(run: Run, results: Results) -> None:
     if inside is not None:
         drawings["token_losses"] = partial(text_pictures.draw_token_losses, inside)
         drawings["attention"] = partial(text_pictures.draw_attention, inside)
+    if classifiers.details is not None:
+        drawings["calibration"] = partial(classifier_pictures.draw_calibration, classifiers.details)
     for name, draw in drawings.items():
         optional(f"picture {name}", partial(draw, FIGURES / f"{name}.png"))
 
@@ -122,7 +147,8 @@ def write_reports(run: Run, results: Results) -> None:
         drawn = [path.name for path in FIGURES.glob("*.png")]
         text = report.markdown(base, classifiers, instruct, run.params.data.model_dump(), drawn, quotable)
         text += "\n" + "\n".join(leakage.section(audit, clean, quotable))
-        write_atomic(REPORTS / "report.md", f"{text}\n{too_long_section(read_too_long(TOKENS))}{TIME_LINE}\n")
+        more = report.seeds_section(spreads) + too_long_section(read_too_long(TOKENS))
+        write_atomic(REPORTS / "report.md", f"{text}\n{more}{TIME_LINE}\n")
 
     def write_page() -> None:
         card, versions = REPORTS / "data_card.md", Path("constraints.txt")

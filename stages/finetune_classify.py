@@ -5,15 +5,17 @@ With `scratch_control` the same training from random weights gives `models/class
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
 from llm.checkpoint.folder import Checkpoint, CheckpointConfig
 from llm.data.about import about_messages, may_quote
-from llm.data.batches import collate_labels
+from llm.data.batches import Batch, collate_labels
 from llm.data.examples import class_weights, message_examples, read_labels, read_messages
 from llm.model.classifier import GPTClassifier
 from llm.model.gpt import GPT
+from llm.training.calibration import calibrated, held_out_logits
 from llm.training.losses import label_loss, label_metrics
 from stages.runtime.finetune import FinetuneTask, finetune
 from stages.runtime.processes import main_training
@@ -38,15 +40,21 @@ def make_task(run: Run, base: Checkpoint) -> FinetuneTask:
     device = base.model.tok_emb.weight.device
     model = GPTClassifier(base.model, len(labels)).to(device)
     weights = class_weights(train_set, len(labels)).to(device) if section.class_weights == "balanced" else None
+    config = CheckpointConfig(kind="classifier", gpt=base.config.gpt, labels=labels, max_length=length)
+
+    def finish(batches: Iterable[Batch]) -> CheckpointConfig:
+        return calibrated(config, *held_out_logits(model.eval(), batches), section)
+
     return FinetuneTask(
         model=model,
-        config=CheckpointConfig(kind="classifier", gpt=base.config.gpt, labels=labels, max_length=length),
+        config=config,
         about=about_messages(train_messages, quotable=may_quote(Path("data/tokens"), "messages")),
         train_set=train_set,
         val_set=val_set,
         collate=collate_labels,
         loss_function=partial(label_loss, class_weights=weights),
         evaluate=partial(label_metrics, model, class_weights=weights),
+        finish=finish,
     )
 
 

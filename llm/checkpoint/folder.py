@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import torch
 from pydantic import Field, ValidationError, model_validator
@@ -22,7 +22,7 @@ from llm.checkpoint.weights import (
 )
 from llm.common.errors import InputError
 from llm.common.files import read_json, replaced_folder
-from llm.config import GPTConfig, Positive, Strict, Template, explain
+from llm.config import GPTConfig, Positive, PositiveFloat, Probability, Strict, Template, explain
 from llm.model.classifier import GPTClassifier
 from llm.model.gpt import GPT
 from llm.tokenizer.bpe import Tokenizer
@@ -40,6 +40,13 @@ from llm.tokenizer.prompts import TEMPLATES, end_tokens
 log = logging.getLogger("llm")
 
 
+class Decision(Strict):
+    """A label that is given from a threshold of its probability on; below it the likeliest of the others is."""
+
+    label: str
+    threshold: Annotated[float, Field(ge=0, le=1)]
+
+
 class CheckpointConfig(Strict):
     """The content of a checkpoint's `config.json`."""
 
@@ -47,6 +54,9 @@ class CheckpointConfig(Strict):
     gpt: GPTConfig
     labels: list[str] | None = None  # classifier: in the order of its outputs
     max_length: Positive | None = None  # classifier: tokens of a text that it reads
+    temperature: PositiveFloat | None = None  # classifier: its logits are divided by it, from val
+    decision: Decision | None = None  # classifier: else the likeliest label
+    unsure_below: Probability | None = None  # classifier: probability below which a label is `unsure`
     template: Template | None = None  # instruct: how a prompt is written, or what is nearest to the own template
     system: str | None = None  # instruct: what stands before every prompt, where the template has a place for it
     special_tokens: dict[str, str] | None = None  # of open weights: bos_token, eos_token, pad_token ...
@@ -57,6 +67,11 @@ class CheckpointConfig(Strict):
     def _belongs_to_kind(self) -> Self:
         if (self.kind == "classifier") != (bool(self.labels) and self.max_length is not None):
             raise ValueError(f"labels and max_length go with kind classifier, found kind {self.kind}")
+        stated = (self.temperature, self.decision, self.unsure_below)
+        if self.kind != "classifier" and stated != (None, None, None):
+            raise ValueError(f"temperature, decision and unsure_below go with kind classifier, found kind {self.kind}")
+        if self.decision is not None and self.decision.label not in (self.labels or []):
+            raise ValueError(f"decision: expected one of the labels {self.labels}, found {self.decision.label!r}")
         if self.kind == "instruct" and self.template is None and self.chat_templates is None:
             raise ValueError(
                 "a template goes with kind instruct, found none, nor a chat_template.jinja beside this file"

@@ -21,7 +21,8 @@ SUMMARY = "label texts"
 DESCRIPTION = (
     "Writes text, label and probabilities of each text: a JSON object a line, or CSV. A name that ends in .csv, .tsv, "
     ".jsonl or .txt is a file: its rows, or each line of a .txt, are labelled, and their other columns stay. A text "
-    "without a letter, digit or sign has the label `unsure`. `doubt` says why a label means little."
+    "without a letter, digit or sign has the label `unsure`, as has one whose label is less likely than the model's "
+    "limit. `doubt` says why a label means little."
 )
 EXAMPLES = (
     'python -m llm classify models/classifier "You have won a prize!" "See you at six"',
@@ -30,7 +31,6 @@ EXAMPLES = (
 )
 BATCH_SIZE = 32  # texts of arguments and stdin that are labelled together: answers come soon
 FILE_BATCH_SIZE = 1024  # rows of files: sorted by length, then labelled in batches
-UNSURE = "unsure"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -96,7 +96,7 @@ def progress(rows: Iterator[Row], shown: bool) -> Iterator[Row]:
 
 def labelled(model: Model, rows: Iterable[Row], column: str | None, size: int, form: str) -> Iterator[Row]:
     """Yield each row with its label, `size` rows at a time. Columns of a file with such names become `given_...`."""
-    from llm.inference.classify import NO_TEXT
+    from llm.inference.classify import NO_TEXT, UNSURE
 
     ahead = iter(rows)
     labels = model.checkpoint.config.labels or []
@@ -107,7 +107,7 @@ def labelled(model: Model, rows: Iterable[Row], column: str | None, size: int, f
         found = iter(model.classify([text for text, reads in zip(texts, readable, strict=True) if reads]))
         for row, reads, doubt in zip(batch, readable, doubts, strict=True):
             probabilities = {label: round(p, 6) for label, p in next(found).items()} if reads else None
-            label = max(probabilities, key=probabilities.__getitem__) if probabilities else UNSURE
+            label = model.decide(probabilities) if probabilities else UNSURE
             yield with_label(row, label, probabilities, doubt, labels, form)
 
 

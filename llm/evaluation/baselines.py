@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import lzma
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -204,9 +204,13 @@ def _methods() -> dict[str, _Method]:
 
 
 def classical_classifiers(
-    train: Sequence[Message], val: Sequence[Message], texts: Sequence[str], labels: Sequence[str]
+    train: Sequence[Message],
+    val: Sequence[Message],
+    texts: Sequence[str],
+    labels: Sequence[str],
+    only: Collection[str] | None = None,
 ) -> dict[str, Floats]:
-    """Return probabilities [N, K] for `texts` by each classical method, trained on `train`.
+    """Return probabilities [N, K] for `texts` by each classical method, or `only` by some, trained on `train`.
 
     majority             the shares of the labels in train: always the most frequent one
     filter, boosting     logistic regression, boosted trees: on hand-made features
@@ -223,8 +227,11 @@ def classical_classifiers(
     known = [m for m in val if shares[number[m.label]] > 0]
     actual, actual_val = ([number[m.label] for m in part] for part in (train, known))
     parts = [[m.text for m in train], [m.text for m in known], list(texts)]
-    makers, methods = _feature_makers(), _methods()
-    for features, make in makers.items():
+    methods = {name: method for name, method in _methods().items() if only is None or name in only}
+    used = {method.features for method in methods.values()}
+    for features, make in _feature_makers().items():
+        if features not in used:
+            continue
         maker = make()
         try:
             x = maker.fit_transform(parts[0])

@@ -11,14 +11,27 @@ from numpy.typing import NDArray
 
 from llm.checkpoint.folder import Checkpoint
 from llm.common.errors import InputError
-from llm.data.examples import first_filled, read_labels, read_messages
+from llm.data.examples import Message, first_filled, read_labels, read_messages
 from llm.evaluation.baselines import classical_classifiers
+from llm.evaluation.calibration import evaluate_calibration
+from llm.evaluation.classifier_details import (
+    ClassifierDetails,
+    confident_mistakes,
+    label_details,
+    mean_precision,
+    slices,
+)
 from llm.evaluation.comparison import mcnemar
+from llm.evaluation.intervals import clustered_share, clusters_of
+from llm.evaluation.label_errors import find_label_errors
+from llm.evaluation.learning_curve import classical_curve
 from llm.evaluation.metrics import ClassificationReport, Curve, classification_report, label_roc, roc_points
+from llm.evaluation.robustness import Change, evaluate_changes
 from llm.inference.classify import classify_texts, doubt
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+SMALLEST = 1e-30  # probability whose logarithm is taken
 OURS = ("gpt", "scratch")  # all other classifiers are classical
 
 
@@ -34,6 +47,7 @@ class ClassifierResult(NamedTuple):
     actual: list[str]
     probabilities: dict[str, Floats]  # [messages, labels]
     doubts: Sequence[str | None] = ()  # why the label of a message means little, where it does
+    details: ClassifierDetails | None = None  # of gpt
 
     def label_roc(self) -> dict[str, Curve]:
         """Return the GPT's ROC curve of each label against the rest."""
@@ -57,8 +71,13 @@ class ClassifierResult(NamedTuple):
         return [self.labels[k] for k in self.probabilities[name].argmax(axis=1)]
 
 
-def evaluate_classifiers(folders: Mapping[str, Checkpoint], messages: Path, batch_size: int) -> ClassifierResult:
-    """Evaluate the classifiers in `folders`, `gpt` first, and the classical ones on the same held-out messages."""
+def evaluate_classifiers(
+    folders: Mapping[str, Checkpoint], messages: Path, batch_size: int, *, robustness: int = 0
+) -> ClassifierResult:
+    """Evaluate the classifiers in `folders`, `gpt` first, and the classical ones on the same held-out messages.
+
+    The first `robustness` messages are classified again with changes that keep their label.
+    """
     labels = read_labels(messages)
     train, val = read_messages(messages / "train.jsonl"), read_messages(messages / "val.jsonl")
     split, test = first_filled({"test": read_messages(messages / "test.jsonl"), "val": val}, messages)
@@ -72,7 +91,7 @@ def evaluate_classifiers(folders: Mapping[str, Checkpoint], messages: Path, batc
         probabilities[name] = classify_texts(folder, texts, batch_size).double().numpy()
     probabilities |= classical_classifiers(train, val, texts, labels)
     reports = {name: classification_report(actual, p, labels) for name, p in probabilities.items()}
-    return ClassifierResult(
+    result = ClassifierResult(
         split=split,
         train_rows=len(train),
         labels=labels,
@@ -83,3 +102,57 @@ def evaluate_classifiers(folders: Mapping[str, Checkpoint], messages: Path, batc
         probabilities=probabilities,
         doubts=[doubt(folders["gpt"].tokenizer, text) for text in texts],
     )
+    data = {"train": train, "val": val, "test": test if split == "test" else []}
+    details = evaluate_details(result, folders["gpt"], data)
+    if robustness:
+        changes = evaluate_robustness(result, folders["gpt"], data, test[:robustness], batch_size)
+        details = details._replace(robustness=changes)
+    return result._replace(details=details)
+
+
+def evaluate_details(
+    result: ClassifierResult, folder: Checkpoint, data: Mapping[str, Sequence[Message]]
+) -> ClassifierDetails:
+    """Return the details of the finetuned classifier beside the best classical one."""
+    labels, texts, best = result.labels, result.texts, result.best_classical()
+    actual = np.array([labels.index(label) for label in result.actual])
+    right, classical = (
+        (result.probabilities[name].argmax(axis=1) == actual).astype(np.float64) for name in ("gpt", best)
+    )
+    clusters = clusters_of(texts)
+    figures, curves, macro = label_details(result.reports["gpt"], actual, result.probabilities["gpt"], labels)
+    test = [Message(text, label) for text, label in zip(texts, result.actual, strict=True)]
+    logits = (folder.config.temperature or 1.0) * np.log(result.probabilities["gpt"].clip(SMALLEST))
+    return ClassifierDetails(
+        clusters=len(np.unique(clusters)),
+        accuracy=clustered_share(right, clusters),
+        macro_f1=macro,
+        average_precision=mean_precision(figures),
+        labels=figures,
+        precision_recall=curves,
+        calibration=evaluate_calibration(folder.config, logits, actual, clusters),
+        mistakes=confident_mistakes(texts, actual, result.probabilities["gpt"], labels),
+        slices=slices(texts, right, classical, clusters),
+        label_errors=find_label_errors(data, labels),
+        learning_curve=classical_curve(best, data["train"], data["val"], test, labels),
+        robustness=[],
+    )
+
+
+def evaluate_robustness(
+    result: ClassifierResult,
+    folder: Checkpoint,
+    data: Mapping[str, Sequence[Message]],
+    test: Sequence[Message],
+    batch_size: int,
+) -> list[Change]:
+    """Return the accuracy of the finetuned and of the best classical classifier on changed messages."""
+    best = result.best_classical()
+
+    def gpt(texts: Sequence[str]) -> Floats:
+        return classify_texts(folder, texts, batch_size).double().numpy()
+
+    def classical(texts: Sequence[str]) -> Floats:
+        return classical_classifiers(data["train"], data["val"], texts, result.labels, {best})[best]
+
+    return evaluate_changes(test, data["train"], result.labels, gpt, classical)

@@ -15,6 +15,9 @@ Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
 
+FEW = 3  # successes or failures
+
+
 class Interval(NamedTuple):
     """A share of successes and its 95 % interval."""
 
@@ -23,7 +26,7 @@ class Interval(NamedTuple):
     high: float
 
 
-def wilson(successes: int, n: int) -> Interval:
+def wilson(successes: float, n: float) -> Interval:
     """Return Wilson's 95 % score interval (1927), sound for few trials and for shares near 0 and 1."""
     if n == 0:
         return Interval(0.0, 0.0, 1.0)
@@ -32,6 +35,18 @@ def wilson(successes: int, n: int) -> Interval:
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     margin = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return Interval(p, min(p, max(0.0, centre - margin)), max(p, min(1.0, centre + margin)))
+
+
+def share_interval(successes: float, n: float) -> Interval:
+    """Return a share with Wilson's interval, its end next to 0 or 1 from a Poisson count where few cases are there.
+
+    Wilson's own end is too near there: 95 % become 84 (Brown, Cai and DasGupta 2001, section 4.1.1).
+    """
+    from scipy.stats import chi2
+
+    share = wilson(successes, n)
+    low, high = (float(chi2.ppf(0.05, 2 * k)) / (2 * n) if 0 < k <= FEW else None for k in (successes, n - successes))
+    return Interval(share.value, share.low if low is None else low, share.high if high is None else 1 - high)
 
 
 class LabelScores(NamedTuple):
@@ -79,7 +94,7 @@ def classification_report(actual: Ints, probabilities: Floats, labels: Sequence[
     precision_, recall_, f1_ = (float(x[-1] if binary else x.mean()) for x in (precision, recall, f1))
     return ClassificationReport(
         rows=len(actual),
-        accuracy=wilson(int((actual == predicted).sum()), len(actual)),
+        accuracy=share_interval(int((actual == predicted).sum()), len(actual)),
         precision=precision_,
         recall=recall_,
         f1=f1_,
@@ -159,7 +174,7 @@ def answer_report(answers: Sequence[str], expected: Sequence[str]) -> AnswerRepo
     exact = sum(fold(a) == fold(e) for a, e in zip(answers, expected, strict=True))
     return AnswerReport(
         rows=len(answers),
-        exact_match=wilson(exact, len(answers)),
+        exact_match=share_interval(exact, len(answers)),
         rouge_l=float(np.mean(rouge_l_scores(answers, expected))),
         chrf=float(CHRF().corpus_score(list(answers), [list(expected)]).score),
     )

@@ -16,7 +16,7 @@ from llm.data.shards import TokenShards
 from llm.evaluation.base_model import text_bytes
 from llm.evaluation.instruction_following import answer
 from llm.evaluation.predictions import Key, Predictions
-from llm.inference.classify import classify_texts
+from llm.inference.classify import classify_texts, decide
 from llm.inference.score import score_tokens
 from llm.model.gpt import GPT
 from llm.tokenizer.bpe import Tokenizer
@@ -65,7 +65,7 @@ def label(checkpoint: Checkpoint, name: str, messages: Sequence[tuple[str, str]]
         name,
         keys,
         [label for _, label in messages],
-        [labels[k] for k in probabilities.argmax(dim=1).tolist()],
+        [decide(checkpoint.config, dict(zip(labels, row, strict=True))) for row in probabilities.tolist()],
         [-math.log(max(row[k], 1e-6)) for row, k in zip(probabilities.tolist(), right, strict=True)],
     )
 

@@ -15,7 +15,9 @@ from llm.evaluation.classification import ClassifierResult
 from llm.evaluation.comparison import ALPHA
 from llm.evaluation.instruction_following import InstructResult
 from llm.evaluation.metrics import Interval, fold
+from llm.evaluation.seeds import Spread
 from llm.inference.classify import NO_TEXT
+from llm.reporting.classifier_report import details_section
 from llm.reporting.tables import ANSWERERS, CLASSIFIERS, TEXT_MODELS
 
 EASY = 0.95  # accuracy of a classical method above which a task says little about language models
@@ -55,6 +57,7 @@ def markdown(
             picture("classifiers", "Accuracy of each classifier with its interval"),
             picture("confusion_roc", "Confusion matrix and ROC curves"),
         ),
+        *_details(classifiers, picture("calibration", "Reliability, accuracy over coverage"), quotable),
         *_instruct_section(
             instruct,
             picture("instructions", "Exact match by task and model"),
@@ -90,6 +93,42 @@ def headlines(base: BaseResult, classifiers: ClassifierResult, instruct: Instruc
         ],
     ]
     return table(["task", "GPT", "best alternative", "the same GPT without pretraining"], rows)
+
+
+SEED_HEADLINES = {
+    "accuracy": "label messages, accuracy",
+    "accuracy_scratch": "label messages without pretraining, accuracy",
+    "exact_match": "follow instructions, exact match",
+    "exact_match_scratch": "follow instructions without pretraining, exact match",
+}
+
+
+def seeds_section(spreads: Mapping[str, Spread]) -> str:
+    """Return the section on finetunings with several seeds; empty where there was one."""
+    if not spreads:
+        return ""
+    rows = [
+        [
+            SEED_HEADLINES[name],
+            str(len(s.values)),
+            f"{100 * s.mean:.1f} %",
+            f"{100 * s.sd:.2f}",
+            f"{100 * s.low:.1f}-{100 * s.high:.1f}",
+            ", ".join(f"{100 * value:.1f}" for value in s.values),
+        ]
+        for name, s in spreads.items()
+    ]
+    header = ["finetuning", "seeds", "mean", "standard deviation", "95 % interval of the mean", "each seed"]
+    lines = [
+        "## Several seeds",
+        "",
+        "The finetunings were repeated with other seeds on the same base model. The intervals tell the chance of "
+        "training, on this test part; those of the tables above tell the chance of the test part.",
+        "",
+        *table(header, rows),
+        "",
+    ]
+    return "\n".join(lines)
 
 
 def _base_section(base: BaseResult, picture: list[str], quotable: bool) -> list[str]:
@@ -178,6 +217,12 @@ def _against_best(result: ClassifierResult) -> list[str]:
             "language model is for."
         )
     return [" ".join(lines), ""]
+
+
+def _details(result: ClassifierResult, picture: list[str], quotable: Collection[str]) -> list[str]:
+    if result.details is None:
+        return []
+    return details_section(result.details, result.best_classical(), picture, "messages" in quotable)
 
 
 def _doubts(result: ClassifierResult) -> list[str]:

@@ -10,9 +10,11 @@ from typing import Any
 
 from llm.evaluation.answer_form import FormReport
 from llm.evaluation.base_model import BaseResult
+from llm.evaluation.calibration import metrics as calibration_metrics
 from llm.evaluation.classification import ClassifierResult
 from llm.evaluation.instruction_following import InstructResult
 from llm.evaluation.metrics import numbers
+from llm.evaluation.seeds import Spread
 
 TEXT_MODELS = {"gpt": "GPT", "ngram": "n-gram model", "xz": "xz"}
 CLASSIFIERS = {
@@ -55,6 +57,16 @@ def metrics(base: BaseResult, classifiers: ClassifierResult, instruct: InstructR
         section = "classifier" if name == "gpt" else f"classifier_{name}"
         sections[section] = {"messages": report.rows, **numbers(report)}
     forms = instruct.forms()
+    if (details := classifiers.details) is not None:
+        sections["classifier"] |= {
+            "macro_f1": details.macro_f1.value,
+            "macro_f1_low": details.macro_f1.low,
+            "macro_f1_high": details.macro_f1.high,
+            **({} if details.average_precision is None else {"average_precision": details.average_precision}),
+            **calibration_metrics(details.calibration),
+        }
+        if details.robustness:
+            sections["classifier_changed"] = {each.name: each.gpt.value for each in details.robustness}
     for name, answers in instruct.reports.items():
         section = "instruct" if name == "gpt" else f"instruct_{name}"
         sections[section] = {"pairs": answers.rows, **numbers(answers)}
@@ -79,6 +91,14 @@ def form_numbers(form: FormReport) -> dict[str, float | None]:
     """Flatten the form of a model's answers for a metrics file."""
     valid, stopped = (None if share is None else share.value for share in (form.valid, form.stopped))
     return {"words": form.words, "repetition": form.repetition, "form_valid": valid, "stopped": stopped}
+
+
+def seed_metrics(spreads: Mapping[str, Spread]) -> dict[str, dict[str, float]]:
+    """Return the figures over seeds, for the metrics file."""
+    return {
+        f"{name}_over_seeds": {"seeds": len(s.values), "mean": s.mean, "sd": s.sd, "low": s.low, "high": s.high}
+        for name, s in spreads.items()
+    }
 
 
 def headlines(base: BaseResult, classifiers: ClassifierResult, instruct: InstructResult) -> dict[str, float]:
@@ -148,9 +168,12 @@ def predictions(base: BaseResult, classifiers: ClassifierResult, instruct: Instr
         }
         for example in instruct.examples
     ]
+    files = {"completions": completions, "messages": messages, "instructions": pairs}
+    if classifiers.details is not None:
+        files["label_errors"] = [suspect._asdict() for suspect in classifiers.details.label_errors.suspects]
     return {
         f"{name}.jsonl": "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
-        for name, rows in (("completions", completions), ("messages", messages), ("instructions", pairs))
+        for name, rows in files.items()
     }
 
 

@@ -19,7 +19,7 @@ def classify(model: Model, texts: Sequence[str], explain: bool) -> list[dict[str
     found: list[dict[str, Any]] = []
     for index, (text, row) in enumerate(zip(texts, rows, strict=True)):
         label = max(row, key=row.__getitem__)
-        found.append({"index": index, "label": label, "probabilities": row})
+        found.append({"index": index, "label": model.decide(row), "probabilities": row})
         if explain:
             found[-1]["words"] = effects(model, text, label, row[label])
     return found

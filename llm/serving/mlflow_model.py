@@ -51,7 +51,7 @@ class TextModel(PythonModel):
     def _answer(self, texts: Sequence[str], params: Mapping[str, Any]) -> list[dict[str, Any]]:
         if self.model.kind == "classifier":
             found = self.model.classify(texts)
-            return [{"label": max(row, key=row.__getitem__), "probabilities": row} for row in found]
+            return [{"label": self.model.decide(row), "probabilities": row} for row in found]
         if self.model.kind == "instruct":
             return [{"text": text} for text in self._generate([[user(text)] for text in texts], params)]
         return [{"text": text} for text in self._generate(list(texts), params)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +17,7 @@ from llm.checkpoint.card import new_card
 from llm.checkpoint.folder import Checkpoint, CheckpointConfig, load_checkpoint
 from llm.common import distributed
 from llm.common.device import pick_device
+from llm.common.files import write_atomic
 from llm.config import ClassifyParams, InstructParams
 from llm.data.about import About
 from llm.data.batches import Batch, Collate, batches_by_length, example_batches
@@ -43,6 +45,7 @@ class FinetuneTask:
     loss_function: LossFunction
     evaluate: Callable[[Iterable[Batch]], Mapping[str, float]]
     sample: Callable[[], Iterable[str]] | None = None
+    finish: Callable[[Iterable[Batch]], CheckpointConfig] | None = None  # of the trained model, from its val batches
 
 
 MakeTask = Callable[[Run, Checkpoint], FinetuneTask]
@@ -54,7 +57,7 @@ def finetune(run: Run, name: str, section: ClassifyParams | InstructParams, make
     scratch = section.model_copy(update={"trainable": "all"})  # there is nothing in random weights to keep
 
     def train_baseline() -> dict[str, float]:
-        return train(run, baseline, scratch, make_task, from_base=False)[0].best_metrics
+        return train(run, baseline, scratch, make_task, from_base=False, seed=run.params.seed)[0].best_metrics
 
     if is_baseline():
         write_result(run, train_baseline())
@@ -62,7 +65,7 @@ def finetune(run: Run, name: str, section: ClassifyParams | InstructParams, make
     with contextlib.ExitStack() as stack:
         if section.scratch_control and has_room_beside(run.params.runtime.device):
             train_baseline = stack.enter_context(baseline_beside(run))
-        result, trained = train(run, name, section, make_task, from_base=True)
+        result, trained = train(run, name, section, make_task, from_base=True, seed=run.params.seed)
         metrics: dict[str, Any] = {
             "trained_parameters": trained,
             "steps": result.steps,
@@ -73,16 +76,36 @@ def finetune(run: Run, name: str, section: ClassifyParams | InstructParams, make
             metrics["scratch"] = train_baseline()
         else:
             Path("models", baseline).mkdir(parents=True, exist_ok=True)  # an output that DVC expects, empty
+    train_seeds(run, name, section, make_task)
     if distributed.rank() == 0:
         run.write_history(result.history, result.curve)
         run.write_metrics(metrics)
 
 
+def train_seeds(run: Run, name: str, section: ClassifyParams | InstructParams, make_task: MakeTask) -> None:
+    """Train `models/NAME_seeds/1` and further ones, each with a seed of its own, and their from-scratch baselines."""
+    folder = f"{name}_seeds"
+    seeds = {str(number): run.params.seed + number for number in range(1, run.params.evaluate.seeds)}
+    for number, seed in seeds.items():
+        train(run, f"{folder}/{number}", section, make_task, from_base=True, seed=seed)
+        if section.scratch_control:
+            scratch = section.model_copy(update={"trainable": "all"})
+            train(run, f"{folder}/{number}_scratch", scratch, make_task, from_base=False, seed=seed)
+    if distributed.rank() == 0:
+        write_atomic(Path("models", folder, "seeds.json"), json.dumps(seeds) + "\n")
+
+
 def train(
-    run: Run, name: str, section: ClassifyParams | InstructParams, make_task: MakeTask, from_base: bool
+    run: Run,
+    name: str,
+    section: ClassifyParams | InstructParams,
+    make_task: MakeTask,
+    *,
+    from_base: bool,
+    seed: int,
 ) -> tuple[FitResult, int]:
     """Train one model and write its folder. Return also the number of trained parameters."""
-    runtime, seed = run.params.runtime, run.params.seed
+    runtime = run.params.runtime
     torch.manual_seed(seed)
     device = pick_device(runtime.device)
     base = load_checkpoint(Path("models/base"), device, base_dtype(device, section))
@@ -104,7 +127,8 @@ def train(
         sample=task.sample,
         title=name,
     )
-    child = run.child(name, prefix="" if from_base else "scratch/")
+    where = f"seed{seed}/" if "/" in name else ""
+    child = run.child(name, prefix=where + ("" if from_base else "scratch/"))
     with child.graceful():
         result = fit(model, training, section, runtime, child)
     if result.stopped:
@@ -120,5 +144,6 @@ def train(
                 base_folder=Path("models/base") if from_base else None,
                 about=task.about,
             )
-            save_trained(Path("models", name), Checkpoint(model, base.tokenizer, task.config), section, card)
+            config = task.config if task.finish is None else task.finish(training.val_batches())
+            save_trained(Path("models", name), Checkpoint(model, base.tokenizer, config), section, card)
     return result, trained

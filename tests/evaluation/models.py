@@ -42,6 +42,8 @@ def params(**changes: object) -> EvaluateParams:
         "prompts": ["the cat", ""],
         "audit_texts": 1000,
         "audit_bytes": 10**6,
+        "robustness": 0,
+        "seeds": 1,
     }
     return EvaluateParams.model_validate(values | changes)
 

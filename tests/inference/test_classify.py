@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm.checkpoint.folder import Checkpoint, CheckpointConfig, load_checkpoint, save_checkpoint
+from llm.checkpoint.folder import Checkpoint, CheckpointConfig, Decision, load_checkpoint, save_checkpoint
 from llm.common.errors import InputError
-from llm.inference.classify import NO_TEXT, classify_texts, doubt
+from llm.inference.classify import NO_TEXT, UNSURE, classify_texts, decide, doubt, label_logits
 from llm.model.classifier import GPTClassifier
 from llm.model.gpt import GPT
 from llm.tokenizer.bpe import Tokenizer
@@ -93,3 +93,38 @@ def test_nonsense_is_marked_where_the_tokenizer_has_learned_enough() -> None:
     for short in ("?", "ok", "7 pm", "!!!"):
         assert doubt(tokenizer, short) is None, "too short to judge"
     assert doubt(tiny_tokenizer(), "xqzj wvxq jzzq") is None, "too few pieces to judge by"
+
+
+def test_temperature_softens_probabilities_and_keeps_labels(tmp_path: Path) -> None:
+    folder = classifier()
+    plain = classify_texts(folder, TEXTS)
+    assert folder.config.temperature is None, "an old folder: as if it were 1"
+    soft = folder._replace(config=folder.config.model_copy(update={"temperature": 4.0}))
+    save_checkpoint(tmp_path / "it", soft)
+    found = classify_texts(load_checkpoint(tmp_path / "it"), TEXTS)
+    torch.testing.assert_close(found, (label_logits(folder, TEXTS) / 4).softmax(dim=1))
+    assert torch.equal(found.argmax(dim=1), plain.argmax(dim=1))
+    assert (found.max(dim=1).values < plain.max(dim=1).values).all()
+
+
+def test_labels_follow_the_stored_decision() -> None:
+    config = classifier().config
+
+    def given(found: dict[str, float], **changes: object) -> str:
+        return decide(CheckpointConfig.model_validate(dict(config) | changes), found)
+
+    found = {"ham": 0.2, "spam": 0.3, "neither": 0.5}
+    assert given(found) == "neither"
+    assert given(found, decision=Decision(label="spam", threshold=0.25)) == "spam"
+    assert given(found, decision=Decision(label="neither", threshold=0.6)) == "spam"
+    assert given(found, unsure_below=0.6) == UNSURE
+    assert given(found, unsure_below=0.4) == "neither"
+    assert given(found, unsure_below=0.4, decision=Decision(label="spam", threshold=0.3)) == UNSURE
+
+
+def test_decision_of_a_foreign_label_is_refused() -> None:
+    with pytest.raises(ValueError, match="decision: expected one of the labels"):
+        CheckpointConfig.model_validate(dict(classifier().config) | {"decision": Decision(label="x", threshold=0.5)})
+    base = classifier().config.gpt
+    with pytest.raises(ValueError, match="go with kind classifier"):
+        CheckpointConfig(kind="base", gpt=base, temperature=2.0)
