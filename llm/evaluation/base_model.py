@@ -1,4 +1,4 @@
-"""Evaluate the base model on held-out text, beside an n-gram model and a compressor."""
+"""Evaluate the base model on held-out text, beside an n-gram model and two compressors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llm.checkpoint.folder import Checkpoint
 from llm.common.errors import InputError
 from llm.config import EvaluateParams
 from llm.data.shards import TokenShards
-from llm.evaluation.baselines import NGram, xz_bytes
+from llm.evaluation.baselines import NGram, ppm_bytes, xz_bytes
 from llm.inference.generate import generate, stream_text
 from llm.inference.sampling import GREEDY, Sampling
 from llm.inference.score import Score, token_nats
@@ -49,17 +49,19 @@ class BaseResult(NamedTuple):
     xz_bytes: int
     completions: list[Completion]
     documents: Sequence[DocumentScore] = ()
+    ppm_bytes: int | None = None
 
     def bpb(self) -> dict[str, float]:
-        return {
+        bits = {
             "gpt": self.gpt.bpb(self.n_bytes),
             "ngram": self.ngram.bpb(self.n_bytes),
             "xz": 8 * self.xz_bytes / max(self.n_bytes, 1),
         }
+        return bits if self.ppm_bytes is None else {**bits, "ppm": 8 * self.ppm_bytes / max(self.n_bytes, 1)}
 
 
 def evaluate_base(folder: Checkpoint, corpus: Path, params: EvaluateParams, seed: int) -> BaseResult:
-    """Score a base model, an n-gram model and xz on the same held-out text; complete prompts with the model."""
+    """Score a base model, an n-gram model, xz and PPM on the same held-out text; complete prompts with the model."""
     model, tokenizer, _ = folder
     assert isinstance(model, GPT)
     train = TokenShards(corpus, "train")
@@ -86,6 +88,7 @@ def evaluate_base(folder: Checkpoint, corpus: Path, params: EvaluateParams, seed
         gpt=Score(float(nats["gpt"].sum()), n_tokens - 1),
         ngram=Score(float(nats["ngram"].sum()), n_tokens - 1),
         xz_bytes=xz_bytes(b"\0".join(train_text), b"\0".join(text)),
+        ppm_bytes=ppm_bytes(b"\0".join(train_text), b"\0".join(text)),
         completions=complete(model, tokenizer, params, seed),
         documents=score_documents(held_out_ids == tokenizer.eot, [len(document) for document in text], nats),
     )

@@ -117,6 +117,20 @@ def xz_bytes(train: bytes, test: bytes) -> int:
     return together - alone
 
 
+PPM_ORDER = 24  # bytes of context, at most
+PPM_MEMORY = 1 << 28  # bytes of the model: full, it starts anew
+
+
+def ppm_bytes(train: bytes, test: bytes) -> int:
+    """Return the bytes that `test` adds behind `train` under PPM, variant H (Shkarin 2002: PPMd as in 7z)."""
+    from pyppmd import compress
+
+    alone, together = (
+        len(compress(data, max_order=PPM_ORDER, mem_size=PPM_MEMORY)) if data else 0 for data in (train, train + test)
+    )
+    return together - alone
+
+
 # ---- messages --------------------------------------------------------------------------------------------------------
 
 TRIGGER_WORDS = (

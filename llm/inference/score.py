@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -97,3 +98,48 @@ def _score_windows(model: GPT, windows: list[tuple[Tensor, int]]) -> NDArray[np.
     for h, t in zip(hidden.split(rows), targets.split(rows), strict=True):
         nats.append(F.cross_entropy(model.lm_head(h).float(), t, reduction="none").cpu().double().numpy())
     return np.concatenate(nats)
+
+
+class Continuation(NamedTuple):
+    """The negative log likelihood of a continuation, in nats; `greedy` where each token is the likeliest one."""
+
+    nats: float
+    tokens: int
+    greedy: bool
+
+
+@torch.inference_mode()
+def score_continuations(
+    model: GPT, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], batch_size: int = 32
+) -> list[Continuation]:
+    """Score each continuation behind its context, both as tokens.
+
+    Where both are longer than the model's context, the beginning of theirs is left out. Raises `InputError` for an
+    empty context and for a continuation that is longer than the model's context.
+    """
+    T, device = model.config.context_length, model.tok_emb.weight.device
+    for number, (context, continuation) in enumerate(pairs):
+        if not context or len(continuation) > T:
+            raise InputError(
+                f"continuation {number}: expected a context and at most {T} tokens behind it, the model's context, got "
+                f"{len(context)} and {len(continuation)}"
+            )
+    rows = [[*context, *continuation][-T - 1 :] for context, continuation in pairs]
+    found = [Continuation(0.0, 0, True)] * len(pairs)
+    order = sorted(range(len(pairs)), key=lambda i: len(rows[i]))
+    with eval_mode(model):
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            idx = torch.zeros(len(chosen), len(rows[chosen[-1]]), dtype=torch.long)  # [B, T], padded on the right
+            scored = torch.zeros_like(idx, dtype=torch.bool)
+            for b, i in enumerate(chosen):
+                idx[b, : len(rows[i])] = torch.tensor(rows[i])
+                scored[b, len(rows[i]) - len(pairs[i][1]) : len(rows[i])] = True
+            idx, scored = idx.to(device), scored.to(device)
+            logits = model.lm_head(model.hidden_states(idx[:, :-1])[scored[:, 1:]]).float()  # [N, V]
+            nats = F.cross_entropy(logits, idx[scored], reduction="none").double().cpu()
+            right = (logits.argmax(dim=-1) == idx[scored]).cpu()
+            sizes = [len(pairs[i][1]) for i in chosen]
+            for i, loss, hits in zip(chosen, nats.split(sizes), right.split(sizes), strict=True):
+                found[i] = Continuation(float(loss.sum()), len(pairs[i][1]), bool(hits.all()))
+    return found

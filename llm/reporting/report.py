@@ -76,7 +76,7 @@ def headlines(base: BaseResult, classifiers: ClassifierResult, instruct: Instruc
         [
             "predict text",
             f"{bits['gpt']:.3f} bits per byte",
-            f"n-gram model {bits['ngram']:.3f}, xz {bits['xz']:.3f}",
+            ", ".join(f"{TEXT_MODELS[name]} {bits[name]:.3f}" for name in ("ppm", "ngram", "xz") if name in bits),
             "-",
         ],
         [
@@ -136,21 +136,22 @@ def _base_section(base: BaseResult, picture: list[str], quotable: bool) -> list[
     rows = [
         [TEXT_MODELS["gpt"], f"{bits['gpt']:.4f}", f"{base.gpt.loss:.4f}", f"{base.gpt.perplexity:.2f}"],
         [TEXT_MODELS["ngram"], f"{bits['ngram']:.4f}", f"{base.ngram.loss:.4f}", f"{base.ngram.perplexity:.2f}"],
-        [TEXT_MODELS["xz"], f"{bits['xz']:.4f}", "-", "-"],
+        *([TEXT_MODELS[name], f"{bits[name]:.4f}", "-", "-"] for name in ("xz", "ppm") if name in bits),
     ]
     lines = [
         "## Predicting text",
         "",
         f"{part(base.split)}: {base.n_bytes:,} bytes, {base.gpt.tokens:,} scored tokens. The GPT needs "
         f"{compare(bits['gpt'], bits['ngram'])} bits than an n-gram model and {compare(bits['gpt'], bits['xz'])} than "
-        "the compressor xz.",
+        f"the compressor xz{_than_ppm(bits)}.",
         "",
         *table(["model", "bits per byte", "loss (nats per token)", "perplexity"], rows),
         *picture,
-        "The n-gram model (interpolated Kneser-Ney) reads the same tokens; xz has the training text as its dictionary. "
-        f"Both read {_share(base.baseline_bytes, base.train_bytes)}. The separator behind each document is predicted "
-        "and paid for by all three (for xz it is a zero byte), but counts no byte. The first token is given to the two "
-        "models, not to xz.",
+        "The n-gram model (interpolated Kneser-Ney) reads the same tokens; xz and PPM, which predicts bytes from up to "
+        "24 before them, read the training text first. "
+        f"All read {_share(base.baseline_bytes, base.train_bytes)}. The separator behind each document is predicted "
+        "and paid for by all (for the compressors it is a zero byte), but counts no byte. The first token is given "
+        "to the GPT and the n-gram model alone.",
         "",
     ]
     if base.completions and not quotable:
@@ -161,6 +162,10 @@ def _base_section(base: BaseResult, picture: list[str], quotable: bool) -> list[
         parts = {"prompt": completion.prompt, "likeliest": completion.greedy, "sample": completion.sampled}
         lines += fenced(in_column(parts))
     return lines
+
+
+def _than_ppm(bits: Mapping[str, float]) -> str:
+    return f", and {compare(bits['gpt'], bits['ppm'])} than PPM" if "ppm" in bits else ""
 
 
 def _classifier_section(result: ClassifierResult, comparison: list[str], details: list[str]) -> list[str]:

@@ -16,7 +16,7 @@ from llm.evaluation.instruction_following import InstructResult
 from llm.evaluation.metrics import numbers
 from llm.evaluation.seeds import Spread
 
-TEXT_MODELS = {"gpt": "GPT", "ngram": "n-gram model", "xz": "xz"}
+TEXT_MODELS = {"gpt": "GPT", "ngram": "n-gram model", "xz": "xz", "ppm": "PPM"}
 CLASSIFIERS = {
     "gpt": "GPT",
     "scratch": "GPT without pretraining",
@@ -53,6 +53,8 @@ def metrics(base: BaseResult, classifiers: ClassifierResult, instruct: InstructR
         "base_ngram": {"loss": base.ngram.loss, "perplexity": base.ngram.perplexity, "bpb": bits["ngram"]},
         "base_xz": {"bpb": bits["xz"]},
     }
+    if "ppm" in bits:
+        sections["base_ppm"] = {"bpb": bits["ppm"]}
     for name, report in classifiers.reports.items():
         section = "classifier" if name == "gpt" else f"classifier_{name}"
         sections[section] = {"messages": report.rows, **numbers(report)}

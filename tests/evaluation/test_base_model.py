@@ -27,6 +27,7 @@ def test_base_is_scored_on_the_bytes_without_separators(tmp_path: Path, tokenize
     assert result.gpt.loss == pytest.approx(math.log(tokenizer.vocab_size), rel=0.05)  # an untrained model guesses
     assert result.ngram.loss < 0.9 * result.gpt.loss
     assert [c.prompt for c in result.completions] == ["the cat", ""]
+    assert result.ppm_bytes is not None and 0 < result.bpb()["ppm"] == 8 * result.ppm_bytes / result.n_bytes
     assert result.bpb()["xz"] == pytest.approx(8 * result.xz_bytes / result.n_bytes)
 
 

@@ -12,7 +12,14 @@ import pytest
 
 from llm.data.examples import Message, Pair
 from llm.evaluation import baselines
-from llm.evaluation.baselines import NGram, classical_classifiers, hand_made_features, nearest_answers, xz_bytes
+from llm.evaluation.baselines import (
+    NGram,
+    classical_classifiers,
+    hand_made_features,
+    nearest_answers,
+    ppm_bytes,
+    xz_bytes,
+)
 
 METHODS = ["majority", "filter", "naive_bayes", "tfidf", "boosting", "complement_nb"]
 METHODS += [f"{method}_{features}" for method in ("logistic", "svm") for features in ("words", "characters")]
@@ -100,6 +107,15 @@ def test_xz_uses_the_training_text() -> None:
     other = np.random.default_rng(1).bytes(30000)
     assert xz_bytes(text, other) == pytest.approx(30000, rel=0.03)
     assert xz_bytes(b"", text) == pytest.approx(len(lzma.compress(text, preset=9)), rel=0.01)
+
+
+def test_ppm_uses_the_training_text_and_long_contexts() -> None:
+    words = [str(n) for n in np.random.default_rng(0).integers(0, 10**9, 5000)]
+    text = " ".join(words).encode()
+    assert ppm_bytes(text, text[:20000]) < 0.05 * ppm_bytes(b"", text[:20000])
+    other = np.random.default_rng(1).bytes(20000)
+    assert ppm_bytes(text, other) > 20000
+    assert ppm_bytes(b"", text[:20000]) < 20000 * 10**0.5 / 2**1.5  # digits alone need 3.3 bits
 
 
 HAM = ["see you at the mill", "the cow is in the barn", "bring bread please", "are you free on monday?", "i am at home"]

@@ -1,0 +1,227 @@
+"""Probe base models: `python -m llm.evaluation.probe MODEL_DIR...`, over sizes where there are several.
+
+Few-shot classification and question answering by likelihood, calibrated by the same prompt with an empty input (Zhao et
+al. 2021); the last word of sentences (cloze); minimal pairs of grammar; bits per byte by position; recited passages.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import re
+import sys
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from llm.audit.memorisation import memorised
+from llm.checkpoint.folder import Checkpoint, load_checkpoint
+from llm.common.device import pick_device
+from llm.common.errors import InputError
+from llm.common.files import write_atomic
+from llm.common.sanitize import one_line, visible
+from llm.convert.cache import model_folder
+from llm.data.examples import read_labels, read_messages, read_pairs
+from llm.data.shards import TokenShards, bits_per_byte
+from llm.evaluation.comparison import mcnemar
+from llm.evaluation.leakage import documents
+from llm.evaluation.metrics import Interval, wilson
+from llm.inference.score import score_continuations, token_nats, window_spans
+from llm.model.gpt import GPT
+from llm.tokenizer.bpe import Tokenizer
+
+SHOTS = (0, 1, 4, 16)
+DRAWS = 8  # of examples in front of the questions
+CHOICES = 4  # answers to choose from
+POSITIONS = (1, 16, 64, 128, 256, 512, 1024)  # bounds of the positions that are averaged
+NUMBERS = "two|three|four|five|six|seven|eight|nine|ten|eleven|twelve"
+GRAMMAR: dict[str, tuple[str, Callable[[re.Match[str]], str]]] = {  # where a sentence is spoilt, and how
+    "a or an": (r"\b(a|an)(?= [a-z])", lambda m: "an" if m[1] == "a" else "a"),
+    "plural behind a number": (rf"\b({NUMBERS}) ([a-z]+)s\b", lambda m: f"{m[1]} {m[2]}"),
+    "is or are": (r"\b(is|are)\b", lambda m: "are" if m[1] == "is" else "is"),
+    "order of words": (r"\b(the) ([a-z]+)\b", lambda m: f"{m[2]} {m[1]}"),
+}
+
+
+class Question(NamedTuple):
+    """A question, the answers to choose from, and the number of the right one."""
+
+    text: str
+    choices: list[str]
+    right: int
+
+
+class Shots(NamedTuple):
+    """The accuracy behind so many examples, and how many of these the context has room for on average."""
+
+    shots: int
+    fitting: float
+    accuracy: Interval
+    right: list[bool]
+
+
+def few_shot(model: GPT, tokenizer: Tokenizer, questions: Sequence[Question], pool: Sequence[Question]) -> list[Shots]:
+    """Answer each question by the likeliest choice, behind 0 to 16 examples of the pool, calibrated.
+
+    A choice counts by its likelihood behind the question against that behind an empty one. Ties are wrong.
+    """
+    found, rng = [], random.Random(0)
+    for shots in SHOTS:
+        draws = [rng.sample(range(len(pool)), min(shots, len(pool))) for _ in range(DRAWS)]
+        heads = ["".join(_example(pool[i], pool[i].choices[pool[i].right]) for i in draw) for draw in draws]
+        pairs, fitting = [], []
+        for number, question in enumerate(questions):
+            head = heads[number % DRAWS]
+            for text in (question.text, ""):
+                prompt = f"{head}{_example(question._replace(text=text), '')}".rstrip()
+                context = [tokenizer.eot, *tokenizer.encode(prompt)]
+                pairs += [(context, tokenizer.encode(f" {choice}")) for choice in question.choices]
+            size = max(len(question) for _, question in pairs[-len(question.choices) :])
+            room = model.config.context_length + 1 - size
+            cut = max(0, len(context) - room) / len(context)
+            fitting.append(shots * (1 - cut))
+        scores = iter([-found.nats for found in score_continuations(model, pairs)])
+        right = []
+        for question in questions:
+            asked, empty = ([next(scores) for _ in question.choices] for _ in range(2))
+            gains = [a - b for a, b in zip(asked, empty, strict=True)]
+            right.append(all(gains[question.right] > g for i, g in enumerate(gains) if i != question.right))
+        found.append(Shots(shots, float(np.mean(fitting)), wilson(sum(right), len(right)), right))
+    return found
+
+
+def _example(question: Question, answer: str) -> str:
+    return f"Question: {question.text}\nAnswer: {answer}\n\n"
+
+
+def label_questions(tokens: Path, split: str, most: int) -> list[Question]:
+    labels = read_labels(tokens / "messages")
+    rows = read_messages(tokens / "messages" / f"{split}.jsonl")[:most]
+    return [Question(row.text, labels, labels.index(row.label)) for row in rows]
+
+
+def answer_questions(tokens: Path, split: str, most: int) -> list[Question]:
+    """Return instruction pairs, each with other answers to the same task to choose from."""
+    rows, rng = read_pairs(tokens / "instructions" / f"{split}.jsonl"), random.Random(0)
+    others: dict[str, list[str]] = {}
+    for row in rows:
+        others.setdefault(row.task, []).append(row.output)
+    found = []
+    for row in rng.sample(rows, min(most, len(rows))):
+        wrong = sorted(set(others[row.task]) - {row.output})
+        if len(wrong) >= CHOICES - 1:
+            choices = [row.output, *rng.sample(wrong, CHOICES - 1)]
+            rng.shuffle(choices)
+            found.append(Question(f"{row.instruction} {row.input}".strip(), choices, choices.index(row.output)))
+    return found
+
+
+def minimal_pairs(texts: Sequence[str], most: int) -> dict[str, list[tuple[str, str]]]:
+    """Return for each rule of grammar sentences of the texts beside themselves with the rule broken once."""
+    sentences = list(dict.fromkeys(s for text in texts for s in re.findall(r"[A-Z][^.!?\n\"]{10,150}[.!?]", text)))
+    found: dict[str, list[tuple[str, str]]] = {}
+    for rule, (where, spoil) in GRAMMAR.items():
+        pairs = [(sentence, re.sub(where, spoil, sentence, count=1)) for sentence in sentences]
+        found[rule] = [(good, bad) for good, bad in pairs if good != bad][:most]
+    return found
+
+
+def judge_pairs(model: GPT, tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> Interval:
+    """Return how often the right sentence of two is the likelier one; ties are wrong."""
+    rows = [([tokenizer.eot], tokenizer.encode(text)) for pair in pairs for text in pair]
+    nats = [found.nats for found in score_continuations(model, rows)]
+    return wilson(sum(good < bad for good, bad in zip(nats[::2], nats[1::2], strict=True)), len(pairs))
+
+
+def cloze(model: GPT, tokenizer: Tokenizer, texts: Sequence[str], most: int) -> Interval:
+    """Return how often the likeliest tokens behind a text's beginning are the last word of its last sentence."""
+    rows = []
+    for text in texts:
+        if match := re.search(r"^(.+)( \w+)[.!?\"]*\s*$", text, re.DOTALL):
+            rows.append(([tokenizer.eot, *tokenizer.encode(match[1])], tokenizer.encode(match[2])))
+    found = score_continuations(model, rows[:most])
+    return wilson(sum(each.greedy for each in found), len(found))
+
+
+def bpb_by_position(model: GPT, tokenizer: Tokenizer, shards: TokenShards, most_tokens: int) -> dict[str, float]:
+    """Return the bits per byte of held-out tokens by how many stand in front of them in the model's context."""
+    ids = shards.read(0, min(shards.n_tokens, most_tokens))
+    nats, position = token_nats(model, torch.from_numpy(ids)), np.zeros(len(ids), dtype=np.int64)
+    for start, first in window_spans(len(ids), model.config.context_length):
+        position[first : start + model.config.context_length] = (
+            np.arange(len(ids))[first : start + model.config.context_length] - start
+        )
+    sizes = np.array([0 if i == tokenizer.eot else len(tokenizer.decode_bytes([i])) for i in ids.tolist()])
+    found = {}
+    for low, high in pairwise(POSITIONS):
+        inside = (position[1:] >= low) & (position[1:] < high)
+        if inside.any():
+            found[f"{low}-{high - 1}"] = bits_per_byte(float(nats[inside].sum()), int(sizes[1:][inside].sum()))
+    return found
+
+
+def probe(checkpoint: Checkpoint, tokens: Path, questions: int, passages: int, seed: int) -> dict[str, Any]:
+    """Return all figures of one model."""
+    model, tokenizer, config = checkpoint
+    if not isinstance(model, GPT):
+        raise InputError(f"wrong kind of model (expected base or instruct, got {config.kind}); use models/base")
+    train, test = (TokenShards(tokens / "corpus", split) for split in ("train", "test"))
+    texts = documents(tokenizer, test, 200_000)
+    result: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters())}
+    for name, ask in (("labels", label_questions), ("answers", answer_questions)):
+        found = few_shot(model, tokenizer, ask(tokens, "test", questions), ask(tokens, "train", 1000))
+        first, last = found[0].right, found[-1].right
+        only_last = sum(b and not a for a, b in zip(first, last, strict=True))
+        only_first = sum(a and not b for a, b in zip(first, last, strict=True))
+        result[name] = {
+            "questions": len(first),
+            **{f"shots_{each.shots}": {"fitting": each.fitting, **each.accuracy._asdict()} for each in found},
+            "p_16_against_0": mcnemar(only_first, only_last),
+        }
+    result["cloze"] = cloze(model, tokenizer, texts, questions)._asdict()
+    pairs = minimal_pairs(texts, questions)
+    result["grammar"] = {
+        rule: {"pairs": len(of), **judge_pairs(model, tokenizer, of)._asdict()} for rule, of in pairs.items() if of
+    }
+    result["bpb_by_position"] = bpb_by_position(model, tokenizer, test, 50_000)
+    for split, shards in (("train", train), ("test", test)):
+        result[f"recited_{split}"] = memorised(model, shards, passages, seed)._replace(longest=[])._asdict()
+        result[f"recited_{split}"].pop("longest")
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Probe models; print the figures of all as JSON, the smallest model first."""
+    parser = argparse.ArgumentParser(prog="python -m llm.evaluation.probe", description="Probe base models.")
+    parser.add_argument("model_dirs", type=Path, nargs="+", metavar="MODEL_DIR", help="models of one tokenizer or more")
+    parser.add_argument("--tokens", type=Path, default=Path("data/tokens"), metavar="DIR", help="default: data/tokens")
+    parser.add_argument("--questions", type=int, default=100, metavar="N", help="of each kind (default: %(default)s)")
+    parser.add_argument("--passages", type=int, default=100, metavar="N", help="to continue (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the passages (default: %(default)s)")
+    parser.add_argument("--device", default="auto", help="where the models run (default: auto)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write to this file, not to stdout")
+    args = parser.parse_args(argv)
+    try:
+        found = {}
+        for folder in args.model_dirs:
+            checkpoint = load_checkpoint(model_folder(folder), pick_device(args.device))
+            found[str(folder)] = probe(checkpoint, args.tokens, args.questions, args.passages, args.seed)
+        ladder = dict(sorted(found.items(), key=lambda item: item[1]["parameters"]))
+    except (InputError, OSError) as error:
+        print(one_line(f"{parser.prog}: {error}"), file=sys.stderr)
+        return 1
+    text = json.dumps(ladder, ensure_ascii=False, indent=2) + "\n"
+    if args.out is None:
+        print(visible(text), end="")
+    else:
+        write_atomic(args.out, text)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
