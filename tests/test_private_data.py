@@ -7,7 +7,7 @@ import subprocess
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import yaml
@@ -253,8 +253,9 @@ def test_an_evaluation_without_the_list_of_quotable_data_writes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    results = evaluate.Results(*quoting_results(), cast(Any, None), None)
     with pytest.raises(InputError, match=r"quotable\.json: missing"):
-        evaluate.write_reports(cast(Run, SimpleNamespace()), *quoting_results())
+        evaluate.write_reports(cast(Run, SimpleNamespace()), results)
     (tmp_path / "quotable.json").write_text('["corpus"]\n')
     assert read_quotable(tmp_path) == ["corpus"]
     assert not Path("reports").exists()

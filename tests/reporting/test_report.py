@@ -234,6 +234,23 @@ def test_pictures_have_the_same_bytes_twice(tmp_path: Path, labels: list[str]) -
         assert content == (tmp_path / "two" / path.name).read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("quotable", "shown"),
+    [
+        (set(), []),
+        ({"messages"}, ["messages"]),
+        ({"instructions", "messages"}, ["messages"]),  # an answer can recite the corpus
+        ({"corpus", "instructions"}, ["instructions"]),
+        (set(KINDS), ["messages", "instructions"]),
+    ],
+)
+def test_predictions_leave_the_folder_only_where_their_texts_may_be_quoted(
+    quotable: set[str], shown: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage, "read_quotable", lambda tokens: quotable)
+    assert [path.stem for path in stage.quotable_predictions()] == shown
+
+
 def test_failure_of_an_optional_step_is_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
     def fails() -> None:
         raise OSError("no\nspace")
