@@ -241,7 +241,7 @@ def test_the_card_shows_repeated_texts_of_quotable_sources_only() -> None:
 
 def test_shipped_sources_are_quotable_and_others_not_unless_they_say_so() -> None:
     values = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
-    assert all(source.quotable for source in parse_params(values).sources.values())
+    assert all(s.quotable == (s.licence != "not stated") for s in parse_params(values).sources.values())
     del values["sources"]["sample"]["quotable"]
     assert not parse_params(values).sources["sample"].quotable
     values["sources"]["sample"]["quotable"] = "yes"
@@ -253,7 +253,7 @@ def test_an_evaluation_without_the_list_of_quotable_data_writes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    results = evaluate.Results(*quoting_results(), cast(Any, None), None)
+    results = evaluate.Results(*quoting_results(), cast(Any, None), None, {})
     with pytest.raises(InputError, match=r"quotable\.json: missing"):
         evaluate.write_reports(cast(Run, SimpleNamespace()), results)
     (tmp_path / "quotable.json").write_text('["corpus"]\n')
