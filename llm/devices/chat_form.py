@@ -98,6 +98,14 @@ def chat_form(config: CheckpointConfig, tokenizer: Tokenizer) -> ChatForm:
     return replace(form, dated="strftime_now" in render.source)
 
 
+def check_tokens(form: ChatForm, tokenizer: Tokenizer) -> None:
+    """Raise `InputError` for a form with a token that strips the text beside it, as llama.cpp does not."""
+    texts = "\n".join(text for text in vars(form).values() if isinstance(text, str))
+    for name in tokenizer.special_tokens:
+        if tokenizer.form.flags.get(name) and name not in tokenizer.user_defined and name in texts:
+            raise InputError(f"its token {name!r} strips the text beside it")
+
+
 def _texts(render: Renderer) -> ChatForm:
     """Return the texts around marks."""
     several = [("user", USER), ("assistant", ANSWER), ("user", LATER)]

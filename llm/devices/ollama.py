@@ -13,7 +13,7 @@ from llm.checkpoint.folder import Checkpoint
 from llm.common.errors import InputError
 from llm.common.files import replaced_folder
 from llm.convert.gguf import FileType, export_gguf
-from llm.devices.chat_form import ChatForm, chat_form
+from llm.devices.chat_form import ChatForm, chat_form, check_tokens
 from llm.inference.sampling import GREEDY, sampling_of
 
 MODEL, MODELFILE = "model.gguf", "Modelfile"
@@ -42,6 +42,7 @@ def modelfile(checkpoint: Checkpoint) -> str:
     if config.kind == "instruct":
         try:
             form = chat_form(config, tokenizer)
+            check_tokens(form, tokenizer)
         except InputError as error:
             raise InputError(f"{error}, which Ollama's templates cannot express; {WAY_ON}") from None
         template = go_template(form)

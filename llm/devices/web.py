@@ -25,7 +25,7 @@ from llm.common.files import replaced_folder
 from llm.common.sanitize import one_line
 from llm.convert.cache import cache_root
 from llm.convert.gguf import FileType, export_gguf
-from llm.devices.chat_form import ChatForm, chat_form
+from llm.devices.chat_form import ChatForm, chat_form, check_tokens
 from llm.inference.sampling import GREEDY, sampling_of
 from llm.tokenizer.bpe import Tokenizer
 
@@ -97,7 +97,9 @@ def chat_settings(checkpoint: Checkpoint, name: str, kind: FileType) -> dict[str
     form = None
     if config.kind == "instruct":
         try:
-            form = cut_form(chat_form(config, tokenizer), tokenizer)
+            found = chat_form(config, tokenizer)
+            check_tokens(found, tokenizer)
+            form = cut_form(found, tokenizer)
         except InputError as error:
             raise InputError(
                 f"{error}, which the page cannot write; use --format gguf with llama-server --jinja"
@@ -130,8 +132,6 @@ def cut_form(form: ChatForm, tokenizer: Tokenizer) -> dict[str, Any]:
 
     def cut(text: str) -> Iterator[int | str]:
         for part in pattern.split(text):
-            if part in special and tokenizer.form.flags.get(part):
-                raise InputError(f"its token {part!r} strips the text beside it")
             if part:
                 yield special.get(part, part)
 

@@ -125,9 +125,13 @@ def test_notes_say_what_ollama_cannot(tmp_path: Path) -> None:
     assert "Knowledge ends" in text and not modelfile(own_chat("qwen3")).startswith("#")
 
 
-def test_a_template_that_go_cannot_express_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"Ollama's templates cannot express; use --format gguf .* --jinja") as raised:
-        export_ollama(own_chat("smollm3"), tmp_path / "out", "f16")
+@pytest.mark.parametrize(("name", "reason"), [("smollm3", "today's date"), ("phi3", "strips the text beside it")])
+def test_a_template_that_ollama_cannot_express_is_one_line_and_leaves_nothing(
+    name: str, reason: str, tmp_path: Path
+) -> None:
+    message = rf"{reason}.*Ollama's templates cannot express; use --format gguf .* --jinja"
+    with pytest.raises(InputError, match=message) as raised:
+        export_ollama(own_chat(name), tmp_path / "out", "f16")
     assert "\n" not in str(raised.value) and not list(tmp_path.iterdir())
 
 
