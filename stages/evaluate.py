@@ -21,10 +21,10 @@ from llm.common.device import pick_device
 from llm.common.files import write_atomic
 from llm.data.examples import read_quotable, read_too_long
 from llm.evaluation import seeds
-from llm.evaluation.base_model import BaseResult, evaluate_base
-from llm.evaluation.classification import ClassifierResult, evaluate_classifiers
-from llm.evaluation.inside import Inside, look_inside
-from llm.evaluation.instruction_following import InstructResult, evaluate_instruct
+from llm.evaluation.base.base_model import BaseResult, evaluate_base
+from llm.evaluation.base.inside import Inside, look_inside
+from llm.evaluation.classifier.classification import ClassifierResult, evaluate_classifiers
+from llm.evaluation.instruct.instruction_following import InstructResult, evaluate_instruct
 from llm.evaluation.leakage import audit_tokens, clean_headlines
 from llm.reporting import classifier_pictures, curves, leakage, page, pictures, report, tables, text_pictures
 from stages.runtime.run import Run, main, resource_error, rounded

@@ -15,9 +15,9 @@ import yaml
 from llm.common.errors import InputError
 from llm.config import KINDS, parse_params
 from llm.data.examples import read_quotable
-from llm.evaluation.base_model import BaseResult, Completion
-from llm.evaluation.classification import ClassifierResult
-from llm.evaluation.instruction_following import InstructResult
+from llm.evaluation.base.base_model import BaseResult, Completion
+from llm.evaluation.classifier.classification import ClassifierResult
+from llm.evaluation.instruct.instruction_following import InstructResult
 from llm.preprocess import data_card as datacard
 from llm.preprocess.supervised import SplitRows
 from llm.reporting import report, tables

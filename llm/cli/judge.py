@@ -14,7 +14,7 @@ from llm.common.markdown import escape, table
 from llm.common.sanitize import visible
 
 if TYPE_CHECKING:
-    from llm.evaluation.judge import JudgeReport
+    from llm.evaluation.instruct.judge import JudgeReport
     from llm.evaluation.metrics import Interval
 
 SUMMARY = "have a language model judge which of two models answers better"
@@ -36,7 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--endpoint", required=True, metavar="URL", help="of the judge, up to /v1")
     add("--model", required=True, metavar="NAME", help="of the judge, as its endpoint calls it")
     add("--out", type=Path, default=Path("judgements.jsonl"), metavar="FILE", help="judgements (default: %(default)s)")
-    add("--rubric", type=Path, metavar="FILE", help="question to the judge (default: llm/evaluation/rubric.md)")
+    add(
+        "--rubric", type=Path, metavar="FILE", help="question to the judge (default: llm/evaluation/instruct/rubric.md)"
+    )
     add("--limit", type=int, metavar="N", help="judge N pairs, evenly spaced (default: all)")
     add("--parallel", type=int, default=4, metavar="N", help="requests at a time (default: %(default)s)")
     add("--max-tokens", type=int, default=16, metavar="N", help="of a reply in free text (default: %(default)s)")
@@ -44,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from llm.evaluation.judge import KEY, RUBRIC, Judge, judge_pairs, read_rubric, summarize
+    from llm.evaluation.instruct.judge import KEY, RUBRIC, Judge, judge_pairs, read_rubric, summarize
     from llm.evaluation.predictions import align
 
     for name in ("limit", "parallel", "max_tokens"):

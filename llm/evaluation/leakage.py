@@ -10,9 +10,9 @@ from llm.audit.leakage import Audit, audit_sets
 from llm.config import HELD_OUT, SPLITS, EvaluateParams
 from llm.data.examples import read_messages, read_pairs
 from llm.data.shards import TokenShards, bits_per_byte
-from llm.evaluation.base_model import BaseResult, text_bytes
-from llm.evaluation.classification import ClassifierResult
-from llm.evaluation.instruction_following import InstructResult
+from llm.evaluation.base.base_model import BaseResult, text_bytes
+from llm.evaluation.classifier.classification import ClassifierResult
+from llm.evaluation.instruct.instruction_following import InstructResult
 from llm.evaluation.metrics import Interval, fold, wilson
 from llm.tokenizer.bpe import Tokenizer
 

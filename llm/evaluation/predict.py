@@ -13,8 +13,8 @@ from llm.common.device import pick_device
 from llm.common.errors import InputError
 from llm.data.examples import Pair, read_lines
 from llm.data.shards import TokenShards
-from llm.evaluation.base_model import text_bytes
-from llm.evaluation.instruction_following import answer
+from llm.evaluation.base.base_model import text_bytes
+from llm.evaluation.instruct.instruction_following import answer
 from llm.evaluation.predictions import Key, Predictions
 from llm.inference.classify import classify_texts, decide
 from llm.inference.score import score_tokens

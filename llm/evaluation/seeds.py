@@ -13,7 +13,7 @@ import torch
 from llm.checkpoint.folder import load_checkpoint
 from llm.config import EvaluateParams, InstructTemplate
 from llm.data.examples import first_filled, read_labels, read_messages, read_pairs
-from llm.evaluation.instruction_following import answer
+from llm.evaluation.instruct.instruction_following import answer
 from llm.evaluation.metrics import fold
 from llm.inference.classify import classify_texts
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from llm.common.plotting import BLUE, GREY, LIGHT_BLUE, new_figure, save, shorten, style
-from llm.evaluation.classifier_details import ClassifierDetails
+from llm.evaluation.classifier.classifier_details import ClassifierDetails
 
 MOST_CURVES = 12  # labels whose curves are drawn
 

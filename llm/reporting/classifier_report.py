@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from llm.common.markdown import escape, fenced, table
 from llm.common.plotting import shorten
-from llm.evaluation.calibration import CalibrationResult, Decided
-from llm.evaluation.classifier_details import ClassifierDetails
+from llm.evaluation.classifier.calibration import CalibrationResult, Decided
+from llm.evaluation.classifier.classifier_details import ClassifierDetails
 from llm.evaluation.metrics import Interval
 from llm.reporting.tables import CLASSIFIERS
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm.common.plotting import BLUE, GREY, INK, LIGHT_BLUE, ORANGE, new_figure, save, shorten, style
-from llm.evaluation.base_model import BaseResult
-from llm.evaluation.classification import OURS, ClassifierResult
-from llm.evaluation.instruction_following import InstructResult
+from llm.evaluation.base.base_model import BaseResult
+from llm.evaluation.classifier.classification import OURS, ClassifierResult
+from llm.evaluation.instruct.instruction_following import InstructResult
 from llm.reporting.tables import ANSWERERS, CLASSIFIERS, TEXT_MODELS
 
 if TYPE_CHECKING:

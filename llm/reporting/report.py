@@ -9,11 +9,11 @@ import textwrap
 from collections.abc import Collection, Mapping, Sequence
 
 from llm.common.markdown import escape, fenced, table
-from llm.evaluation.answer_form import task_forms
-from llm.evaluation.base_model import BaseResult
-from llm.evaluation.classification import ClassifierResult
+from llm.evaluation.base.base_model import BaseResult
+from llm.evaluation.classifier.classification import ClassifierResult
 from llm.evaluation.comparison import ALPHA
-from llm.evaluation.instruction_following import InstructResult
+from llm.evaluation.instruct.answer_form import task_forms
+from llm.evaluation.instruct.instruction_following import InstructResult
 from llm.evaluation.metrics import Interval, fold
 from llm.evaluation.seeds import Spread
 from llm.inference.classify import NO_TEXT

@@ -8,11 +8,11 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llm.evaluation.answer_form import FormReport
-from llm.evaluation.base_model import BaseResult
-from llm.evaluation.calibration import metrics as calibration_metrics
-from llm.evaluation.classification import ClassifierResult
-from llm.evaluation.instruction_following import InstructResult
+from llm.evaluation.base.base_model import BaseResult
+from llm.evaluation.classifier.calibration import metrics as calibration_metrics
+from llm.evaluation.classifier.classification import ClassifierResult
+from llm.evaluation.instruct.answer_form import FormReport
+from llm.evaluation.instruct.instruction_following import InstructResult
 from llm.evaluation.metrics import numbers
 from llm.evaluation.seeds import Spread
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from llm.common.plotting import BLUE, INK, ORANGE, new_figure, save, style
 from llm.common.sanitize import visible
-from llm.evaluation.inside import Inside
+from llm.evaluation.base.inside import Inside
 
 WIDTH = 88  # characters of a line
 LABELLED = 5  # tokens whose loss is written

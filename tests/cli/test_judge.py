@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from llm.cli.main import main
-from llm.evaluation import judge
 from llm.evaluation.comparison import paired_share
-from llm.evaluation.judge import RUBRIC, fill, read_judgements, read_rubric
+from llm.evaluation.instruct import judge
+from llm.evaluation.instruct.judge import RUBRIC, fill, read_judgements, read_rubric
 
 Reply = Callable[[dict[str, Any]], tuple[int, Any]]
 

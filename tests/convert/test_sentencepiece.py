@@ -13,7 +13,7 @@ from llm.checkpoint.folder import Checkpoint, CheckpointConfig, load_checkpoint,
 from llm.convert.gguf import export_gguf, read_gguf
 from llm.convert.hf import export_hf, read_hf
 from llm.data.examples import encode_message
-from llm.evaluation.base_model import text_bytes
+from llm.evaluation.base.base_model import text_bytes
 from llm.model.gpt import GPT
 from llm.preprocess.data_card import describe_tokenizer
 from llm.tokenizer.gguf import tokenizer_from_gguf

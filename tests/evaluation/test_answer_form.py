@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from llm.evaluation.answer_form import FORMS, Answer, form_report, repetition, task_forms
+from llm.evaluation.instruct.answer_form import FORMS, Answer, form_report, repetition, task_forms
 
 FITTING = {
     "JSON": (['{"a": 1}', "[]"], ["{a}", "1", "[" * 100_000]),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from llm.common.errors import InputError
-from llm.evaluation.base_model import evaluate_base, text_bytes
+from llm.evaluation.base.base_model import evaluate_base, text_bytes
 from llm.reporting import report
 from llm.tokenizer.bpe import Tokenizer
 from tests.evaluation.models import TEXTS, make_folder, params, write_corpus

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from llm.checkpoint.folder import CheckpointConfig, Decision
-from llm.evaluation.calibration import (
+from llm.evaluation.classifier.calibration import (
     bin_numbers,
     calibration_error,
     evaluate_calibration,

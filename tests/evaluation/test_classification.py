@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from llm.common.errors import InputError
-from llm.evaluation.classification import evaluate_classifiers
+from llm.evaluation.classifier.classification import evaluate_classifiers
 from llm.tokenizer.bpe import Tokenizer
 from tests.evaluation.models import TEXTS, make_folder, write_rows
 from tests.evaluation.test_baselines import METHODS

@@ -10,11 +10,17 @@ import pytest
 from numpy.typing import NDArray
 
 from llm.data.examples import Message
-from llm.evaluation.classifier_details import confident_mistakes, label_details, mean_precision, script, slices
-from llm.evaluation.label_errors import find_label_errors, suspects
-from llm.evaluation.learning_curve import classical_curve
+from llm.evaluation.classifier.classifier_details import (
+    confident_mistakes,
+    label_details,
+    mean_precision,
+    script,
+    slices,
+)
+from llm.evaluation.classifier.label_errors import find_label_errors, suspects
+from llm.evaluation.classifier.learning_curve import classical_curve
+from llm.evaluation.classifier.robustness import changed, evaluate_changes, typos
 from llm.evaluation.metrics import classification_report
-from llm.evaluation.robustness import changed, evaluate_changes, typos
 
 LABELS = ["ham", "spam"]
 WORDS = {"ham": "bread harbour baker morning school garden", "spam": "prize winner money claim urgent offer"}

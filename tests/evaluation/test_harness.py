@@ -11,7 +11,7 @@ import torch
 
 from llm.checkpoint.folder import save_checkpoint
 from llm.common.errors import InputError
-from llm.evaluation.harness import cut, evaluate_tasks, harness_lm, main
+from llm.evaluation.base.harness import cut, evaluate_tasks, harness_lm, main
 from llm.inference.score import score_continuations, score_tokens
 from llm.model.gpt import GPT
 from llm.tokenizer.bpe import Tokenizer

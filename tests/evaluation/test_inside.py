@@ -11,8 +11,8 @@ from torch.nn import functional
 
 from llm.checkpoint.folder import lm_checkpoint
 from llm.data.shards import TokenShards
-from llm.evaluation import inside
-from llm.evaluation.inside import farthest_head, look_inside, passage_length, token_texts
+from llm.evaluation.base import inside
+from llm.evaluation.base.inside import farthest_head, look_inside, passage_length, token_texts
 from llm.inference.layers import run_layers
 from llm.model.gpt import GPT
 from tests.helpers import GPT2_FORM, LLAMA_FORM, gpt_config, randomize, tiny_tokenizer

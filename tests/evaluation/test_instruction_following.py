@@ -9,7 +9,7 @@ import torch
 
 from llm.checkpoint.folder import Checkpoint
 from llm.data.examples import Pair
-from llm.evaluation.instruction_following import evaluate_instruct, response_loss
+from llm.evaluation.instruct.instruction_following import evaluate_instruct, response_loss
 from llm.model.gpt import GPT
 from llm.tokenizer.bpe import Tokenizer
 from llm.tokenizer.prompts import encode_prompt
@@ -27,7 +27,7 @@ def test_answers_stay_with_their_pairs(tmp_path: Path, tokenizer: Tokenizer, mon
         inputs = [tokenizer.decode(p).split("### Input:\n")[1].split("\n")[0] for p in prompts]
         return [tokenizer.encode(f" {text}\n") for text in inputs]
 
-    monkeypatch.setattr("llm.evaluation.instruction_following.generate", echo)
+    monkeypatch.setattr("llm.evaluation.instruct.instruction_following.generate", echo)
     result = evaluate_instruct({"gpt": make_folder(tokenizer)}, "alpaca", tmp_path / "instructions", params())
     assert result.reports["gpt"].exact_match.value == 1.0
     assert {task: r.rows for task, r in result.tasks["gpt"].items()} == {"t0": 2, "t1": 3}
@@ -52,7 +52,7 @@ def test_last_answers_of_conversations_are_asked_with_and_without_their_history(
     def recall(model: GPT, prompts: list[list[int]], **options: object) -> list[list[int]]:
         return [tokenizer.encode(" red" if "red" in tokenizer.decode(prompt) else " mat") for prompt in prompts]
 
-    monkeypatch.setattr("llm.evaluation.instruction_following.generate", recall)
+    monkeypatch.setattr("llm.evaluation.instruct.instruction_following.generate", recall)
     result = evaluate_instruct({"gpt": make_folder(tokenizer)}, "alpaca", tmp_path, params())
     assert result.turns is not None and result.turns.with_history.rows == 1
     assert result.turns.with_history.exact_match.value == 1 and result.turns.without_history.exact_match.value == 0
@@ -72,7 +72,7 @@ def test_a_base_that_knows_a_template_is_asked_in_it(
         asked.extend(tokenizer.decode(prompt) for prompt in prompts)
         return [[] for _ in prompts]
 
-    monkeypatch.setattr("llm.evaluation.instruction_following.generate", listen)
+    monkeypatch.setattr("llm.evaluation.instruct.instruction_following.generate", listen)
     plain = make_folder(tokenizer)
     config = plain.config.model_copy(update={"template": "chatml", "system": "the cat knows"})
     own = {"kind": "instruct", "chat_templates": {"default": "the {{ messages[0].content }}:"}}

@@ -8,9 +8,9 @@ import pytest
 
 from llm.common.files import write_atomic
 from llm.data.shards import bits_per_byte
-from llm.evaluation.base_model import BaseResult, evaluate_base
-from llm.evaluation.classification import ClassifierResult, evaluate_classifiers
-from llm.evaluation.instruction_following import InstructResult, evaluate_instruct
+from llm.evaluation.base.base_model import BaseResult, evaluate_base
+from llm.evaluation.classifier.classification import ClassifierResult, evaluate_classifiers
+from llm.evaluation.instruct.instruction_following import InstructResult, evaluate_instruct
 from llm.evaluation.leakage import audit_tokens, clean_headlines
 from llm.evaluation.metrics import Interval
 from llm.reporting import leakage

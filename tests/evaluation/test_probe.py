@@ -13,8 +13,8 @@ import torch
 from llm.audit import memorisation
 from llm.audit.memorisation import PASSAGE, memorised
 from llm.data.shards import TokenShards
-from llm.evaluation import probe
-from llm.evaluation.probe import Question, bpb_by_position, cloze, few_shot, judge_pairs, minimal_pairs
+from llm.evaluation.base import probe
+from llm.evaluation.base.probe import Question, bpb_by_position, cloze, few_shot, judge_pairs, minimal_pairs
 from llm.inference.score import Continuation, token_nats
 from llm.model.gpt import GPT
 from llm.tokenizer.bpe import Tokenizer

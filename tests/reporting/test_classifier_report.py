@@ -9,13 +9,13 @@ import pytest
 
 from llm.checkpoint.folder import CheckpointConfig, Decision
 from llm.data.examples import Message
-from llm.evaluation.calibration import evaluate_calibration, softmax
-from llm.evaluation.classifier_details import ClassifierDetails, confident_mistakes, label_details, slices
+from llm.evaluation.classifier.calibration import evaluate_calibration, softmax
+from llm.evaluation.classifier.classifier_details import ClassifierDetails, confident_mistakes, label_details, slices
+from llm.evaluation.classifier.label_errors import LabelErrors, Suspect
+from llm.evaluation.classifier.learning_curve import CurvePoint
+from llm.evaluation.classifier.robustness import evaluate_changes
 from llm.evaluation.intervals import clustered_share
-from llm.evaluation.label_errors import LabelErrors, Suspect
-from llm.evaluation.learning_curve import CurvePoint
 from llm.evaluation.metrics import classification_report, wilson
-from llm.evaluation.robustness import evaluate_changes
 from llm.reporting import report, tables
 from llm.reporting.classifier_pictures import draw_calibration
 from llm.reporting.classifier_report import details_section

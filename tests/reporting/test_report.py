@@ -14,10 +14,10 @@ import pytest
 
 from llm.config import KINDS
 from llm.data.examples import Pair
-from llm.evaluation.answer_form import Answer
-from llm.evaluation.base_model import BaseResult, Completion
-from llm.evaluation.classification import ClassifierResult
-from llm.evaluation.instruction_following import Example, InstructResult, ResponseLoss, TurnsReport
+from llm.evaluation.base.base_model import BaseResult, Completion
+from llm.evaluation.classifier.classification import ClassifierResult
+from llm.evaluation.instruct.answer_form import Answer
+from llm.evaluation.instruct.instruction_following import Example, InstructResult, ResponseLoss, TurnsReport
 from llm.evaluation.metrics import answer_report, by_task, classification_report, roc_points
 from llm.inference.classify import NO_TEXT
 from llm.inference.score import Score

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llm.evaluation.inside import Inside
+from llm.evaluation.base.inside import Inside
 from llm.reporting.text_pictures import WIDTH, draw_attention, draw_token_losses, spans
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from llm.cli.main import main
-from llm.evaluation.judge import read_judgements
+from llm.evaluation.instruct.judge import read_judgements
 from tests.serving.conftest import Running
 
 

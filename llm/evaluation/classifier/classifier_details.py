@@ -13,12 +13,12 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from llm.evaluation.calibration import CalibrationResult
+from llm.evaluation.classifier.calibration import CalibrationResult
+from llm.evaluation.classifier.label_errors import LabelErrors
+from llm.evaluation.classifier.learning_curve import CurvePoint
+from llm.evaluation.classifier.robustness import Change
 from llm.evaluation.intervals import clustered_share, f1_intervals
-from llm.evaluation.label_errors import LabelErrors
-from llm.evaluation.learning_curve import CurvePoint
 from llm.evaluation.metrics import ClassificationReport, Curve, Interval, share_interval
-from llm.evaluation.robustness import Change
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]

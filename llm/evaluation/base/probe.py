@@ -1,4 +1,4 @@
-"""Probe base models: `python -m llm.evaluation.probe MODEL_DIR...`, over sizes where there are several.
+"""Probe base models: `python -m llm.evaluation.base.probe MODEL_DIR...`, over sizes where there are several.
 
 Few-shot classification and question answering by likelihood, calibrated by the same prompt with an empty input (Zhao et
 al. 2021); the last word of sentences (cloze); minimal pairs of grammar; bits per byte by position; recited passages.
@@ -197,7 +197,7 @@ def probe(checkpoint: Checkpoint, tokens: Path, questions: int, passages: int, s
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Probe models; print the figures of all as JSON, the smallest model first."""
-    parser = argparse.ArgumentParser(prog="python -m llm.evaluation.probe", description="Probe base models.")
+    parser = argparse.ArgumentParser(prog="python -m llm.evaluation.base.probe", description="Probe base models.")
     parser.add_argument("model_dirs", type=Path, nargs="+", metavar="MODEL_DIR", help="models of one tokenizer or more")
     parser.add_argument("--tokens", type=Path, default=Path("data/tokens"), metavar="DIR", help="default: data/tokens")
     parser.add_argument("--questions", type=int, default=100, metavar="N", help="of each kind (default: %(default)s)")

@@ -1,4 +1,4 @@
-"""Run lm-evaluation-harness (extra `eval`) on a model: `python -m llm.evaluation.harness MODEL_DIR --tasks NAME`.
+"""Run lm-evaluation-harness (extra `eval`) on a model: `python -m llm.evaluation.base.harness MODEL_DIR --tasks NAME`.
 
 Likelihoods are those of `llm.inference.score`. A text longer than the context is read in windows that overlap by half,
 as `python -m llm score` reads it; the harness's own models let them not overlap.
@@ -110,7 +110,9 @@ def evaluate_tasks(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate a model folder; print the results as JSON."""
-    parser = argparse.ArgumentParser(prog="python -m llm.evaluation.harness", description="Run lm-eval on a model.")
+    parser = argparse.ArgumentParser(
+        prog="python -m llm.evaluation.base.harness", description="Run lm-eval on a model."
+    )
     parser.add_argument("model_dir", type=Path, metavar="MODEL_DIR", help="a model folder, or what `import` reads")
     parser.add_argument("--tasks", required=True, nargs="+", metavar="NAME", help="names of the harness's tasks")
     parser.add_argument("--include-path", type=Path, metavar="DIR", help="folder with the YAML files of own tasks")

@@ -15,8 +15,8 @@ from llm.checkpoint.folder import Checkpoint
 from llm.config import EvaluateParams, InstructTemplate
 from llm.data.batches import batches_by_length, collate_pairs
 from llm.data.examples import Pair, first_filled, pair_examples, read_pairs
-from llm.evaluation.answer_form import Answer, FormReport, form_report
 from llm.evaluation.baselines import nearest_answers
+from llm.evaluation.instruct.answer_form import Answer, FormReport, form_report
 from llm.evaluation.metrics import AnswerReport, answer_report, by_task
 from llm.inference.generate import generate
 from llm.model.gpt import GPT

@@ -13,20 +13,20 @@ from llm.checkpoint.folder import Checkpoint
 from llm.common.errors import InputError
 from llm.data.examples import Message, first_filled, read_labels, read_messages
 from llm.evaluation.baselines import classical_classifiers
-from llm.evaluation.calibration import evaluate_calibration
-from llm.evaluation.classifier_details import (
+from llm.evaluation.classifier.calibration import evaluate_calibration
+from llm.evaluation.classifier.classifier_details import (
     ClassifierDetails,
     confident_mistakes,
     label_details,
     mean_precision,
     slices,
 )
+from llm.evaluation.classifier.label_errors import find_label_errors
+from llm.evaluation.classifier.learning_curve import classical_curve
+from llm.evaluation.classifier.robustness import Change, evaluate_changes
 from llm.evaluation.comparison import mcnemar
 from llm.evaluation.intervals import clustered_share, clusters_of
-from llm.evaluation.label_errors import find_label_errors
-from llm.evaluation.learning_curve import classical_curve
 from llm.evaluation.metrics import ClassificationReport, Curve, classification_report, label_roc, roc_points
-from llm.evaluation.robustness import Change, evaluate_changes
 from llm.inference.classify import classify_texts, doubt
 
 Floats = NDArray[np.float64]
