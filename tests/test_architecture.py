@@ -480,9 +480,7 @@ def test_the_map_names_what_exists_and_every_folder() -> None:
 
 def test_the_map_names_every_module_of_a_package() -> None:
     for path in [*modules("llm"), *modules("stages")]:
-        folder = (
-            "/".join(path.relative_to(ROOT).parts[:-1][:2]) + "/"
-        )  # a package, with its folders
+        folder = "/".join(path.relative_to(ROOT).parts[:-1][:2]) + "/"  # a package, with its folders
         entry = folder if folder != "llm/" else f"llm/{path.name}"
         if "families" in path.parts:  # a module a family, by its name
             continue

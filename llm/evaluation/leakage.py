@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from llm.audit.leakage import Audit, audit_sets
 from llm.config import HELD_OUT, SPLITS, EvaluateParams
-from llm.data.examples import read_messages, read_pairs
+from llm.data.examples import Pair, read_messages, read_pairs
 from llm.data.shards import TokenShards, bits_per_byte
 from llm.evaluation.base.base_model import BaseResult, text_bytes
 from llm.evaluation.classifier.classification import ClassifierResult
@@ -41,10 +41,16 @@ def audit_tokens(tokens: Path, tokenizer: Tokenizer, params: EvaluateParams) -> 
     messages, instructions = tokens / "messages", tokens / "instructions"
     sets["messages"] = {split: [row.text for row in read_messages(messages / f"{split}.jsonl")] for split in SPLITS}
     sets["instructions"] = {
-        split: [f"{row.instruction}\n{row.input}" for row in read_pairs(instructions / f"{split}.jsonl")]
-        for split in SPLITS
+        split: [asked(row) for row in read_pairs(instructions / f"{split}.jsonl")] for split in SPLITS
     }
     return audit_sets(sets, corpus, most_near=params.audit_texts, corpus_total=shards["train"].n_bytes)
+
+
+def asked(pair: Pair) -> str:
+    """Return what a model is given: an instruction and its input, or a conversation up to its last answer."""
+    if not pair.messages:
+        return f"{pair.instruction}\n{pair.input}"
+    return "\n".join(str(message.get("content")) for message in pair.messages[:-1])
 
 
 def documents(tokenizer: Tokenizer, shards: TokenShards, most_tokens: int) -> list[str]:

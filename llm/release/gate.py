@@ -23,7 +23,7 @@ from llm.release.verify import check_folder
 
 Verdict = Literal["passes", "falls short", "not checked"]
 MODELS = ("base", "classifier", "instruct")
-LEAKED = re.compile(r"(^|[._])leaked$")  # a count in a metrics file
+LEAKED = re.compile(r"(test_leaked|test\.(exact|normalised))$")  # a count of equal texts in a metrics file
 DIFFERING = 0.01  # predictions that another processor's rounding may change
 TOKENIZER_FILES = ("bpe.json", "tokenizer.json", "tokenizer.model")
 SETS = {"messages": ("text",), "instructions": ("instruction", "input")}  # of data/tokens, and what makes an example
@@ -156,12 +156,14 @@ def check_leaks(tokens: Path, metrics: Path, limit: int) -> Iterator[Row]:
         yield row("data", f"leaks: test {name} in train", needs, f"{count:,}", count <= limit)
     for path in sorted(metrics.glob("*.json")):
         for key, value in leaves(read_json_object(path)):
-            if LEAKED.search(key) and "test" in key:
+            if LEAKED.search(key):
                 yield row("data", f"leaks: {path.stem} {key}", needs, f"{value:g}", value <= limit)
 
 
 def example_key(example: Mapping[str, Any], columns: Sequence[str]) -> tuple[str, ...]:
-    return tuple(dedup_key(str(example.get(column) or "")) for column in columns)
+    """Return what a model is given of an example, of a conversation all but its last answer."""
+    said = [str(message.get("content")) for message in example.get("messages") or ()][:-1]
+    return tuple(dedup_key(text) for text in [*(str(example.get(column) or "") for column in columns), *said])
 
 
 def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

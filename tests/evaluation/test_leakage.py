@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 from llm.common.files import write_atomic
+from llm.data.examples import Pair
 from llm.data.shards import bits_per_byte
 from llm.evaluation.base.base_model import BaseResult, evaluate_base
 from llm.evaluation.classifier.classification import ClassifierResult, evaluate_classifiers
 from llm.evaluation.instruct.instruction_following import InstructResult, evaluate_instruct
-from llm.evaluation.leakage import audit_tokens, clean_headlines
+from llm.evaluation.leakage import asked, audit_tokens, clean_headlines
 from llm.evaluation.metrics import Interval
 from llm.reporting import leakage
 from llm.tokenizer.bpe import Tokenizer
@@ -56,6 +57,17 @@ def test_each_held_out_split_is_audited(results: Results, tokenizer: Tokenizer) 
     part = audit_tokens(results[0], tokenizer, params(audit_bytes=40, audit_texts=0))
     assert part.corpus_bytes < audit.corpus_total == part.corpus_total
     assert part.parts[1].counts()["near"] == 0
+
+
+def test_a_conversation_leaks_with_its_history_alone() -> None:
+    """The same last question behind other words is another example."""
+
+    def pair(told: str) -> Pair:
+        turns = (("user", told), ("assistant", "Yes."), ("user", "Who is it?"), ("assistant", "Anna."))
+        return Pair("Who is it?", "", "Anna.", "", tuple({"role": role, "content": text} for role, text in turns))
+
+    assert asked(pair("Anna bakes.")) != asked(pair("Hugo bakes.")) == "Hugo bakes.\nYes.\nWho is it?"
+    assert asked(Pair("Who is it?", "a baker", "Anna.", "")) == "Who is it?\na baker"
 
 
 def test_headlines_without_leaks_are_those_of_the_texts_left(results: Results, tokenizer: Tokenizer) -> None:

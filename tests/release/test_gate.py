@@ -76,13 +76,17 @@ def test_leaks_are_counted_in_the_data_and_read_from_reports(tmp_path: Path) -> 
     )
     pair = {"instruction": "Name it.", "input": "a", "output": "b"}
     write_rows(tokens / "instructions/train.jsonl", [pair])
-    write_rows(tokens / "instructions/test.jsonl", [pair | {"input": "c"}])
+    told = [{"role": role, "content": text} for role, text in (("user", "Anna bakes."), ("assistant", "Yes."))]
+    turns = {"messages": [*told, {"role": "user", "content": "Name it."}, {"role": "assistant", "content": "b"}]}
+    write_rows(tokens / "instructions/test.jsonl", [pair | {"input": "c"}, pair | turns])
     (metrics / "tokenize.json").write_text('{"corpus": {"test_leaked": 3, "val_leaked": 2}, "messages": {"test": 2}}')
-    (metrics / "evaluate.json").write_text('{"leaks_messages_test": {"equal": 1, "leaked": 2}, "clean": {"x": 1}}')
+    (metrics / "evaluate.json").write_text(
+        '{"leaks_messages_test": {"exact": 2, "leaked": 9}, "clean": {"x": 1}}'
+    )
     rows = list(check_leaks(tokens, metrics, 0))
     assert [(row.what, row.found) for row in blocked(rows)] == [
         ("leaks: test messages in train", "1"),
-        ("leaks: evaluate leaks_messages_test.leaked", "2"),
+        ("leaks: evaluate leaks_messages_test.exact", "2"),
         ("leaks: tokenize corpus.test_leaked", "3"),
     ]
     assert blocked(list(check_leaks(tokens, metrics, 3))) == []
