@@ -60,7 +60,7 @@ def test_each_held_out_split_is_audited(results: Results, tokenizer: Tokenizer) 
 
 
 def test_a_conversation_leaks_with_its_history_alone() -> None:
-    """The same last question behind other words is another example."""
+    """Equal last questions behind other words are different examples."""
 
     def pair(told: str) -> Pair:
         turns = (("user", told), ("assistant", "Yes."), ("user", "Who is it?"), ("assistant", "Anna."))
