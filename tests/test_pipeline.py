@@ -63,7 +63,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "tokenize: vocabulary of 400; tokens: ",
         "| follow instructions | ",
     )
-    assert all(line in said for line in (*lines, "Read reports/report.md.")), said
+    assert all(line in said for line in (*lines, "Open reports/report.html.")), said
     return folder
 
 
