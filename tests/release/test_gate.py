@@ -80,9 +80,7 @@ def test_leaks_are_counted_in_the_data_and_read_from_reports(tmp_path: Path) -> 
     turns = {"messages": [*told, {"role": "user", "content": "Name it."}, {"role": "assistant", "content": "b"}]}
     write_rows(tokens / "instructions/test.jsonl", [pair | {"input": "c"}, pair | turns])
     (metrics / "tokenize.json").write_text('{"corpus": {"test_leaked": 3, "val_leaked": 2}, "messages": {"test": 2}}')
-    (metrics / "evaluate.json").write_text(
-        '{"leaks_messages_test": {"exact": 2, "leaked": 9}, "clean": {"x": 1}}'
-    )
+    (metrics / "evaluate.json").write_text('{"leaks_messages_test": {"exact": 2, "leaked": 9}, "clean": {"x": 1}}')
     rows = list(check_leaks(tokens, metrics, 0))
     assert [(row.what, row.found) for row in blocked(rows)] == [
         ("leaks: test messages in train", "1"),
