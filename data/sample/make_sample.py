@@ -140,7 +140,7 @@ def listing(items: Sequence[str]) -> str:
 
 
 class World:
-    """Who is where, and who has what. Each action changes the state and returns the sentence that tells it."""
+    """Places and owners. Each action changes them and returns the sentence that tells it."""
 
     def __init__(
         self, rng: random.Random, people: Sequence[str], objects: Sequence[str], places: Sequence[str]
@@ -184,7 +184,7 @@ class World:
         return expand(self.rng, text, a=person, o=thing, p=self.object_at[thing])
 
     def can_be(self, person: str, place: str) -> bool:
-        """Whether a person stands at a place, or the reader has not been told where that person is."""
+        """Return True if a person stands at a place, or the reader has not been told where."""
         return person not in self.told or self.person_at[person] == place
 
     def carried(self, person: str) -> list[str]:
@@ -249,7 +249,7 @@ class Deck(Generic[T]):
 
 
 class Facts:
-    """What the stories teach, as decks."""
+    """Decks of the words and tasks that stories teach."""
 
     def __init__(self, rng: random.Random) -> None:
         self.lessons = Deck(rng, ["opposite"] * 3 + ["plural"] * 3 + ["velic"] * 4 + ["sort", "sort", "count"])
@@ -268,7 +268,7 @@ def ask(rng: random.Random, asker: str, answerer: str, question: str, answer: st
 
 
 class Frame(NamedTuple):
-    """What a story starts with and comes back to at its end."""
+    """A story's first sentences, which its end comes back to."""
 
     text: str
     person: str
@@ -462,7 +462,7 @@ def plain_event(rng: random.Random, names: Sequence[str]) -> tuple[str, str]:
 
 
 def diary_story(rng: random.Random, facts: Facts) -> list[str]:
-    """What happens today in the present, and the same retold in the past; who did it to whom gets mixed up."""
+    """Write events in the present and again in the past, at times with a talk on who gave what to whom."""
     writer, reader = rng.sample(PEOPLE, 2)
     frame = opening(rng, writer, rng.choice(PLACES))
     events = [plain_event(rng, [p for p in PEOPLE if p not in (writer, reader)]) for _ in range(rng.randint(2, 3))]
@@ -712,7 +712,7 @@ Pair = tuple[str, str, str]  # instruction, input, output
 
 
 class Vocabulary:
-    """What one pair may use: for train never the held-out names and words, for val and test now and then only those."""
+    """Names and words of one pair. Train never has the held-out ones; val and test at times have only those."""
 
     def __init__(self, rng: random.Random, held: bool) -> None:
         self.names = sorted({*HELD_NAMES, *rng.sample(PEOPLE, 4)}) if held else without(PEOPLE, HELD_NAMES)

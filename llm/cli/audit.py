@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from llm.cli.options import WRONG_INPUT, add_out
+from llm.cli.terminal import write_result
 from llm.common.errors import InputError
-from llm.common.files import write_atomic
-from llm.common.sanitize import one_line, visible
+from llm.common.sanitize import one_line
 
 SUMMARY = "find held-out texts that training has seen"
 DESCRIPTION = (
@@ -23,7 +24,7 @@ EXAMPLES = (
     "python -m llm audit train.csv test.csv",
     "python -m llm audit train.jsonl test.jsonl --corpus books/*.txt --json --out audit.json",
 )
-LEAKS, WRONG_INPUT = 1, 2  # exit status
+LEAKS = 1  # exit status
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--most-near", type=int, default=100_000, metavar="N", help="compare at most N texts of each as nearly equal"
     )
     parser.add_argument("--json", action="store_true", help="print JSON with all findings, not Markdown")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write to this file, not to stdout")
+    add_out(parser)
     parser.add_argument("--show", type=int, default=20, metavar="N", help="show N leaked texts (default: %(default)s)")
 
 
@@ -51,10 +52,7 @@ def run(args: argparse.Namespace) -> int:
             content = json.dumps(to_dict(audit, {"texts", "corpus"}), ensure_ascii=False, indent=2) + "\n"
         else:
             content = "\n".join(to_markdown(audit, {"texts", "corpus"}, args.show))
-        if args.out is None:
-            print(visible(content), end="")
-        else:
-            write_atomic(args.out, content)
+        write_result(content, args.out)
     except (InputError, OSError) as error:
         message = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
         print(one_line(f"python -m llm audit: {message}"), file=sys.stderr)

@@ -11,12 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm.cli.options import add_device
+from llm.cli.options import add_device, add_out
 from llm.cli.rows import read_table
+from llm.cli.terminal import write_result
 from llm.common.errors import InputError
-from llm.common.files import write_atomic
 from llm.common.markdown import escape, table
-from llm.common.sanitize import visible
 from llm.evaluation.tracked import download_models, has_store, is_tracked
 
 if TYPE_CHECKING:
@@ -48,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(name, metavar=name.upper(), help=text)
     parser.add_argument("--data", type=Path, metavar="FILE", help="test set of model folders (default: of data/tokens)")
     parser.add_argument("--json", action="store_true", help="print JSON with all figures and examples, not Markdown")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write to this file, not to stdout")
+    add_out(parser)
     parser.add_argument("--show", type=int, default=10, metavar="N", help="show N differing examples (default: 10)")
     require = "exit with 3 unless B is better by the first metric, too"
     parser.add_argument("--require", choices=("better",), help=require)
@@ -71,10 +70,7 @@ def run(args: argparse.Namespace) -> int:
     results = {kind: [next(found) for _ in part] for kind, part in metrics.items()}
     differing = {kind: differences(*pair) for kind, pair in pairs.items()}
     text = to_json(pairs, results, differing) if args.json else to_markdown(pairs, results, differing, args.show)
-    if args.out is None:
-        print(visible(text), end="")
-    else:
-        write_atomic(args.out, text)
+    write_result(text, args.out)
     worse = any(result.verdict == "worse" for part in results.values() for result in part)
     unproven = args.require == "better" and any(part[0].verdict != "better" for part in results.values())
     return WORSE if worse or unproven else 0

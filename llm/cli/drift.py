@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm.cli.options import add_device
+from llm.cli.options import WRONG_INPUT, add_device
 from llm.cli.rows import LINES, read_rows, read_table
 from llm.common.errors import InputError
 from llm.common.markdown import escape, table
@@ -29,7 +29,7 @@ EXAMPLES = (
     "python -m llm drift data/tokens/messages/train.jsonl today.csv --model models/classifier",
     "python -m llm drift train.jsonl today.jsonl --json > drift.json || mail -s drift team < drift.json",
 )
-DRIFT, TROUBLE = 1, 2  # exit statuses
+DRIFT = 1  # exit status
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
         tests = find(args)
     except (InputError, OSError) as error:  # a drift must not look like a mistake, nor the other way round
         print(one_line(f"python -m llm drift: {error}"), file=sys.stderr)
-        return TROUBLE
+        return WRONG_INPUT
     if args.json:
         print(json.dumps([test._asdict() for test in tests], ensure_ascii=False, indent=2))
     else:

@@ -1,7 +1,8 @@
 """The commands of `python -m llm`. Answers go to stdout, all else to stderr.
 
 Exit status: 0 done, 1 wrong input (told in one line), 2 a command line that cannot be parsed, 130 interrupted.
-`compare` and `audit` state their own. A command imports PyTorch when it runs, so that `--help` answers at once.
+`compare`, `card`, `audit` and `drift` state their own. A command imports PyTorch when it runs, so that `--help` answers
+at once.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ from llm.cli import (
     drift,
     export,
     generate,
+    harness,
     import_,
     inspect,
     judge,
+    probe,
     score,
     serve,
 )
@@ -43,6 +46,8 @@ COMMANDS = {
     "drift": drift,
     "audit": audit,
     "judge": judge,
+    "probe": probe,
+    "harness": harness,
     "serve": serve,
     "import": import_,
     "export": export,

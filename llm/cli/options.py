@@ -14,6 +14,8 @@ from llm.common.errors import InputError
 if TYPE_CHECKING:
     from llm.api import Model
 
+WRONG_INPUT = 2  # exit status of commands whose 1 is a finding
+
 
 class CommandHelp(argparse.HelpFormatter):
     """Wraps descriptions but leaves the lines of the examples alone."""
@@ -48,6 +50,10 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 def add_device(parser: Any) -> None:
     where = "where the model runs (default: auto, a GPU if there is one)"
     parser.add_argument("--device", choices=DEVICES, default="auto", help=where)
+
+
+def add_out(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write to this file, not to stdout")
 
 
 def add_int8(parser: Any) -> None:

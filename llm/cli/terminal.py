@@ -7,9 +7,11 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from llm.common.errors import InputError
+from llm.common.files import write_atomic
 from llm.common.sanitize import CONTROLS, one_line, visible
 
 if TYPE_CHECKING:
@@ -21,6 +23,14 @@ def write(pieces: Iterable[str]) -> None:
     for piece in pieces:
         print(visible(piece), end="", flush=True)
     print(flush=True)
+
+
+def write_result(text: str, out: Path | None) -> None:
+    """Write a text to a file, or to stdout where that is None."""
+    if out is None:
+        print(visible(text), end="")
+    else:
+        write_atomic(out, text)
 
 
 def print_json(value: dict[str, Any]) -> None:

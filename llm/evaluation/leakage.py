@@ -13,7 +13,7 @@ from llm.data.shards import TokenShards, bits_per_byte
 from llm.evaluation.base.base_model import BaseResult, text_bytes
 from llm.evaluation.classifier.classification import ClassifierResult
 from llm.evaluation.instruct.instruction_following import InstructResult
-from llm.evaluation.metrics import Interval, fold, wilson
+from llm.evaluation.metrics import Interval, exact_matches, wilson
 from llm.tokenizer.bpe import Tokenizer
 
 
@@ -77,8 +77,9 @@ def clean_headlines(
         name: [said == actual for said, actual in zip(classifiers.predicted(name), classifiers.actual, strict=True)]
         for name in classifiers.probabilities
     }
+    expected = [example.pair.output for example in instruct.examples]
     exact = {
-        name: [fold(example.answers[name]) == fold(example.pair.output) for example in instruct.examples]
+        name: exact_matches([example.answers[name] for example in instruct.examples], expected)
         for name in instruct.reports
     }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -165,16 +165,20 @@ def fold(text: str) -> str:
     return " ".join(text.split())
 
 
+def exact_matches(answers: Iterable[str], expected: Iterable[str]) -> list[bool]:
+    """Return whether each answer is the expected one, up to white space."""
+    return [fold(answer) == fold(right) for answer, right in zip(answers, expected, strict=True)]
+
+
 def answer_report(answers: Sequence[str], expected: Sequence[str]) -> AnswerReport:
     """Compute exact match, ROUGE-L (rouge-score; words of any script) and corpus chrF (sacrebleu) of answers."""
     from sacrebleu.metrics.chrf import CHRF
 
     if not answers:
         return AnswerReport(0, wilson(0, 0), 0.0, 0.0)
-    exact = sum(fold(a) == fold(e) for a, e in zip(answers, expected, strict=True))
     return AnswerReport(
         rows=len(answers),
-        exact_match=share_interval(exact, len(answers)),
+        exact_match=share_interval(sum(exact_matches(answers, expected)), len(answers)),
         rouge_l=float(np.mean(rouge_l_scores(answers, expected))),
         chrf=float(CHRF().corpus_score(list(answers), [list(expected)]).score),
     )

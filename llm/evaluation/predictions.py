@@ -11,7 +11,7 @@ import numpy as np
 
 from llm.common.errors import InputError
 from llm.evaluation.comparison import Metric, macro_f1, mean_metric, ratio_metric
-from llm.evaluation.metrics import fold, rouge_l_scores
+from llm.evaluation.metrics import exact_matches, fold, rouge_l_scores
 
 Kind = Literal["messages", "instructions", "text"]
 Key = tuple[str, ...]
@@ -151,7 +151,7 @@ def paired_metrics(a: Predictions, b: Predictions) -> list[Metric]:
         bits_a, bits_b = (np.array(x) / math.log(2) for x in (a.nats, b.nats))
         return [ratio_metric("bits per byte", bits_a, bits_b, np.array(a.sizes, dtype=np.float64))]
     if a.kind == "instructions":
-        exact = [[float(fold(s) == fold(e)) for s, e in zip(x.predicted, x.expected, strict=True)] for x in (a, b)]
+        exact = [[float(right) for right in exact_matches(x.predicted, x.expected)] for x in (a, b)]
         rouge = [rouge_l_scores(x.predicted, x.expected) for x in (a, b)]
         return [mean_metric("exact match", *exact), mean_metric("ROUGE-L", *rouge)]
     right = [[float(s == e) for s, e in zip(x.predicted, x.expected, strict=True)] for x in (a, b)]

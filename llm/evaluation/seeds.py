@@ -13,8 +13,8 @@ import torch
 from llm.checkpoint.folder import load_checkpoint
 from llm.config import EvaluateParams, InstructTemplate
 from llm.data.examples import first_filled, read_labels, read_messages, read_pairs
+from llm.evaluation import metrics
 from llm.evaluation.instruct.instruction_following import answer
-from llm.evaluation.metrics import fold
 from llm.inference.classify import classify_texts
 
 
@@ -69,8 +69,7 @@ def exact_matches(
     found = []
     for folder in folders:
         answers = answer(load_checkpoint(folder, device), pairs, params.max_new_tokens, params.batch_size, template)
-        right = sum(fold(text) == fold(pair.output) for text, pair in zip(answers, pairs, strict=True))
-        found.append(right / len(pairs))
+        found.append(sum(metrics.exact_matches(answers, [pair.output for pair in pairs])) / len(pairs))
     return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -14,8 +14,9 @@ from llm.common.errors import InputError
 from llm.common.files import read_json_object
 from llm.common.markdown import escape, table
 from llm.config import ReleaseParams
-from llm.data.examples import read_lines
+from llm.data.examples import read_lines, read_messages, read_pairs
 from llm.evaluation.comparison import MetricComparison
+from llm.evaluation.leakage import asked
 from llm.evaluation.predictions import Predictions, from_rows
 from llm.preprocess.text import dedup_key
 from llm.release.lineage import FIGURES, digest, locked_stages, md5_of
@@ -26,7 +27,10 @@ MODELS = ("base", "classifier", "instruct")
 LEAKED = re.compile(r"(test_leaked|test\.(exact|normalised))$")  # a count of equal texts in a metrics file
 DIFFERING = 0.01  # predictions that another processor's rounding may change
 TOKENIZER_FILES = ("bpe.json", "tokenizer.json", "tokenizer.model")
-SETS = {"messages": ("text",), "instructions": ("instruction", "input")}  # of data/tokens, and what makes an example
+READERS: dict[str, Callable[[Path], list[str]]] = {  # of the sets in data/tokens: the text that a model is given
+    "messages": lambda path: [row.text for row in read_messages(path)],
+    "instructions": lambda path: [asked(row) for row in read_pairs(path)],
+}
 
 
 class Row(NamedTuple):
@@ -146,24 +150,18 @@ def read_reported(path: Path) -> Predictions | None:
 def check_leaks(tokens: Path, metrics: Path, limit: int) -> Iterator[Row]:
     """Check that held-out examples are not among those that were trained on."""
     needs = f"<= {limit}"
-    for name, columns in SETS.items():
+    for name, read in READERS.items():
         train, test = (tokens / name / f"{split}.jsonl" for split in ("train", "test"))
         if not train.is_file() or not test.is_file():
             yield Row("data", f"leaks of {name}", needs, f"{tokens / name} is not at hand", "not checked")
             continue
-        seen = {example_key(each, columns) for each in read_lines(train)}
-        count = sum(example_key(each, columns) in seen for each in read_lines(test))
+        seen = {dedup_key(text) for text in read(train)}
+        count = sum(dedup_key(text) in seen for text in read(test))
         yield row("data", f"leaks: test {name} in train", needs, f"{count:,}", count <= limit)
     for path in sorted(metrics.glob("*.json")):
         for key, value in leaves(read_json_object(path)):
             if LEAKED.search(key):
                 yield row("data", f"leaks: {path.stem} {key}", needs, f"{value:g}", value <= limit)
-
-
-def example_key(example: Mapping[str, Any], columns: Sequence[str]) -> tuple[str, ...]:
-    """Return what a model is given of an example, of a conversation all but its last answer."""
-    said = [str(message.get("content")) for message in example.get("messages") or ()][:-1]
-    return tuple(dedup_key(text) for text in [*(str(example.get(column) or "") for column in columns), *said])
 
 
 def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

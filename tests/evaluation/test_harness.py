@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from llm.checkpoint.folder import save_checkpoint
+from llm.cli.main import main
 from llm.common.errors import InputError
-from llm.evaluation.base.harness import cut, evaluate_tasks, harness_lm, main
+from llm.evaluation.base.harness import cut, evaluate_tasks, harness_lm
 from llm.inference.score import score_continuations, score_tokens
 from llm.model.gpt import GPT
 from llm.tokenizer.bpe import Tokenizer
@@ -92,7 +93,7 @@ def test_a_task_of_the_repository_runs_offline(
     checkpoint = make_folder(tokenizer)
     save_checkpoint(tmp_path / "model", checkpoint)
     tasks = ["--tasks", "sample_opposites", "--include-path", "tests/evaluation/tasks"]
-    assert main([str(tmp_path / "model"), *tasks, "--out", str(tmp_path / "found.json")]) == 0
+    assert main(["harness", str(tmp_path / "model"), *tasks, "--out", str(tmp_path / "found.json")]) == 0
     found = json.loads((tmp_path / "found.json").read_text())
     lm, right = harness_lm(checkpoint), 0
     for line in Path("tests/evaluation/tasks/opposites.jsonl").read_text().splitlines():

@@ -74,7 +74,7 @@ def test_leaks_are_counted_in_the_data_and_read_from_reports(tmp_path: Path) -> 
     write_rows(
         tokens / "messages/test.jsonl", [{"text": "see you at six", "label": "ham"}, {"text": "b", "label": "x"}]
     )
-    pair = {"instruction": "Name it.", "input": "a", "output": "b"}
+    pair = {"instruction": "Name it.", "input": "a", "output": "b", "task": ""}
     write_rows(tokens / "instructions/train.jsonl", [pair])
     told = [{"role": role, "content": text} for role, text in (("user", "Anna bakes."), ("assistant", "Yes."))]
     turns = {"messages": [*told, {"role": "user", "content": "Name it."}, {"role": "assistant", "content": "b"}]}

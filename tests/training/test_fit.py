@@ -396,7 +396,7 @@ def test_a_vocabulary_of_one_is_certain_and_breaks_nothing(optimizer: str) -> No
 
 
 def test_messages_of_one_class_are_learned() -> None:
-    """Where only one label occurs, all are weighted alike."""
+    """One label alone: all are weighted alike."""
     classifier = new_classifier()
     batch = collate_labels([Example([1, 2, 3], 0, 1), Example([4, 5], 0, 1)], range(2))
     params = train_params(max_steps=20)

@@ -1,4 +1,4 @@
-"""Run lm-evaluation-harness (extra `eval`) on a model: `python -m llm.evaluation.base.harness MODEL_DIR --tasks NAME`.
+"""Run lm-evaluation-harness (extra `eval`) on a model.
 
 Likelihoods are those of `llm.inference.score`. A text longer than the context is read in windows that overlap by half,
 as `python -m llm score` reads it; the harness's own models let them not overlap.
@@ -6,21 +6,14 @@ as `python -m llm score` reads it; the harness's own models let them not overlap
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from llm.checkpoint.folder import Checkpoint, load_checkpoint
-from llm.common.device import DEVICES, pick_device
+from llm.checkpoint.folder import Checkpoint
 from llm.common.errors import InputError
-from llm.common.files import write_atomic
-from llm.common.sanitize import one_line, visible
-from llm.convert.cache import model_folder
 from llm.inference.generate import generate
 from llm.inference.sampling import GREEDY, Sampling
 from llm.inference.score import score_continuations, token_nats
@@ -106,40 +99,3 @@ def evaluate_tasks(
         lm, tasks=list(tasks), num_fewshot=num_fewshot, limit=limit, task_manager=manager, log_samples=False
     )
     return {key: found[key] for key in KEPT if found and key in found}
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Evaluate a model folder; print the results as JSON."""
-    parser = argparse.ArgumentParser(
-        prog="python -m llm.evaluation.base.harness", description="Run lm-eval on a model."
-    )
-    parser.add_argument("model_dir", type=Path, metavar="MODEL_DIR", help="a model folder, or what `import` reads")
-    parser.add_argument("--tasks", required=True, nargs="+", metavar="NAME", help="names of the harness's tasks")
-    parser.add_argument("--include-path", type=Path, metavar="DIR", help="folder with the YAML files of own tasks")
-    parser.add_argument("--num-fewshot", type=int, metavar="N", help="examples in front of each question")
-    parser.add_argument("--limit", type=int, metavar="N", help="at most N questions of a task")
-    parser.add_argument("--device", choices=DEVICES, default="auto", help="where the model runs (default: auto)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write to this file, not to stdout")
-    args = parser.parse_args(argv)
-    try:
-        checkpoint = load_checkpoint(model_folder(args.model_dir), pick_device(args.device))
-        found = evaluate_tasks(
-            checkpoint,
-            args.tasks,
-            include_path=args.include_path,
-            num_fewshot=args.num_fewshot,
-            limit=args.limit,
-        )
-    except (InputError, OSError) as error:
-        print(one_line(f"{parser.prog}: {error}"), file=sys.stderr)
-        return 1
-    text = json.dumps(found, ensure_ascii=False, indent=2, default=str) + "\n"
-    if args.out is None:
-        print(visible(text), end="")
-    else:
-        write_atomic(args.out, text)
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,4 +1,4 @@
-"""Probe base models: `python -m llm.evaluation.base.probe MODEL_DIR...`, over sizes where there are several.
+"""Probe base models without any finetuning.
 
 Few-shot classification and question answering by likelihood, calibrated by the same prompt with an empty input (Zhao et
 al. 2021); the last word of sentences (cloze); minimal pairs of grammar; bits per byte by position; recited passages.
@@ -6,11 +6,8 @@ al. 2021); the last word of sentences (cloze); minimal pairs of grammar; bits pe
 
 from __future__ import annotations
 
-import argparse
-import json
 import random
 import re
-import sys
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -20,12 +17,8 @@ import numpy as np
 import torch
 
 from llm.audit.memorisation import memorised
-from llm.checkpoint.folder import Checkpoint, load_checkpoint
-from llm.common.device import pick_device
+from llm.checkpoint.folder import Checkpoint
 from llm.common.errors import InputError
-from llm.common.files import write_atomic
-from llm.common.sanitize import one_line, visible
-from llm.convert.cache import model_folder
 from llm.data.examples import read_labels, read_messages, read_pairs
 from llm.data.shards import TokenShards, bits_per_byte
 from llm.evaluation.comparison import mcnemar
@@ -190,38 +183,6 @@ def probe(checkpoint: Checkpoint, tokens: Path, questions: int, passages: int, s
     }
     result["bpb_by_position"] = bpb_by_position(model, tokenizer, test, 50_000)
     for split, shards in (("train", train), ("test", test)):
-        result[f"recited_{split}"] = memorised(model, shards, passages, seed)._replace(longest=[])._asdict()
-        result[f"recited_{split}"].pop("longest")
+        recited = memorised(model, shards, passages, seed)._asdict()
+        result[f"recited_{split}"] = {name: value for name, value in recited.items() if name != "longest"}
     return result
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Probe models; print the figures of all as JSON, the smallest model first."""
-    parser = argparse.ArgumentParser(prog="python -m llm.evaluation.base.probe", description="Probe base models.")
-    parser.add_argument("model_dirs", type=Path, nargs="+", metavar="MODEL_DIR", help="models of one tokenizer or more")
-    parser.add_argument("--tokens", type=Path, default=Path("data/tokens"), metavar="DIR", help="default: data/tokens")
-    parser.add_argument("--questions", type=int, default=100, metavar="N", help="of each kind (default: %(default)s)")
-    parser.add_argument("--passages", type=int, default=100, metavar="N", help="to continue (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the passages (default: %(default)s)")
-    parser.add_argument("--device", default="auto", help="where the models run (default: auto)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write to this file, not to stdout")
-    args = parser.parse_args(argv)
-    try:
-        found = {}
-        for folder in args.model_dirs:
-            checkpoint = load_checkpoint(model_folder(folder), pick_device(args.device))
-            found[str(folder)] = probe(checkpoint, args.tokens, args.questions, args.passages, args.seed)
-        ladder = dict(sorted(found.items(), key=lambda item: item[1]["parameters"]))
-    except (InputError, OSError) as error:
-        print(one_line(f"{parser.prog}: {error}"), file=sys.stderr)
-        return 1
-    text = json.dumps(ladder, ensure_ascii=False, indent=2) + "\n"
-    if args.out is None:
-        print(visible(text), end="")
-    else:
-        write_atomic(args.out, text)
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
