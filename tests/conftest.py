@@ -45,6 +45,16 @@ def _no_waiting_for_disks() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def _own_mlflow_store() -> Iterator[None]:
+    """Forget the store that MLflow, or a test, has written into the environment of this process."""
+    before = {name: value for name, value in os.environ.items() if name.startswith("MLFLOW_")}
+    yield
+    for name in [name for name in os.environ if name.startswith("MLFLOW_") and name not in before]:
+        del os.environ[name]
+    os.environ.update(before)
+
+
+@pytest.fixture(autouse=True)
 def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """Connections to other machines are refused, as they would be without a network."""
     connect = socket.socket.connect

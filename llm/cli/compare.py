@@ -93,10 +93,13 @@ def read_side(name: str, data: Path | None, device: str) -> Mapping[str, Predict
     try:
         with tempfile.TemporaryDirectory() as folder:
             return read_predictions(fetch_revision(str(path), Path(folder) / "predictions"), name, model)
-    except InputError:
+    except InputError as error:
         if not has_store():
             raise
-    return predict_tracked(name, data, device)
+        try:
+            return predict_tracked(name, data, device)
+        except InputError as untracked:
+            raise InputError(f"{error}; {str(untracked).removeprefix(f'{name}: ')}") from None
 
 
 def predict_tracked(name: str, data: Path | None, device: str) -> dict[str, Predictions]:

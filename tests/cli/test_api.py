@@ -70,7 +70,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_docstrings_run_as_shown(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
-    names = {"llm": llm, "model": llm.load("models/base", device="cpu")}
+    names = {"llm": llm} | {kind: llm.load(f"models/{kind}", device="cpu") for kind in ("base", "classifier")}
+    names["model"] = names["base"]
     found = doctest.testmod(api, extraglobs=names)
     assert found.failed == 0 and found.attempted >= 10
 

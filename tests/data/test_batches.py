@@ -119,7 +119,9 @@ def test_held_out_windows_score_each_token_once(
 
 EXAMPLES = st.lists(
     st.lists(st.integers(0, 60), min_size=2, max_size=17).flatmap(
-        lambda ids: st.builds(Example, st.just(ids), st.integers(0, len(ids) - 2), st.integers(0, 1))
+        lambda ids: st.builds(
+            Example, st.just(ids), st.integers(0, len(ids) - 2), st.integers(0, 1), gaps=st.just(()), parts=st.just(())
+        )
     ),
     min_size=1,
     max_size=6,
@@ -236,10 +238,10 @@ def test_a_batch_for_a_gpu_is_copied_from_pinned_memory(monkeypatch: pytest.Monk
     """Each tensor is copied to the device from pinned memory, without waiting."""
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 100)
     monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device, non_blocking: tensor * (-1 if non_blocking else 1))
-    sent = Batch(torch.tensor([[1]]), torch.tensor([2]), [0], torch.tensor([3]), torch.tensor([[[4.0]]]), 5).to(
-        torch.device("cuda")
-    )
-    assert [sent.idx, sent.targets, sent.lengths, sent.cached_hidden] == [-101, -102, -103, -104]
+    tensors = [torch.tensor(number) for number in range(1, 6)]
+    batch = Batch(tensors[0], tensors[1], [0], tensors[2], tensors[3], tensors[4], start_layer=5)
+    sent = batch.to(torch.device("cuda"))
+    assert [sent.idx, sent.targets, sent.lengths, sent.segments, sent.cached_hidden] == [-101, -102, -103, -104, -105]
     assert sent.rows == [0] and sent.start_layer == 5
 
 
@@ -249,13 +251,15 @@ def test_a_batch_for_a_gpu_is_copied_from_pinned_memory(monkeypatch: pytest.Monk
 @pytest.mark.parametrize("of", [1, 2, 3, 5])
 def test_the_parts_of_a_batch_hold_each_row_once(of: int) -> None:
     cached = torch.arange(20).view(5, 2, 2)
-    whole = Batch(torch.arange(10).view(5, 2), torch.arange(5), list(range(5)), torch.arange(5), cached, 7)
+    numbers = torch.arange(5)
+    whole = Batch(torch.arange(10).view(5, 2), numbers, list(range(5)), numbers, numbers[:, None], cached, 7)
     parts = [whole.shard(index, of) for index in range(of)]
     assert sorted(row for part in parts for row in part.rows) == whole.rows
     for part in parts:
         assert part.lengths is not None and part.rows
         assert part.idx[:, 0].tolist() == [2 * row for row in part.rows]
         assert part.targets.tolist() == part.lengths.tolist() == part.rows
+        assert part.segments is not None and part.segments[:, 0].tolist() == part.rows
         assert part.cached_hidden is not None and part.start_layer == 7
         assert part.cached_hidden[:, 0, 0].tolist() == [4 * row for row in part.rows]
     with pytest.raises(InputError, match="a batch of 5 rows is too few for 6 processes; raise batch_size"):

@@ -413,7 +413,10 @@ def test_each_stage_trains_adapters_and_writes_them_merged_and_alone(
     changed = {key for key in ours if not torch.equal(ours[key], theirs[key])}
     assert changed == {key for key in ours if key.split(".")[-2] in LINEARS and key.endswith("weight")}
     assert not (place / f"models/{name}_scratch/adapter").exists()
-    assert load_checkpoint(place / f"models/{name}_scratch").config == made.config
+    control = load_checkpoint(place / f"models/{name}_scratch").config
+    assert control == made.config.model_copy(
+        update={"temperature": control.temperature}
+    )  # each is calibrated by itself
 
 
 @pytest.mark.parametrize(("template", "system"), [("chatml", "Be kind."), ("alpaca", None)])

@@ -244,10 +244,12 @@ def test_registered_models_and_runs_are_compared(
     for name, message in (
         ("models:/none/1", "models:/none/1: MLflow has no such model or run"),
         ("0" * 32, "MLflow has no such model or run"),
-        ("no-such-name", "no-such-name: no run has this name in MLflow; give a run's id"),
+        ("no-such-name", "; no run has this name in MLflow; give a run's id"),
     ):
         assert cli(["compare", name, "models/classifier"]) == 1
-        assert message in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert message in said and said.count("\n") == 1
+    assert "no-such-name: no file or folder, nor a revision with reports/predictions at hand" in said
 
 
 def test_a_failure_half_way_leaves_every_alias(w: Path, monkeypatch: pytest.MonkeyPatch) -> None:
