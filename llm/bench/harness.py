@@ -60,7 +60,7 @@ class Benchmark(NamedTuple, Generic[S]):
 
 
 def load_benchmark(kind: str) -> Benchmark[Any]:
-    """Return the benchmark tokenize, train, finetune or generate, without the imports of the others."""
+    """Return the benchmark of a kind, without the imports of the others."""
     if kind == "tokenize":
         from llm.bench.tokenizing import TOKENIZE
 
@@ -69,6 +69,10 @@ def load_benchmark(kind: str) -> Benchmark[Any]:
         from llm.bench.decoding import GENERATE
 
         return GENERATE
+    if kind.startswith("gpu"):
+        from llm.bench.gpu import DECODE, TRAIN_GPT2
+
+        return {"gpu train": TRAIN_GPT2, "gpu decode": DECODE}[kind]
     from llm.bench.training import FINETUNE, TRAIN
 
     return {"train": TRAIN, "finetune": FINETUNE}[kind]
@@ -101,11 +105,12 @@ def matrix_limit() -> float:
 
 
 def memory_limit() -> float:
-    """Return the rate at which all threads together read memory outside the caches, in bytes/s."""
+    """Return the rate at which all threads together, or a GPU, read memory outside the caches, in bytes/s."""
     import torch
 
-    numbers = torch.ones(2**27)  # 512 MB
-    return max(4 * numbers.numel() / seconds(numbers.sum) for _ in range(5))
+    on_gpu = torch.cuda.is_available()
+    numbers = torch.ones(2**30 if on_gpu else 2**27, device="cuda" if on_gpu else "cpu")  # 4 GB, 512 MB
+    return max(4 * numbers.numel() / seconds(lambda: numbers.sum().item()) for _ in range(5))
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -176,7 +181,8 @@ def compare(
 def machine() -> dict[str, Any]:
     import torch
 
-    return {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
+    found = {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
+    return found | ({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})
 
 
 def versions() -> dict[str, str]:
@@ -304,10 +310,20 @@ def _peak_memory(process: psutil.Process) -> int:
 
 
 def markdown(found: Mapping[str, Any]) -> str:
-    results = found["results"]
-    peers = [result["median"] for name, result in results.items() if not name.startswith(OURS)]
     limits = found["limits"]
     header = ["", f"{found['unit']} (lowest to highest)", "to the best peer", *(["of the limit"] if limits else [])]
+    lines = [title(found), "", *table([*header, "memory"], result_rows(found))]
+    return "\n".join([*lines, *([limits_line(limits), ""] if limits else [])])
+
+
+def limits_line(limits: Mapping[str, float]) -> str:
+    return f"Limits: {limits['flop_per_s'] / 1e9:,.0f} GFLOP/s, {limits['bytes_per_s'] / 1e9:,.0f} GB/s."
+
+
+def result_rows(found: Mapping[str, Any]) -> list[list[str]]:
+    """Return the cells of each implementation: name, rates, ratio to the best peer, share of the limit, memory."""
+    results, limits = found["results"], found["limits"]
+    peers = [result["median"] for name, result in results.items() if not name.startswith(OURS)]
     rows = []
     for name, result in results.items():
         cells = [f"{result['median']:,.1f} ({min(result['rates']):,.1f} to {max(result['rates']):,.1f})"]
@@ -315,11 +331,7 @@ def markdown(found: Mapping[str, Any]) -> str:
         if limits:
             cells.append("-" if result["of_limit"] is None else f"{100 * result['of_limit']:.0f} %")
         rows.append([name, *cells, f"{result['memory'] / 2**20:,.0f} MB"])
-    lines = [title(found), ""]
-    lines += table([*header, "memory"], rows)
-    if limits:
-        lines += [f"Limits: {limits['flop_per_s'] / 1e9:.0f} GFLOP/s, {limits['bytes_per_s'] / 1e9:.0f} GB/s.", ""]
-    return "\n".join(lines)
+    return rows
 
 
 def title(found: Mapping[str, Any]) -> str:

@@ -19,14 +19,18 @@ from llm.training.losses import label_loss, next_token_loss
 from llm.training.precision import tune_malloc
 
 
-def training_workload(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], shape: Shape) -> Workload:
+def training_workload(
+    model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], shape: Shape, compiled: bool = False
+) -> Workload:
     """Return forward, backward, clipping and AdamW on one batch, as all of these projects do them.
 
-    Runs in fp32; on a GPU, where there is one, with autocast to bf16.
+    Runs in fp32; on a GPU, where there is one, with autocast to bf16. `compiled` compiles model and loss together.
     """
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     model.to(device)
+    if compiled:
+        loss = torch.compile(loss)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1, fused=True)
     tokens = torch.randint(0, shape.vocab, (shape.batch, shape.context + 1), device=device)  # [B, T+1]
     model.train()
@@ -45,9 +49,12 @@ def training_workload(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor]
     return run
 
 
-def train_ours(shape: Shape) -> Workload:
+def train_ours(shape: Shape, compiled: bool = False) -> Workload:
+    """Return our workload; `compiled` compiles each block, as `runtime.compile` does."""
     tune_malloc()
     model = GPT(gpt_config(shape))
+    for block in model.blocks if compiled else ():
+        block.compile()
 
     def loss(idx: Tensor, targets: Tensor) -> Tensor:
         total, weight = next_token_loss(model, Batch(idx, targets, []))
@@ -56,17 +63,17 @@ def train_ours(shape: Shape) -> Workload:
     return training_workload(model, loss, shape)
 
 
-def train_transformers(shape: Shape) -> Workload:
+def train_transformers(shape: Shape, compiled: bool = False) -> Workload:
     model = transformers_model(shape)
 
     def loss(idx: Tensor, targets: Tensor) -> Tensor:
         logits = model(idx, use_cache=False).logits
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
-    return training_workload(model, loss, shape)
+    return training_workload(model, loss, shape, compiled)
 
 
-def train_litgpt(shape: Shape) -> Workload:
+def train_litgpt(shape: Shape, compiled: bool = False) -> Workload:
     """Return the workload of litgpt, in GPT-NeoX's form: rotary positions, an output layer of its own."""
     import litgpt
     from litgpt.utils import chunked_cross_entropy
@@ -86,10 +93,10 @@ def train_litgpt(shape: Shape) -> Workload:
     def loss(idx: Tensor, targets: Tensor) -> Tensor:
         return cast(Tensor, chunked_cross_entropy(model(idx), targets, chunk_size=128))
 
-    return training_workload(model, loss, shape)
+    return training_workload(model, loss, shape, compiled)
 
 
-def train_book(shape: Shape) -> Workload:
+def train_book(shape: Shape, compiled: bool = False) -> Workload:
     """Return the workload of the book's fast model; its output layer is its own."""
     from llms_from_scratch.ch04 import GPTModelFast
 
@@ -108,7 +115,7 @@ def train_book(shape: Shape) -> Workload:
     def loss(idx: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(model(idx).flatten(0, 1), targets.flatten())
 
-    return training_workload(model, loss, shape)
+    return training_workload(model, loss, shape, compiled)
 
 
 # ---- finetuning ------------------------------------------------------------------------------------------------------

@@ -92,6 +92,13 @@ KINDS = {
         ("text", "new"),
         ("python -m llm bench precisions models/base --text book.txt",),
     ),
+    "gpu": Kind(
+        "measure a GPU: one table to send",
+        "Trains and decodes GPT-2 124M in bf16 on the CUDA device. Peers: transformers, litgpt, llms-from-scratch."
+        + IN_ROUNDS,
+        ("batch", "context", "prompt", "new"),
+        ("python -m llm bench gpu", "python -m llm bench gpu --batch 4  # for a GPU with little memory"),
+    ),
     "learn": Kind(
         "measure time to a loss beside nanoGPT's recipe",
         "Trains nanoGPT's recipe at the best learning rate of a small sweep. Then it trains ours, from params.yaml and "
@@ -107,7 +114,7 @@ KINDS = {
         ("python -m llm bench scale --text book.txt --vocab 4096 --tokens 2",),
     ),
 }
-APART = ("serve", "load", "precisions")  # not in the harness's rounds
+APART = ("serve", "load", "precisions", "gpu")  # not in the harness's rounds
 TRAININGS = ("learn", "scale")  # of params.yaml's recipe, not in rounds
 SIZES = {
     "megabytes": "length of the text in MB",
@@ -156,7 +163,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         elif name == "load":
             add("--seconds", type=float, default=600.0, metavar="X", help="length of the load (default: %(default)s)")
         else:
-            add("--only", action="append", metavar="NAME", help="an implementation; may be repeated (default: all)")
+            if name != "gpu":
+                add("--only", action="append", metavar="NAME", help="an implementation; may be repeated (default: all)")
             add("--rounds", type=positive, default=ROUNDS, metavar="N", help="number of rounds (default: %(default)s)")
             add("--seconds", type=float, default=SECONDS, metavar="X", help="length of a round (default: %(default)s)")
         add("--out", type=Path, metavar="DIR", help="where to leave the figures as JSON and a picture")
@@ -186,7 +194,7 @@ def compare_in_rounds(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
 
 
 def compare_apart(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
-    """Run serve, load or precisions; return the module that reports the results, and these."""
+    """Run serve, load, precisions or gpu; return the module that reports the results, and these."""
     if args.kind == "precisions":
         from llm.bench import precisions
 
@@ -194,6 +202,10 @@ def compare_apart(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
             raise InputError("--text: not given; name a text file that the model has not been trained on")
         text = Path(args.text).read_text(encoding="utf-8")
         return precisions, precisions.compare_precisions(args.model_dir, text, args.new or precisions.NEW)
+    if args.kind == "gpu":
+        from llm.bench import gpu
+
+        return gpu, gpu.measure(given_sizes(args, gpu.GPT2), args.rounds, args.seconds)
     from llm.bench import serving
 
     given = {"batch" if name == "clients" else name: getattr(args, name) for name in SERVED}

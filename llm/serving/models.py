@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -97,7 +99,7 @@ class Models:
                 old = self.get(each)
                 kinds = CLASSIFIER if old.engine is None else GPT_KINDS
                 self.served[each] = self._load(each, old.source, kinds)
-                retirement = threading.Timer(self.retire_seconds, old.close, kwargs={"wait": False})
+                retirement = threading.Timer(self.retire_seconds, _retire, args=[[old]])
                 retirement.daemon = True
                 retirement.start()
             return names
@@ -110,3 +112,10 @@ class Models:
         """End all engines when they have answered what they hold."""
         for served in list(self.served.values()):
             served.close()
+
+
+def _retire(held: list[Served]) -> None:
+    """Close the only model of a list when it has answered what it holds, and give its memory back to the system."""
+    held.pop().close()
+    with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # else every swap leaves the size of a model behind

@@ -18,7 +18,7 @@ import psutil
 import pytest
 import torch
 
-from llm.bench import learning, precisions, scaling, serving
+from llm.bench import gpu, learning, precisions, scaling, serving
 from llm.bench.decoding import BYTES_PER_WEIGHT, FORMS, requests
 from llm.bench.harness import OURS, Cost, Skipped, compare, draw, load_benchmark, markdown, memory, of_limit, serve
 from llm.bench.learning import (
@@ -317,6 +317,58 @@ def test_share_of_the_limit_follows_from_the_cost() -> None:
 def test_impossible_shape_is_one_line(changed: dict[str, int], message: str) -> None:
     with pytest.raises(InputError, match=message):
         compare(load_benchmark("train"), TINY._replace(**changed), 1, 0.01)
+
+
+@pytest.mark.parametrize("part", [gpu.TRAIN_GPT2, gpu.DECODE], ids=lambda part: part.kind)
+def test_what_a_gpu_is_measured_by_does_its_work_on_a_cpu_too(part: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled training takes a minute: what is compiled is looked at, and not compiled."""
+    compiled: list[object] = []
+
+    def compile_nothing(function: Any, *arguments: Any, **options: Any) -> Any:
+        compiled.append(function)
+        return function
+
+    monkeypatch.setattr(torch, "compile", compile_nothing)
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_nothing)
+    shape = TINY._replace(batch=2)
+    worked = set()
+    for name, make in part.implementations.items():
+        n = len(compiled)
+        try:
+            assert make(shape)() == (2 * 16 if part is gpu.TRAIN_GPT2 else 4), name
+        except (ModuleNotFoundError, Skipped):
+            continue
+        worked.add(name)
+        if part is gpu.TRAIN_GPT2:
+            assert (len(compiled) > n) == name.endswith("compiled"), name
+        assert part.cost(shape, name).flop + part.cost(shape, name).n_bytes > 0
+    assert worked >= {OURS, "transformers"}
+
+
+def test_a_gpu_is_told_in_one_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match="PyTorch sees no CUDA device here; on a CPU run `bench train`"):
+        gpu.measure(gpu.GPT2, 1, 0.0)
+    part: dict[str, Any] = {
+        "kind": "gpu train",
+        "unit": "tokens/s",
+        "shape": gpu.GPT2._asdict(),
+        "machine": {"processor": "x", "threads": 1, "gpu": "NVIDIA H200"},
+        "versions": {"python": "3.12.1", "torch": "2.11.0"},
+        "limits": {"flop_per_s": 7e14, "bytes_per_s": 4e12},
+        "results": {
+            OURS: {"rates": [3.0, 5.0], "median": 4.0, "of_limit": 0.5, "memory": 2**30},
+            "transformers": {"rates": [2.0], "median": 2.0, "of_limit": 0.25, "memory": 2**30},
+        },
+    }
+    found = {"kind": "gpu", "parts": [part, part | {"kind": "gpu decode"}]}
+    table = gpu.markdown(found)
+    assert f"| train | {OURS} | 4.0 (3.0 to 5.0) | 2.00 | 50 % | 1,024 MB |" in table
+    assert "| decode | transformers | 2.0 (2.0 to 2.0) | 1.00 | 25 % | 1,024 MB |" in table
+    assert table.count("\n|") == 2 + 4 - 1 and "Limits: 700,000 GFLOP/s, 4,000 GB/s." in table
+    assert "NVIDIA H200; Python 3.12.1, torch 2.11.0; training at 16 x 1,024 tokens" in table
+    gpu.draw(found, tmp_path / "rates.png")
+    assert (tmp_path / "rates.png").stat().st_size > 1000
 
 
 def test_every_size_of_a_kind_is_an_option_of_it() -> None:

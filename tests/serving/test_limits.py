@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -190,6 +191,41 @@ def test_cors_is_off_unless_an_origin_is_named(place: Path, guarded: Running) ->
         assert "access-control-allow-origin" not in other.headers
     finally:
         running.stop()
+
+
+SWAPS = """
+import sys, time
+from pathlib import Path
+import psutil
+from llm.bench.models import Shape
+from llm.bench.serving import write_model
+from llm.serving.models import Models, Loading
+
+folder = Path("model")
+write_model(Shape(layers=12, width=512, heads=8, vocab=5000, context=64, batch=1), folder)
+size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+models, held = Models(Loading("cpu")), []
+models.retire_seconds = 0
+models.add(str(folder))
+for _ in range(4):
+    engine = models.served["model"].engine
+    models.reload()
+    engine._thread.join()
+    time.sleep(0.3)
+    held.append(psutil.Process().memory_info().rss)
+print((max(held) - held[0]) / size, (held[-1] - held[0]) / size)
+"""
+
+
+@pytest.mark.slow
+def test_swaps_leave_no_memory_behind(tmp_path: Path) -> None:
+    """A process of its own, in which nothing else takes or frees memory; a model has 150 MB."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", SWAPS], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    most, last = map(float, done.stdout.split())
+    assert most < 0.5 and last < 0.5, "in sizes of the model"
 
 
 def test_reload_swaps_a_model_while_it_answers(place: Path, tmp_path: Path) -> None:
