@@ -12,8 +12,6 @@ import logging
 import os
 import pickle
 import stat
-import subprocess
-import sys
 import unittest.mock
 import zipfile
 from collections.abc import Callable, Iterator
@@ -50,9 +48,12 @@ from llm.model.gpt import GPT
 from llm.tokenizer.bpe import GPT2_PATTERN, Tokenizer
 from llm.tokenizer.chat_template import render, render_untrusted
 from llm.training.state import load_state, save_state
+from stages.download import download
+from stages.runtime import run as stage_run
 from stages.runtime.inputs import read_yaml
 from tests.conftest import ROOT
 from tests.download.test_fetch import DATA, Server, serving
+from tests.forks import run_forked
 from tests.helpers import LLAMA_FORM, gpt_config, randomize, tiny_tokenizer
 
 
@@ -443,12 +444,15 @@ def run_download(project: Path, url: str) -> tuple[int, str]:
     params["data"]["corpus"] = "mine"
     (project / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
     proxies = ("http_proxy", "all_proxy")
-    environment = {name: value for name, value in os.environ.items() if name.lower() not in proxies}
-    environment |= SECRETS | {"LLM_TRACKING": "off"}
-    done = subprocess.run(
-        [sys.executable, "-m", "stages.download"],
-        cwd=project, env=environment, capture_output=True, text=True, check=False, umask=0o027,
-    )  # fmt: skip
+
+    def run() -> None:
+        os.chdir(project)
+        os.umask(0o027)
+        for name in [name for name in os.environ if name.lower() in proxies]:
+            del os.environ[name]
+        stage_run.main("download", download)
+
+    done = run_forked(run, **SECRETS, LLM_TRACKING="off")
     return done.returncode, done.stdout + done.stderr
 
 

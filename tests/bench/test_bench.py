@@ -590,7 +590,7 @@ def test_sweep_that_only_diverges_is_one_line() -> None:
 @pytest.fixture
 def scaling_sizes(time_to_loss: TimeToLoss) -> ScalingSizes:
     values = {name: value for name, value in time_to_loss._asdict().items() if name in ScalingSizes._fields}
-    return ScalingSizes(tokens=1, **values)._replace(batch=16, width=64)
+    return ScalingSizes(tokens=1, **values)._replace(batch=16, width=32)
 
 
 def test_law_of_four_models_is_told_before_the_fifth(
@@ -598,7 +598,7 @@ def test_law_of_four_models_is_told_before_the_fifth(
 ) -> None:
     found = scale(scaling_sizes, params)
     rows = found["results"]
-    assert [row["width"] for row in rows] == [16, 24, 32, 48, 64]
+    assert [row["width"] for row in rows] == [8, 12, 16, 24, 32]
     for row in rows:
         assert row["tokens"] == math.ceil(row["parameters"] / 256) * 256, "whole steps of 16 rows of 16"
     logarithms = np.log([[row["parameters"], row["bpb"]] for row in rows[:4]])
@@ -606,8 +606,8 @@ def test_law_of_four_models_is_told_before_the_fifth(
     assert abs(errors.sum()) < 1e-9 and abs(errors @ logarithms[:, 0]) < 1e-9, "least squares"
     said = [line for line in capsys.readouterr().err.splitlines() if "bits per byte" in line]
     order = [line.split(" bits")[0] for line in said]
-    assert order[-2] == f"width 64: {rows[-1]['law']:.4f}" and "predicted" in said[-2]
-    assert order[-1] == f"width 64: {rows[-1]['bpb']:.4f}" and "predicted" not in said[-1]
+    assert order[-2] == f"width 32: {rows[-1]['law']:.4f}" and "predicted" in said[-2]
+    assert order[-1] == f"width 32: {rows[-1]['bpb']:.4f}" and "predicted" not in said[-1]
     assert json.loads(json.dumps(found)) == found
     assert f"{rows[-1]['law']:.4f} was said before" in scaling.markdown(found)
     for epochs, told in ((1.0, False), (2.5, True)):  # of the largest model

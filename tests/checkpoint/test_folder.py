@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import base64
+import errno
 import json
-import subprocess
-import sys
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llm.checkpoint.folder import Checkpoint, CheckpointConfig, load_checkpoint, save_checkpoint
+from llm.checkpoint.folder import Checkpoint, CheckpointConfig, load_checkpoint, save_checkpoint, write_tensors
 from llm.common.files import replaced_folder
 from llm.model.classifier import GPTClassifier
 from llm.model.gpt import GPT
 from llm.tokenizer.bpe import GPT2_PATTERN, Tokenizer
-from tests.conftest import ROOT
+from tests.forks import run_forked
 from tests.helpers import FORMS, gpt_config, randomize, tiny_tokenizer
 
 
@@ -175,15 +175,15 @@ def test_a_failure_in_the_middle_leaves_the_old_folder(
 
 def test_a_full_disk_is_called_so_whoever_writes(tmp_path: Path) -> None:
     """safetensors has an error of its own for it."""
-    code = (
-        "import resource, sys, torch; from pathlib import Path; from llm.checkpoint.folder import write_tensors\n"
-        "tensors = {'a': torch.zeros(10_000)}\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
-        "try:\n    write_tensors(Path(sys.argv[1]), tensors)\n"
-        "except OSError as error:\n    print(error.errno == 27, error.filename == sys.argv[1])"
-    )
-    done = subprocess.run([sys.executable, "-c", code, tmp_path / "a"], cwd=ROOT, capture_output=True, text=True)
-    assert (done.stdout, done.stderr) == ("True True\n", "")
+
+    def write() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        try:
+            write_tensors(tmp_path / "a", {"a": torch.zeros(10_000)})
+        except OSError as error:
+            print(error.errno == errno.EFBIG, error.filename == str(tmp_path / "a"))
+
+    assert run_forked(write) == (0, "True True\n", "")
 
 
 def test_what_a_kill_left_behind_is_cleared_away(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from llm.convert.hf import export_hf
 from llm.convert.load import describe, import_model
 from llm.inference.sampling import Sampling
 from llm.model.gpt import GPT
+from llm.tokenizer import chat_template
 from llm.tokenizer.bpe import Tokenizer
 from tests.helpers import LLAMA_FORM, gpt_config, randomize, tiny_tokenizer
 
@@ -155,8 +156,9 @@ def warnings_of(caplog: pytest.LogCaptureFixture, source: Path) -> tuple[Checkpo
     ],
 )
 def test_a_template_that_cannot_be_rendered_is_kept_and_said(
-    template: str, reason: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    template: str, reason: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(chat_template, "PATIENCE", 1.0)  # seconds, for the one that never ends
     theirs = foreign(tmp_path / "theirs", template)
     imported, [warning] = warnings_of(caplog, theirs)
     assert f"{theirs}: its chat template cannot be used, only kept" in warning and reason in warning

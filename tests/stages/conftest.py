@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
 
-from stages.tracking import mlflow_client
+from stages.tracking import mlflow_client, registry
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _requirements_are_found_once() -> Iterator[None]:
+    """Look but once for all that the code of a registered model imports: it does not change."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "requirements", functools.cache(registry.requirements))
+        yield
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from stages.tracking.journal import Journal, read_events
 from stages.tracking.process import Process
 from tests.conftest import ROOT
+from tests.forks import run_forked
 
 START = {"seed": 123, "model.n_layers": 6}
 
@@ -114,23 +116,15 @@ def test_pipeline_is_identified_by_the_dvc_process_above_it(place: Path) -> None
 
 def test_line_cut_by_a_full_disk_does_not_spoil_the_next(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     journal = record(steps=0)
-    with (journal.folder / "events.jsonl").open("rb") as file:
-        size = len(file.read())
-    code = (
-        "import resource, sys; from pathlib import Path; from stages.tracking.journal import Journal\n"
-        "journal = Journal(Path(sys.argv[1]))\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))\n"
-        "journal.metrics({'a': 1.0}, 1)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))\n"
-        "journal.metrics({'a': 1.0}, 2)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(journal.folder), str(size + 20)],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    size = (journal.folder / "events.jsonl").stat().st_size
+
+    def log_twice() -> None:
+        again = Journal(journal.folder)
+        for step, limit in ((1, size + 20), (2, resource.RLIM_INFINITY)):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+            again.metrics({"a": 1.0}, step)
+
+    done = run_forked(log_twice)
     assert (done.returncode, done.stderr) == (
         0,
         "tracking: metrics is not recorded: [Errno 28] No space left on device\n",

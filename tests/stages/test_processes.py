@@ -15,7 +15,7 @@ from tests.conftest import ROOT
 def execute(folder: Path, code: str) -> subprocess.CompletedProcess[str]:
     """Run the code as a program that can start itself again."""
     program = folder / "program.py"
-    program.write_text(f"import os, time\nfrom pathlib import Path\nfrom stages.runtime import processes\n{code}")
+    program.write_text(f"import os, time\nfrom pathlib import Path\n{code}")
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.run([sys.executable, program], cwd=folder, env=env, capture_output=True, text=True, timeout=120)
 
@@ -30,6 +30,7 @@ if "RANK" in os.environ:
     if os.environ["RANK"] == "2":
         time.sleep(600)
     raise SystemExit
+from stages.runtime import processes
 with processes.started_ranks(2) as ranks:
     while not (Path("1").exists() and Path("2").exists()):
         time.sleep(0.01)

@@ -7,8 +7,7 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +23,7 @@ from llm.config import parse_params
 from stages.runtime.inputs import data_digests, fingerprint, flatten, read_inputs, read_yaml
 from stages.runtime.run import Run
 from tests.conftest import ROOT
+from tests.forks import Ended, Fork, run_forked
 
 SHIPPED = (ROOT / "params.yaml").read_text(encoding="utf-8")
 DVC_YAML = """
@@ -51,31 +51,24 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def script(body: str) -> list[str]:
-    """Return a command that runs `body`, which can use `run`, as the stage `demo`."""
+def stage(body: str) -> Callable[[], object]:
+    """Return a program that runs `body`, which can use `run`, as the stage `demo`."""
     lines = "".join(f"    {line}\n" for line in body.splitlines())
     code = (
         "import errno, os, signal, sys, time\nfrom pathlib import Path\nfrom llm.common.errors import InputError\n"
         "from stages.runtime import run as runtime\nruntime.LOCK_TIMEOUT = 0\n"
         f"def demo(run):\n{lines}runtime.main('demo', demo)\n"
     )
-    return [sys.executable, "-c", code]
+    return lambda: exec(code, {"__name__": "__main__"})
 
 
-def environment() -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(ROOT)}
+def execute(body: str) -> Ended:
+    return run_forked(stage(body))
 
 
-def execute(body: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(script(body), env=environment(), capture_output=True, text=True, timeout=60)
-
-
-def begin(body: str) -> subprocess.Popen[str]:
+def begin(body: str) -> Fork:
     """Start the stage and return when it has printed its first line."""
-    process = subprocess.Popen(
-        script(body), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
+    process = Fork(stage(body))
     process.stdout.readline()
     return process
 
@@ -205,9 +198,8 @@ def test_two_experiments_with_equal_inputs_do_not_share_a_state(place: Path, tmp
     shutil.copytree("data", copy / "data")
     first = begin("print('ready', flush=True)\ntime.sleep(60)")
     try:
-        body = "print(run.state_dir)"
-        variables = environment() | {"DVC_ROOT": str(place)}
-        done = subprocess.run(script(body), cwd=copy, env=variables, capture_output=True, text=True, timeout=60)
+        with contextlib.chdir(copy):
+            done = run_forked(stage("print(run.state_dir)"), DVC_ROOT=str(place))
     finally:
         first.kill()
         first.communicate()
@@ -241,7 +233,6 @@ def test_signal_lets_a_training_save_a_checkpoint(place: Path, number: signal.Si
 def test_a_second_signal_ends_at_once(place: Path) -> None:
     process = begin(TRAINING.format(then="print('saved', flush=True); time.sleep(60)"))
     process.send_signal(signal.SIGTERM)
-    assert process.stdout is not None
     assert process.stdout.readline() == "saved\n"
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=30)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -219,7 +220,8 @@ def test_command_shows_the_last_pipeline_also_while_it_runs(place: Path, capsys:
 
 
 @pytest.fixture
-def store(place: Path, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
+def store(place: Path, database: Path, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
+    shutil.copy(database, place / "mlflow.db")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{place}/mlflow.db")
     return MlflowClient(f"sqlite:///{place}/mlflow.db")
 

@@ -187,6 +187,7 @@ def smollm2_here(fields: dict[str, Any]) -> Tokenizer:
     return _kept[0]
 
 
+@pytest.mark.slow
 def test_smollm2_goes_out_as_it_came_in(smollm2_fields: dict[str, Any]) -> None:
     fields = gguf_tokenizer_fields(*tokenizer_from_gguf(smollm2_fields))
     for key in ("tokens", "token_type", "merges", "pre", "model", "eos_token_id", "padding_token_id"):
