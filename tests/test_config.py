@@ -36,7 +36,7 @@ VALUES = st.recursive(
 CHANGES = st.lists(st.tuples(st.sampled_from(KEYS), st.sampled_from(["set", "add", "remove"]), VALUES), max_size=3)
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(changes=CHANGES)
 def test_any_change_of_the_params_is_valid_or_one_line(changes: list[tuple[tuple[str | int, ...], str, Any]]) -> None:
     values = copy.deepcopy(SHIPPED)

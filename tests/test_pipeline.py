@@ -30,6 +30,7 @@ from llm.checkpoint.folder import load_checkpoint
 from stages.runtime.from_scratch import BASELINE, has_room_beside
 from stages.tracking import timeline
 from tests.conftest import ROOT
+from tests.forks import module, run_forked
 from tests.pipelines import (
     CHANGES,
     STEPS,
@@ -440,10 +441,8 @@ def test_failing_rank_ends_all_with_its_message(pipeline: Path) -> None:
 
 @pytest.mark.parametrize("number", ["0", "two", "-1", ""])
 def test_invalid_number_of_processes_is_one_line(pipeline: Path, number: str) -> None:
-    environment_now = environment() | {"LLM_NPROC": number}
-    done = subprocess.run(
-        ["python", "-m", "stages.pretrain"], cwd=pipeline, env=environment_now, capture_output=True, text=True
-    )
+    with contextlib.chdir(pipeline):
+        done = run_forked(module("stages.pretrain"), LLM_NPROC=number, LLM_TRACKING="off")
     assert done.returncode == 1
     assert done.stderr.strip() == (
         f"pretrain: LLM_NPROC in the environment: expected a whole number, at least 1, found {number!r}"
