@@ -27,6 +27,28 @@ if "LLM_DATA_MIRROR" in os.environ:  # only for tests that ask for it, in every 
 for name in ("LLM_DATA_MIRROR", "LLM_LOG_LEVEL", "DVC_ROOT", "DVC_STAGE"):
     os.environ.pop(name, None)
 
+# The files that take longest, which begin first: the workers of pytest-xdist then end together.
+LONGEST = (
+    "tests/test_pipeline.py",
+    "tests/convert/test_hf.py",
+    "tests/bench/test_bench.py",
+    "tests/stages/test_release.py",
+    "tests/stages/test_registry.py",
+    "tests/tokenizer/test_hf.py",
+    "tests/tokenizer/test_added.py",
+    "tests/tokenizer/test_sentencepiece.py",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.option.loadscopereorder = False  # xdist's own order: by the number of tests
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {ROOT / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
 # The same examples every time and no time limits: a test passes or fails by what it tests.
 hypothesis.settings.register_profile("tests", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("tests")
