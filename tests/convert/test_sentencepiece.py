@@ -18,7 +18,7 @@ from llm.model.gpt import GPT
 from llm.preprocess.data_card import describe_tokenizer
 from llm.tokenizer.gguf import tokenizer_from_gguf
 from tests.helpers import LLAMA_FORM, gpt_config, randomize
-from tests.tokenizer.test_sentencepiece import EVERY, gguf_fields
+from tests.tokenizer.test_sentencepiece import SOME, gguf_fields
 
 np = pytest.importorskip("numpy")
 SPARE = 3  # rows of the embedding
@@ -40,7 +40,7 @@ def test_it_goes_out_and_comes_back(checkpoint: Checkpoint, tmp_path: Path) -> N
     export_hf(checkpoint, tmp_path / "hf")
     assert read_hf(tmp_path / "hf", None).tokenizer == checkpoint.tokenizer
     other = AutoTokenizer.from_pretrained(tmp_path / "hf", split_special_tokens=True)
-    for text in EVERY:
+    for text in SOME:
         assert other.encode(text) == checkpoint.tokenizer.encode(text, add_special_tokens=True)
     ids = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
     assert (ids["bos_token_id"], ids["eos_token_id"]) == (1, 2)

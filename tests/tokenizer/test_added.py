@@ -81,7 +81,7 @@ def test_added_tokens_are_found_as_the_original_finds_them(pair: tuple[Tokenizer
     assert tokenizer.encode("has hyperglycemia.")[-2:-1] == [word]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(text=MIXED)
 def test_added_tokens_of_generated_text(pair: tuple[Tokenizer, Original], text: str) -> None:
     assert pair[0].encode(text) == ids_of(pair[1], text)

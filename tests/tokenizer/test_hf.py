@@ -50,7 +50,7 @@ def test_ids_are_the_originals(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @given(text=TEXTS)
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_ids_of_generated_text_are_the_originals(family: str, text: str) -> None:
     assert imported(family).encode(text) == ids_of(original(family), text)
 
@@ -177,7 +177,7 @@ def test_autotokenizer_gives_the_same_ids(name: str, tmp_path: Path) -> None:
     write_tokenizer_json(tmp_path, tokenizer, None, None)
     other = AutoTokenizer.from_pretrained(tmp_path, split_special_tokens=True)
     assert len(other) == tokenizer.vocab_size
-    for text in [*NASTY, *every_kind_of_character()]:
+    for text in [*NASTY, *every_kind_of_character()[::5]]:
         text = text.replace("<tool_call>", "") if name == "qwen2" else text
         assert other.encode(text, add_special_tokens=False) == tokenizer.encode(text)
     for text in NASTY:

@@ -40,6 +40,7 @@ MARKED = [
     "<0x0A>",
 ]
 EVERY = [*NASTY, *SPACES, *MARKED, *every_kind_of_character()]
+SOME = [*NASTY, *SPACES, *MARKED, *every_kind_of_character()[::5]]
 
 
 @lru_cache
@@ -157,7 +158,7 @@ def test_it_is_saved_and_goes_out_as_it_came_in(form: str, tmp_path: Path) -> No
     write_tokenizer_json(tmp_path / "hf", tokenizer, None, None)
     other = AutoTokenizer.from_pretrained(tmp_path / "hf", split_special_tokens=True)
     assert len(other) == tokenizer.vocab_size
-    for text in EVERY:
+    for text in SOME:
         assert other.encode(text, add_special_tokens=False) == tokenizer.encode(text)
         assert other.decode(tokenizer.encode(text)) == tokenizer.decode(tokenizer.encode(text))
     assert other.encode("a b") == tokenizer.encode("a b", add_special_tokens=True)
@@ -181,7 +182,7 @@ def test_it_is_saved_and_goes_out_as_it_came_in(form: str, tmp_path: Path) -> No
 def test_a_tokenizer_model_gives_what_transformers_makes_of_it(config: dict[str, Any], tmp_path: Path) -> None:
     save_model(tmp_path, config)
     tokenizer, other = read_tokenizer_json(tmp_path).tokenizer, AutoTokenizer.from_pretrained(tmp_path)
-    for text in EVERY:
+    for text in SOME:
         if not any(name in text for name in ("<s>", "</s>", "<unk>", *CONTROL)):
             ids = tokenizer.encode(text, add_special_tokens=True)
             assert ids == other.encode(text), text[:80]
@@ -194,13 +195,13 @@ def test_a_tokenizer_model_gives_what_transformers_makes_of_it(config: dict[str,
 def test_a_tokenizer_model_alone_gives_the_ids_of_sentencepiece(tmp_path: Path) -> None:
     save_model(tmp_path, {})
     tokenizer = read_tokenizer_json(tmp_path).tokenizer
-    for text in EVERY:
+    for text in SOME:
         if not any(name in text for name in USER) and "\x00" not in text:  # behind one of them a space comes too
             assert tokenizer.encode(text) == processor().encode(text), text[:80]
             assert tokenizer.decode(tokenizer.encode(text)) == text.replace("▁", " ")
     save_model(tmp_path, {}, add_dummy_prefix=False)
     tokenizer = read_tokenizer_json(tmp_path).tokenizer
-    for text in EVERY:
+    for text in SOME:
         if "\x00" not in text and USER[1] not in text:  # it finds no symbol with a space
             assert tokenizer.encode(text) == processor(add_dummy_prefix=False).encode(text), text[:80]
 
@@ -227,7 +228,7 @@ def test_gguf_gives_the_ids_of_llama_cpp(space: bool, tmp_path: Path) -> None:
     fields = gguf_fields(**{"tokenizer.ggml.add_space_prefix": space, "tokenizer.ggml.add_eos_token": space})
     tokenizer = tokenizer_from_gguf(fields).tokenizer
     llama_cpp = LlamaCpp(tmp_path / "model.gguf", fields)
-    texts = [text for text in EVERY if text and "\x00" not in text]
+    texts = [text for text in SOME if text and "\x00" not in text]
     for text in texts:
         assert llama_cpp.encode(text, add_special=False) == tokenizer.encode(text), text[:80]
     assert llama_cpp.encode("Hi", add_special=True) == tokenizer.encode("Hi", add_special_tokens=True)
