@@ -106,7 +106,7 @@ def test_llama_cpp_gives_the_same_ids(pre: str, tmp_path: Path) -> None:
     tokenizer = tokenizer_for(pre)
     template: Template = "llama3" if pre == "llama-bpe" else "chatml"
     llama_cpp = LlamaCpp(tmp_path / "model.gguf", gguf_tokenizer_fields(tokenizer, template, "Be brief."))
-    texts = [text for text in [*NASTY, *every_kind_of_character()[::5]] if text]
+    texts = [text for text in [*NASTY, *every_kind_of_character()] if text]
     if pre == "qwen2":
         texts = [unicodedata.normalize("NFC", text.replace("<tool_call>", "")) for text in texts]
     if tokenizer.missing_bytes:  # llama.cpp leaves them out after merging
