@@ -620,6 +620,7 @@ class ReleaseParams(Strict):
     slower_by: NonNegativeFloat
     larger_by: NonNegativeFloat
     leaks: NonNegative
+    near_leaks: Annotated[float, Field(ge=0, le=1)]
 
 
 class RuntimeParams(Strict):

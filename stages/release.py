@@ -6,6 +6,7 @@ The alias `champion` moves only when every requirement of `release` in params.ya
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import sys
@@ -67,9 +68,12 @@ def release(models: list[str], options: argparse.Namespace) -> int:
     params = parse_params(read_yaml(Path("params.yaml"))).release
     client, experiment = connect(options.dry)
     rows = [*gate.check_leaks(TOKENS, REPORTS / "metrics", params.leaks)]
-    rows += gate.check_thresholds(params, gate.read_metrics(REPORTS / "metrics/evaluate.json"), models)
+    metrics = gate.read_metrics(REPORTS / "metrics/evaluate.json")
+    rows += gate.check_near_leaks(metrics, params.near_leaks)
+    rows += gate.check_thresholds(params, metrics, models)
+    answers: dict[str, Predictions] = {}
     for model in models:
-        rows += check_model(model, params, client)
+        rows += check_model(model, params, client, answers)
     closed = gate.blocked(rows, strict=not options.dry)
     print(gate.to_markdown(rows) if options.markdown else gate.to_text(rows))
     verdict = f"{len(closed)} of {len(rows)} requirements not met" if closed else "all requirements are met"
@@ -79,9 +83,11 @@ def release(models: list[str], options: argparse.Namespace) -> int:
     assert client is not None
     versions = {} if closed else registered(client, experiment, models)
     files = {"release.md": gate.to_markdown(rows), "release.json": gate.to_json(rows)}
+    for model, found in ({} if closed else answers).items():
+        files[champion.answers_file(f"{registry.PREFIX}{model}")] = json.dumps(gate.right_answers(found))
     run = champion.log_decision(client, "blocked" if closed else "released", versions, options.why or verdict, files)
     cards = {f"{registry.PREFIX}{model}": lineage(Path("models", model)) for model in models} if not closed else {}
-    recorded(client, run, lambda: champion.promote(client, versions, cards))
+    recorded(client, run, lambda: champion.promote(client, versions, cards, run))
     for name, version in versions.items():
         print(f"{name}: {champion.CHAMPION} is version {version}")
     return int(bool(closed))
@@ -131,8 +137,10 @@ def registered(client: MlflowClient, experiment: str, models: list[str]) -> dict
 # ---- what is checked -------------------------------------------------------------------------------------------------
 
 
-def check_model(model: str, params: ReleaseParams, client: MlflowClient | None) -> Iterator[gate.Row]:
-    """Check one model folder: lineage, figures, predictions, and the champion beside it."""
+def check_model(
+    model: str, params: ReleaseParams, client: MlflowClient | None, answers: dict[str, Predictions]
+) -> Iterator[gate.Row]:
+    """Check one model folder: lineage, figures, predictions, and the champion beside it; add its `answers`."""
     folder = Path("models", model)
     if not (folder / "config.json").is_file():
         yield gate.Row(model, "model folder", str(folder), "not at hand", "not checked")
@@ -147,11 +155,16 @@ def check_model(model: str, params: ReleaseParams, client: MlflowClient | None) 
     if model in PREDICTIONS:
         reported = REPORTS / "predictions" / f"{PREDICTIONS[model]}.jsonl"
         yield gate.check_predictions(model, gate.read_reported(reported), now)
+        answers[model] = now
     name = f"{registry.PREFIX}{model}"
     version = champion.current(client, name) if client is not None else None
     if version is None:
         yield gate.row(model, "champion", "one to compare with", "none yet", True)
         return
+    assert client is not None
+    if model in PREDICTIONS:
+        released = champion.released_answers(client, version)
+        yield from gate.check_released(model, released, now, params.no_worse_by)
     with tempfile.TemporaryDirectory() as place:
         yield from check_beside(
             model, params, (folder, now, seconds), champion.download(name, version.version, Path(place))

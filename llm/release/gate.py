@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,8 +16,9 @@ from llm.common.files import read_json_object
 from llm.common.markdown import escape, table
 from llm.config import ReleaseParams
 from llm.data.examples import read_lines, read_messages, read_pairs
-from llm.evaluation.comparison import MetricComparison
+from llm.evaluation.comparison import MetricComparison, compare, mean_metric
 from llm.evaluation.leakage import asked
+from llm.evaluation.metrics import exact_matches
 from llm.evaluation.predictions import Predictions, from_rows
 from llm.preprocess.text import dedup_key
 from llm.release.lineage import FIGURES, digest, locked_stages, md5_of
@@ -82,6 +84,32 @@ def check_champion(model: str, results: Sequence[MetricComparison], allowed: Map
         )
 
 
+def right_answers(found: Predictions) -> dict[str, bool]:
+    """Return whether each example was answered rightly, by the digest of the example and its truth."""
+    right = exact_matches(found.predicted, found.expected)
+    examples = zip(found.keys, found.expected, right, strict=True)
+    return {hashlib.sha256(json.dumps([key, truth]).encode()).hexdigest()[:32]: hit for key, truth, hit in examples}
+
+
+def check_released(
+    model: str, released: Mapping[str, bool], now: Predictions, allowed: Mapping[str, float]
+) -> Iterator[Row]:
+    """Check a model beside what the champion had right on the day of its release.
+
+    Code that answers worse than it did then harms the champion of today too, so that both look alike.
+    """
+    ours = right_answers(now)
+    shared = [key for key in ours if key in released]
+    metric = "accuracy" if now.kind == "messages" else "exact match"
+    if shared:
+        a, b = ([float(side[key]) for key in shared] for side in (released, ours))
+        for found in check_champion(model, compare([mean_metric(metric, a, b)]), allowed):
+            yield found._replace(what=f"{found.what} as it was released")
+    else:
+        found_ = "another test set" if released else "no record of its answers"
+        yield row(model, f"{metric} beside the champion as it was released", "the same examples", found_, True)
+
+
 def check_lineage(model: str, folder: Path, card: Card | None) -> Iterator[Row]:
     """Check that a model folder is what its training wrote, with the tokenizer of its base."""
     if card is None:
@@ -145,6 +173,16 @@ def read_reported(path: Path) -> Predictions | None:
         return None
     rows = ((f"{path}, line {number}", each) for number, each in enumerate(read_lines(path), 1))
     return from_rows(rows, str(path), None)
+
+
+def check_near_leaks(metrics: Mapping[str, Any], limit: float) -> Iterator[Row]:
+    """Check the share of held-out examples that are nearly equal to trained ones, or stand in the corpus."""
+    for name, model, count in (("messages", "classifier", "messages"), ("instructions", "instruct", "pairs")):
+        audit, total = metrics.get(f"leaks_{name}_test", {}), metrics.get(model, {}).get(count)
+        if "leaked" in audit and total:
+            found = f"{audit['leaked']:,} of {total:,}"
+            what = f"leaks: test {name} nearly equal or in the corpus"
+            yield row("data", what, f"<= {100 * limit:g} %", found, audit["leaked"] <= limit * total)
 
 
 def check_leaks(tokens: Path, metrics: Path, limit: int) -> Iterator[Row]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import json
 import os
 import subprocess
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 CHAMPION = "champion"
 PREVIOUS = "champion.previous"  # tag of a version: the champion that it replaced
+RELEASE = "champion.release"  # tag of a version: the run of the decision that released it
 MAX_DESCRIPTION = 5000  # characters that MLflow stores
 
 
@@ -47,12 +49,15 @@ def download(name: str, version: str, place: Path) -> Path:
     return found[0].parent
 
 
-def promote(client: MlflowClient, versions: Mapping[str, str], cards: Mapping[str, Card]) -> None:
-    """Make versions the champions of their names, all or none; each gets its card as tags and description first."""
+def promote(client: MlflowClient, versions: Mapping[str, str], cards: Mapping[str, Card], release: str) -> None:
+    """Make versions the champions of their names, all or none; each gets its card as tags and description first.
+
+    `release` is the run of the decision.
+    """
     before = {name: current(client, name) for name in versions}
     for name, version in versions.items():
         previous = before[name]
-        tags = card_tags(cards[name])
+        tags = {**card_tags(cards[name]), RELEASE: release}
         if previous is not None and str(previous.version) != version:
             tags[PREVIOUS] = str(previous.version)
         for key, value in tags.items():
@@ -60,6 +65,27 @@ def promote(client: MlflowClient, versions: Mapping[str, str], cards: Mapping[st
         text = readme(cards[name], name).split("---\n", 2)[2].strip()
         client.update_model_version(name, version, text[:MAX_DESCRIPTION])
     move(client, versions, before)
+
+
+def answers_file(name: str) -> str:
+    """Return the artifact of a decision with what a model had right."""
+    return f"answers/{name}.json"
+
+
+def released_answers(client: MlflowClient, version: ModelVersion) -> dict[str, bool]:
+    """Return what a version had right when it was released, by example; nothing for one of an earlier release."""
+    import mlflow
+    from mlflow import MlflowException
+
+    run = version.tags.get(RELEASE)
+    if run is None:
+        return {}
+    try:
+        text = mlflow.artifacts.load_text(f"runs:/{run}/{answers_file(version.name)}")
+    except (MlflowException, OSError):  # cleaned up since
+        return {}
+    found: dict[str, bool] = json.loads(text)
+    return found
 
 
 def move(client: MlflowClient, versions: Mapping[str, str], before: Mapping[str, ModelVersion | None]) -> None:

@@ -7,7 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from llm.checkpoint.folder import Checkpoint, CheckpointConfig, save_checkpoint
 from llm.cli.main import main
+from llm.model.gpt import GPT
+from tests.datasets import document
+from tests.helpers import LLAMA_FORM, gpt_config, randomize, tiny_tokenizer
 
 STORY = "Anna rode to the mill with two sacks of corn before the rain came down over the hills"
 OTHER = "The baker of the village sold no bread on Sunday, so the children went without their breakfast"
@@ -75,3 +79,24 @@ def test_wrong_input_is_one_line(
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("python -m llm audit: ") and message in line
     assert not Path("audit.md").exists()
+
+
+def test_a_model_is_asked_whether_it_has_seen_the_texts(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = tiny_tokenizer()
+    model = randomize(GPT(gpt_config(**LLAMA_FORM, vocab_size=280, context_length=64)))
+    save_checkpoint(Path("base"), Checkpoint(model, tokenizer, CheckpointConfig(kind="base", gpt=model.config)))
+    for name, start in (("seen.txt", 0), ("new.txt", 50)):
+        Path(name).write_text("".join(f"{document(start + i, 1)[:80]}\n" for i in range(12)))
+    assert main(["audit", "seen.txt", "new.txt", "--min-k", "base", "--k", "10", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["membership"]
+    assert (found["share"], found["train"], found["test"]) == (0.1, 12, 12) and found["min_k"]["low"] < 0.5
+    assert main(["audit", "seen.txt", "new.txt", "--min-k", "base", "--most-scored", "11"]) == 0
+    assert "11 training and 11 held-out texts" in capsys.readouterr().out
+    for more, message in (
+        (["--min-k", "base", "--k", "0"], "expected a share of 0 to 100 %"),
+        (["--min-k", "base", "--most-scored", "3"], "min-k: 3 training texts have 10 tokens or more"),
+        (["--min-k", "nowhere"], "nowhere"),
+    ):
+        assert main(["audit", "seen.txt", "new.txt", *more]) == 2
+        [line] = capsys.readouterr().err.splitlines()
+        assert message in line

@@ -18,10 +18,7 @@ from llm.checkpoint.adapter import save_trained
 from llm.checkpoint.card import new_card
 from llm.checkpoint.folder import Checkpoint, CheckpointConfig, load_checkpoint
 from llm.cli.main import main as cli
-from llm.common.digests import path_md5
 from llm.common.errors import InputError
-from llm.evaluation.metrics import wilson
-from llm.evaluation.predict import predict
 from llm.inference.classify import classify_texts
 from llm.model.classifier import GPTClassifier
 from llm.model.gpt import GPT
@@ -30,14 +27,10 @@ from stages import release
 from stages.tracking import champion, mlflow_client
 from tests.conftest import ROOT
 from tests.helpers import LLAMA_FORM, gpt_config, randomize, tiny_tokenizer, train_params
+from tests.released import evaluate, write_rows
 
 LABELS = ["ham", "spam"]
 TEXTS = [f"the {a} {b} {i} on the {a}." for i in range(40) for a in ("cat", "dog", "mat") for b in ("sat", "spam")]
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def write_classifier(seed: int = 0, noise: float = 0.0) -> None:
@@ -54,35 +47,6 @@ def write_classifier(seed: int = 0, noise: float = 0.0) -> None:
     save_trained(
         Path("models/classifier"), Checkpoint(model, tokenizer, config), train_params(), new_card("classifier")
     )
-
-
-def evaluate() -> None:
-    """Write what the pipeline would: predictions, figures and the lock."""
-    figures = {}
-    for name, kind in (("classifier", "messages"), ("instruct", "instructions")):
-        (said,) = predict(Path("models", name), name, None, "cpu").values()
-        pairs = zip(said.keys, said.expected, said.predicted, strict=True)
-        if kind == "messages":
-            rows = [{"text": key[0], "label": truth, "predicted": {"gpt": p}} for key, truth, p in pairs]
-        else:
-            rows = [
-                {"instruction": key[0], "input": key[1], "output": truth, "answers": {"gpt": p}}
-                for key, truth, p in pairs
-            ]
-        write_rows(Path(f"reports/predictions/{kind}.jsonl"), rows)
-        right = sum(p == truth for p, truth in zip(said.predicted, said.expected, strict=True))
-        share, metric = wilson(right, len(rows)), "accuracy" if kind == "messages" else "exact_match"
-        figures[name] = {metric: share.value, f"{metric}_low": share.low, f"{metric}_high": share.high}
-    Path("reports/metrics").mkdir(parents=True, exist_ok=True)
-    Path("reports/metrics/evaluate.json").write_text(json.dumps(figures))
-    models = [{"path": f"models/{n}", "md5": f"{path_md5(Path('models', n))}.dir"} for n in ("classifier", "instruct")]
-    data = {"path": "data/tokens/messages", "md5": f"{path_md5(Path('data/tokens/messages'))}.dir"}
-    report = "reports/metrics/evaluate.json"
-    stages = {
-        "train": {"deps": [data], "outs": models},
-        "evaluate": {"deps": models, "outs": [{"path": report, "md5": path_md5(Path(report))}]},
-    }
-    Path("dvc.lock").write_text(yaml.safe_dump({"stages": stages}))
 
 
 @pytest.fixture(scope="module")
