@@ -281,6 +281,7 @@ class MessagesSource(FilesSource):
     labels: Labels  # all of them, in the order of the classifier's outputs; or auto
     label_names: Annotated[dict[str, str], BeforeValidator(_named_numbers)] | None = None  # of numbers in the column
     split: SplitColumn = None  # column that says train, val or test, under these names or such as validation, dev
+    slices: list[Text] = []  # further columns, such as language: the report has the accuracy by their values
 
 
 class InstructionsSource(FilesSource):
@@ -606,6 +607,7 @@ class EvaluateParams(Strict):
     report_samples: NonNegative
     prompts: list[str]
     robustness: NonNegative
+    learning_curve: bool
     seeds: Positive
     audit_texts: NonNegative
     audit_bytes: NonNegative

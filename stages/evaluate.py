@@ -24,6 +24,7 @@ from llm.evaluation import seeds
 from llm.evaluation.base.base_model import BaseResult, evaluate_base
 from llm.evaluation.base.inside import Inside, look_inside
 from llm.evaluation.classifier.classification import ClassifierResult, evaluate_classifiers
+from llm.evaluation.classifier.learning_curve import gpt_curve
 from llm.evaluation.instruct.instruction_following import InstructResult, evaluate_instruct
 from llm.evaluation.leakage import audit_tokens, clean_headlines
 from llm.reporting import classifier_pictures, curves, leakage, page, pictures, report, tables, text_pictures
@@ -62,11 +63,13 @@ def evaluate(run: Run) -> None:
         base_folder = models(base="base")["base"]
         base = evaluate_base(base_folder, TOKENS / "corpus", section, params.seed)
         inside = look_inside(base_folder, TOKENS / "corpus") if "corpus" in read_quotable(TOKENS) else None
+        curve = partial(gpt_curve, base_folder, params.finetune_classify, params.runtime, params.seed)
         classifiers = evaluate_classifiers(
             models(gpt="classifier", scratch="classifier_scratch"),
             TOKENS / "messages",
             section.batch_size,
             robustness=section.robustness,
+            curve=curve if section.learning_curve else None,
         )
         instruct_models = models(gpt="instruct", scratch="instruct_scratch")
         template = instruct_models["gpt"].config.template or params.finetune_instruct.template

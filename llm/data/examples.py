@@ -25,6 +25,7 @@ TOKENIZE = "run the tokenize stage again"
 class Message(NamedTuple):
     text: str
     label: str
+    slices: Mapping[str, str] = {}  # values of the source's own columns, which the report tells apart
 
 
 class Pair(NamedTuple):

@@ -201,6 +201,7 @@ def wanted_columns(section: Section) -> Wanted:
         more = tuple(name for name in (section.task, section.split) if name is not None)
         others = tuple((*names, *more) for names in UNSTATED) if _is_unstated(section) else ()
         return Wanted(columns, optional=(section.input,) if section.input else (), others=others)
+    columns |= {name: "slices" for column in section.slices for name in columns_of(column)}
     return Wanted(columns, section.label, () if section.labels == AUTO else tuple(section.labels))
 
 
@@ -215,7 +216,8 @@ def _convert(
     """Yield the records that the rows of a file make."""
     options, wanted = read_options(section, file), wanted_columns(section)
     if isinstance(section, MessagesSource):
-        wanted = wanted._replace(label_first=options.format == "tsv" and section.split is None)
+        label_first = options.format == "tsv" and section.split is None and not section.slices
+        wanted = wanted._replace(label_first=label_first)
     is_first = True
     for where, row in read_rows(file, find_format(file, wanted, options), wanted, options):
         try:
@@ -267,7 +269,7 @@ def _text_documents(
 
 
 def messages(section: MessagesSource, file: DataFile, left_out: LeftOut) -> Iterator[dict[str, Any]]:
-    """Yield `{"text", "label"}`, and `"split"` where the source has such a column."""
+    """Yield `{"text", "label"}`, and `"split"` and `"slices"` where the source has such columns."""
     found: set[str] = set()
 
     def convert(row: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -278,7 +280,10 @@ def messages(section: MessagesSource, file: DataFile, left_out: LeftOut) -> Iter
                 f"{file}: expected labels in {section.label!r}, found more than {MOST_LABELS} different ones; "
                 "correct label:, or list them under labels:"
             )
-        return {"text": text, "label": label} | _split(row, section.split, where)
+        slices = {column: _value(row, column, "slices", where).strip() for column in section.slices}
+        return (
+            {"text": text, "label": label} | _split(row, section.split, where) | ({"slices": slices} if slices else {})
+        )
 
     return _convert(section, file, left_out, convert)
 

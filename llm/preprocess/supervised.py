@@ -44,7 +44,8 @@ def read_messages(path: Path, labels: Sequence[str]) -> list[Row]:
             raise InputError(f"{where}: expected one of the labels {', '.join(labels)}, found {label!r}")
         if not text.strip():
             raise InputError(f"{where}: no text is left after cleaning; remove this message from its source")
-        rows.append(Row({"text": text, "label": label}, dedup_key(text), text, label, label, own_split(record, where)))
+        fields = {"text": text, "label": label} | ({"slices": record["slices"]} if "slices" in record else {})
+        rows.append(Row(fields, dedup_key(text), text, label, label, own_split(record, where)))
     return rows
 
 

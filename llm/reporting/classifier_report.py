@@ -10,6 +10,7 @@ from llm.evaluation.metrics import Interval
 from llm.reporting.tables import CLASSIFIERS
 
 SHOWN_SUSPECTS = 10
+OWN_KINDS = ("length", "script")  # of slices; others are columns of the source
 SHOWN_CHARS = 300  # of a message
 
 
@@ -91,7 +92,12 @@ def _decided(decided: Decided) -> list[str]:
 
 def _slices(details: ClassifierDetails, best: str) -> list[str]:
     rows = [
-        [f"{each.kind}: {each.name}", f"{each.rows:,}", percent(each.gpt), percent(each.classical)]
+        [
+            f"{each.kind}: {each.name}" if each.kind in OWN_KINDS else escape(_cut(f"{each.kind}: {each.name}")),
+            f"{each.rows:,}",
+            percent(each.gpt),
+            percent(each.classical),
+        ]
         for each in details.slices
     ]
     if not rows:
@@ -119,9 +125,12 @@ def _robustness(details: ClassifierDetails, best: str) -> list[str]:
 def _learning_curve(details: ClassifierDetails) -> list[str]:
     if not details.learning_curve:
         return []
-    shown = ", ".join(f"{each.messages:,}: {percent(each.accuracy)}" for each in details.learning_curve)
-    name = CLASSIFIERS[details.learning_curve[0].classifier]
-    return [f"With fewer training messages {name} reaches {shown}.", ""]
+    lines = []
+    for name in dict.fromkeys(each.classifier for each in details.learning_curve):
+        points = [each for each in details.learning_curve if each.classifier == name]
+        shown = ", ".join(f"{each.messages:,}: {percent(each.accuracy)}" for each in points)
+        lines.append(f"With fewer training messages {CLASSIFIERS[name]} reaches {shown}.")
+    return [" ".join(lines), ""]
 
 
 def _mistakes(details: ClassifierDetails, quotable: bool) -> list[str]:

@@ -69,6 +69,10 @@ def metrics(base: BaseResult, classifiers: ClassifierResult, instruct: InstructR
         }
         if details.robustness:
             sections["classifier_changed"] = {each.name: each.gpt.value for each in details.robustness}
+        if curve := {
+            f"{each.messages}": each.accuracy.value for each in details.learning_curve if each.classifier == "gpt"
+        }:
+            sections["classifier_on_fewer_messages"] = curve
     for name, answers in instruct.reports.items():
         section = "instruct" if name == "gpt" else f"instruct_{name}"
         sections[section] = {"pairs": answers.rows, **numbers(answers)}

@@ -267,3 +267,16 @@ def test_rows_that_never_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(DataFile, "blocks", lambda self: (taken.append(b) or b for b in whole(self)))
     assert "line 1" in refused(CORPUS, file)
     assert sum(map(len, taken)) < 200
+
+
+def test_columns_for_slices_stay_with_their_message(tmp_path: Path) -> None:
+    section = MessagesSource(files=FILES, labels=["ham", "spam"], slices=["language", "year"])
+    rows = "text,label,language,year,other\nhi,ham,de,2024,x\nyo,spam, ,7,y\n"
+    assert read(section, data_file(tmp_path, "a.csv", rows)) == [
+        {"text": "hi", "label": "ham", "slices": {"language": "de", "year": "2024"}},
+        {"text": "yo", "label": "spam", "slices": {"language": "", "year": "7"}},
+    ]
+    lines = '{"text": "hi", "label": "ham", "language": null, "year": 2024}\n'
+    assert read(section, data_file(tmp_path, "a.jsonl", lines))[0]["slices"] == {"language": "", "year": "2024"}
+    lacking = data_file(tmp_path, "a.csv", "text,label,language\nhi,ham,de\n")
+    assert "found only text, label, language; name the right one with slices:" in refused(section, lacking)

@@ -43,6 +43,7 @@ def params(**changes: object) -> EvaluateParams:
         "audit_texts": 1000,
         "audit_bytes": 10**6,
         "robustness": 0,
+        "learning_curve": False,
         "seeds": 1,
     }
     return EvaluateParams.model_validate(values | changes)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from llm.data.examples import Message
@@ -18,9 +19,12 @@ from llm.evaluation.classifier.classifier_details import (
     slices,
 )
 from llm.evaluation.classifier.label_errors import find_label_errors, suspects
-from llm.evaluation.classifier.learning_curve import classical_curve
+from llm.evaluation.classifier.learning_curve import classical_curve, gpt_curve
 from llm.evaluation.classifier.robustness import changed, evaluate_changes, typos
 from llm.evaluation.metrics import classification_report
+from llm.tokenizer.bpe import Tokenizer
+from tests.helpers import runtime_params
+from tests.trainings import classify_params, new_base
 
 LABELS = ["ham", "spam"]
 WORDS = {"ham": "bread harbour baker morning school garden", "spam": "prize winner money claim urgent offer"}
@@ -77,6 +81,17 @@ def test_slices_are_by_length_and_script() -> None:
     assert (script("2 × été"), script("жщ ab c"), script("42")) == ("latin", "latin", "none")
 
 
+def test_slices_are_by_the_columns_of_the_source() -> None:
+    columns = [{"language": "de" if i < 20 else "en" if i < 45 else "fr", "only": "one"} for i in range(48)]
+    columns[47] = {"only": "one"}
+    right = np.array([1.0] * 20 + [0.0] * 28)
+    found = slices(["a word"] * 48, right, 1 - right, np.arange(48), columns)
+    assert [(each.kind, each.name, each.rows) for each in found] == [("language", "en", 25), ("language", "de", 20)]
+    assert [each.gpt.value for each in found] == [0.0, 1.0], "the most frequent value first, rare ones left out"
+    many = [{"shop": f"shop {i % 20:02}"} for i in range(200)]
+    assert len(slices(["a word"] * 200, np.ones(200), np.ones(200), np.arange(200), many)) == 12
+
+
 def test_figures_of_rare_labels() -> None:
     rng = np.random.default_rng(0)
     actual = np.array([0] * 80 + [1] * 15 + [2] * 5)
@@ -99,6 +114,18 @@ def test_learning_curve_grows_with_the_messages() -> None:
     assert [point.messages for point in points] == [20, 40, 80]
     assert points[-1].accuracy.value >= points[0].accuracy.value > 0.5
     assert points == classical_curve("tfidf", train, val, test, LABELS)
+
+
+def test_learning_curve_of_the_gpt_grows_with_the_messages() -> None:
+    data = messages(160, 0), messages(30, 1), messages(100, 2)
+    base = new_base(Tokenizer.train([message.text for message in data[0]], 400, exact=False), seed=0)
+    before = {name: p.clone() for name, p in base.model.state_dict().items()}
+    params = classify_params(max_steps=40, eval_interval=20)
+    points = gpt_curve(base, params, runtime_params(), 3, data, LABELS)
+    assert [(point.classifier, point.messages) for point in points] == [("gpt", 20), ("gpt", 40), ("gpt", 80)]
+    assert points[-1].accuracy.value >= points[0].accuracy.value and points[-1].accuracy.value > 0.9
+    assert points == gpt_curve(base, params, runtime_params(), 3, data, LABELS)
+    assert all(torch.equal(p, before[name]) for name, p in base.model.state_dict().items()), "the base is not touched"
 
 
 def test_changes_keep_the_label_and_hit_their_classifier() -> None:

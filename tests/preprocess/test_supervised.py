@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from llm.common.errors import InputError
 from llm.config import SPLITS, LabelledSplit
-from llm.data.examples import read_pairs
+from llm.data.examples import read_messages, read_pairs
 from llm.preprocess import data_card, supervised
 from llm.preprocess.supervised import Row, SplitRows
 from llm.preprocess.text import dedup_key
@@ -335,3 +335,19 @@ def test_conversations_keep_their_turns_and_equal_ones_stand_together(tmp_path: 
     path.write_text(json.dumps(talk("Hi?", "\x00")) + "\n", encoding="utf-8")
     with pytest.raises(InputError, match="line 1: a message of assistant is empty after cleaning"):
         supervised.read_instructions(path)
+
+
+def test_columns_for_slices_reach_the_held_out_messages(tmp_path: Path) -> None:
+    rows = [
+        {"text": f"text {i}", "label": "ham" if i % 2 else "spam", "slices": {"language": "de" if i % 3 else "en"}}
+        for i in range(60)
+    ]
+    found = supervised.read_messages(write_lines(tmp_path / "messages.jsonl", rows), ["ham", "spam"])
+    split = supervised.split_messages(found, ["ham", "spam"], LEAK_FREE, SEED)
+    supervised.write_rows(tmp_path / "out", split)
+    for name in SPLITS:
+        for message in read_messages(tmp_path / "out" / f"{name}.jsonl"):
+            number = int(message.text.removeprefix("text "))
+            assert message.slices == {"language": "de" if number % 3 else "en"}
+    supervised.write_rows(tmp_path / "plain", SplitRows({"test": message_rows([("a", "ham")])}, 0, {}))
+    assert (tmp_path / "plain/test.jsonl").read_text() == '{"text": "a", "label": "ham"}\n'

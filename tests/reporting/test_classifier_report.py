@@ -49,9 +49,9 @@ def details() -> ClassifierDetails:
         precision_recall=curves,
         calibration=evaluate_calibration(config, logits, actual, np.arange(60)),
         mistakes=confident_mistakes(texts, actual, probabilities, LABELS),
-        slices=slices(texts, right, right, np.arange(60)),
+        slices=slices(texts, right, right, np.arange(60), [{"own": EVIL if i % 2 else "b"} for i in range(60)]),
         label_errors=LabelErrors(60, [Suspect("train", EVIL, "ham", "spam", 0.9)]),
-        learning_curve=[CurvePoint("tfidf", 50, wilson(40, 50))],
+        learning_curve=[CurvePoint("tfidf", 50, wilson(40, 50)), CurvePoint("gpt", 50, wilson(30, 50))],
         robustness=evaluate_changes(rows, rows, LABELS, both, both),
     )
 
@@ -61,7 +61,10 @@ def test_section_says_what_was_found(details: ClassifierDetails) -> None:
     assert f"share of right labels, is {details.calibration.ece.value:.3f} (" in text
     assert "from a probability of 0.8 on: precision" in text
     assert "| upper case |" in text and "| length: " in text
-    assert "50: 80.0 % (67.0-88.8)" in text
+    assert (
+        "logistic regression reaches 50: 80.0 % (67.0-88.8). With fewer training messages GPT reaches 50: 60.0" in text
+    )
+    assert "| own\\: b |" in text and EVIL not in text
     assert "Of 60 messages of all parts 1 (1.7 %)" in text
     assert "train: ham, perhaps spam (0.900)" in text
     assert "\x1b" not in text and "\u202e" not in text
@@ -78,6 +81,7 @@ def test_details_reach_report_metrics_and_predictions(details: ClassifierDetails
     sections = tables.metrics(*found)
     assert sections["classifier"]["ece"] == details.calibration.ece.value
     assert sections["classifier"]["macro_f1_low"] == details.macro_f1.low
+    assert sections["classifier_on_fewer_messages"] == {"50": 0.6}
     assert all(isinstance(v, int | float) for section in sections.values() for v in section.values())
     assert '"suggested": "spam"' in tables.predictions(*found)["label_errors.jsonl"]
     sources = {"corpus": "c", "messages": "m", "instructions": "i"}

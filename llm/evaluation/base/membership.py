@@ -114,7 +114,7 @@ def to_markdown(found: Membership) -> list[str]:
     short = f", {found.left_out:,} shorter ones left out" if found.left_out else ""
     return [
         f"Membership by the model's own loss, {found.train:,} training and {found.test:,} held-out texts ({lengths}"
-        f"{short}). Area under the ROC curve, 0.5 being a guess: {told}. {verdict} The figure is of all texts together, "
-        "and means a memory only where both sides are of one kind and time: another topic or style shows as well.",
+        f"{short}). Area under the ROC curve, 0.5 being a guess: {told}. {verdict} The figure is of all "
+        "texts together, and means a memory only where both sides are of one kind and time: another topic shows too.",
         "",
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ from llm.evaluation.classifier.classifier_details import (
     slices,
 )
 from llm.evaluation.classifier.label_errors import find_label_errors
-from llm.evaluation.classifier.learning_curve import classical_curve
+from llm.evaluation.classifier.learning_curve import CurvePoint, LabelledData, classical_curve
 from llm.evaluation.classifier.robustness import Change, evaluate_changes
 from llm.evaluation.comparison import mcnemar
 from llm.evaluation.intervals import clustered_share, clusters_of
@@ -32,6 +32,7 @@ from llm.inference.classify import classify_texts, doubt
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 SMALLEST = 1e-30  # probability whose logarithm is taken
+TrainingCurve = Callable[[LabelledData, Sequence[str]], list[CurvePoint]]
 OURS = ("gpt", "scratch")  # all other classifiers are classical
 
 
@@ -72,11 +73,17 @@ class ClassifierResult(NamedTuple):
 
 
 def evaluate_classifiers(
-    folders: Mapping[str, Checkpoint], messages: Path, batch_size: int, *, robustness: int = 0
+    folders: Mapping[str, Checkpoint],
+    messages: Path,
+    batch_size: int,
+    *,
+    robustness: int = 0,
+    curve: TrainingCurve | None = None,
 ) -> ClassifierResult:
     """Evaluate the classifiers in `folders`, `gpt` first, and the classical ones on the same held-out messages.
 
-    The first `robustness` messages are classified again with changes that keep their label.
+    The first `robustness` messages are classified again with changes that keep their label. `curve` trains on fewer
+    messages.
     """
     labels = read_labels(messages)
     train, val = read_messages(messages / "train.jsonl"), read_messages(messages / "val.jsonl")
@@ -103,15 +110,17 @@ def evaluate_classifiers(
         doubts=[doubt(folders["gpt"].tokenizer, text) for text in texts],
     )
     data = {"train": train, "val": val, "test": test if split == "test" else []}
-    details = evaluate_details(result, folders["gpt"], data)
+    details = evaluate_details(result, folders["gpt"], data, test)
     if robustness:
         changes = evaluate_robustness(result, folders["gpt"], data, test[:robustness], batch_size)
         details = details._replace(robustness=changes)
+    if curve is not None:
+        details = details._replace(learning_curve=[*details.learning_curve, *curve((train, val, test), labels)])
     return result._replace(details=details)
 
 
 def evaluate_details(
-    result: ClassifierResult, folder: Checkpoint, data: Mapping[str, Sequence[Message]]
+    result: ClassifierResult, folder: Checkpoint, data: Mapping[str, Sequence[Message]], test: Sequence[Message]
 ) -> ClassifierDetails:
     """Return the details of the finetuned classifier beside the best classical one."""
     labels, texts, best = result.labels, result.texts, result.best_classical()
@@ -121,7 +130,6 @@ def evaluate_details(
     )
     clusters = clusters_of(texts)
     figures, curves, macro = label_details(result.reports["gpt"], actual, result.probabilities["gpt"], labels)
-    test = [Message(text, label) for text, label in zip(texts, result.actual, strict=True)]
     logits = (folder.config.temperature or 1.0) * np.log(result.probabilities["gpt"].clip(SMALLEST))
     return ClassifierDetails(
         clusters=len(np.unique(clusters)),
@@ -132,7 +140,7 @@ def evaluate_details(
         precision_recall=curves,
         calibration=evaluate_calibration(folder.config, logits, actual, clusters),
         mistakes=confident_mistakes(texts, actual, result.probabilities["gpt"], labels),
-        slices=slices(texts, right, classical, clusters),
+        slices=slices(texts, right, classical, clusters, [message.slices for message in test]),
         label_errors=find_label_errors(data, labels),
         learning_curve=classical_curve(best, data["train"], data["val"], test, labels),
         robustness=[],

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -25,6 +25,7 @@ Ints = NDArray[np.int64]
 
 LENGTH_GROUPS = 4
 MISTAKES = 10
+MOST_VALUES = 12  # of a column
 FEWEST_ROWS = 5  # of a slice that is shown
 
 
@@ -108,8 +109,17 @@ def confident_mistakes(
     return [Mistake(texts[i], labels[actual[i]], labels[predicted[i]], float(confidence[i])) for i in order]
 
 
-def slices(texts: Sequence[str], right: Floats, classical: Floats, clusters: Ints) -> list[Slice]:
-    """Return the accuracy by length and by script, of each kind that has two groups."""
+def slices(
+    texts: Sequence[str],
+    right: Floats,
+    classical: Floats,
+    clusters: Ints,
+    columns: Sequence[Mapping[str, str]] = (),
+) -> list[Slice]:
+    """Return the accuracy by length, by script and by each of the messages' own `columns`, where two groups are there.
+
+    Of a column the most frequent values are shown.
+    """
     lengths = np.array([len(text) for text in texts])
     edges = np.unique(np.quantile(lengths, np.linspace(0, 1, LENGTH_GROUPS + 1)[1:]).round().astype(np.int64))
     groups = np.searchsorted(edges, lengths)
@@ -119,6 +129,9 @@ def slices(texts: Sequence[str], right: Floats, classical: Floats, clusters: Int
     kinds = {"length": (names, by_length)}
     by_script = [script(text) for text in texts]
     kinds["script"] = ([name for name, _ in Counter(by_script).most_common()], by_script)
+    for column in columns[0] if columns else ():
+        values = [each.get(column) or "(empty)" for each in columns]
+        kinds[column] = ([name for name, _ in Counter(values).most_common(MOST_VALUES)], values)
     found = []
     for kind, (order, members) in kinds.items():
         of = np.array(members)

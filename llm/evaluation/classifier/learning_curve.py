@@ -24,6 +24,7 @@ from llm.training.fit import TrainingTask, fit
 from llm.training.freeze import freeze
 from llm.training.losses import label_loss, label_metrics
 
+LabelledData = tuple[Sequence[Message], Sequence[Message], Sequence[Message]]  # train, val, test
 PARTS = (8, 4, 2)  # of the training messages: an eighth, a quarter, half
 
 
@@ -53,15 +54,15 @@ def classical_curve(
 
 def gpt_curve(
     base: Checkpoint,
-    data: tuple[Sequence[Message], Sequence[Message], Sequence[Message]],
-    labels: Sequence[str],
     params: ClassifyParams,
     runtime: RuntimeParams,
     seed: int,
+    data: LabelledData,
+    labels: Sequence[str],
 ) -> list[CurvePoint]:
     """Return the learning curve of the classifier made from `base`, on the same parts of the training messages.
 
-    `data` are the training, val and test messages. Each part trains a model of its own, as long as the whole would.
+    Each part trains a model of its own, for as many steps as the whole would.
     """
     train, val, test = data
     points = []
@@ -107,7 +108,7 @@ def train_classifier(
 
 
 def _parts(train: Sequence[Message]) -> Iterator[list[Message]]:
-    """Yield an eighth, a quarter and half of the messages, in an order that is drawn once; some of one label are left out."""
+    """Yield an eighth, a quarter and half of the messages, in an order that is drawn once; none of a single label."""
     order = np.random.default_rng(0).permutation(len(train))
     for part in PARTS:
         some = [train[i] for i in order[: len(train) // part]]
