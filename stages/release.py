@@ -161,10 +161,8 @@ def check_model(
     if version is None:
         yield gate.row(model, "champion", "one to compare with", "none yet", True)
         return
-    assert client is not None
     if model in PREDICTIONS:
-        released = champion.released_answers(client, version)
-        yield from gate.check_released(model, released, now, params.no_worse_by)
+        yield from gate.check_released(model, champion.released_answers(version), now, params.no_worse_by)
     with tempfile.TemporaryDirectory() as place:
         yield from check_beside(
             model, params, (folder, now, seconds), champion.download(name, version.version, Path(place))

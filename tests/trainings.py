@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import random
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -21,6 +22,7 @@ from llm.tokenizer.conversation import ConversationEncoder
 from llm.training.fit import TrainingTask, fit
 from llm.training.losses import mean_loss, next_token_loss
 from tests.conftest import ROOT
+from tests.datasets import words
 from tests.helpers import SHIPPED_FORM, gpt_config, runtime_params, train_params
 
 LABELS = ["ham", "spam"]
@@ -37,13 +39,29 @@ def sample_messages() -> dict[str, list[Message]]:
     return found
 
 
+def easy_messages() -> dict[str, list[Message]]:
+    """Return messages by split whose label hangs on three of their sixteen words, which a tiny model learns."""
+    chooser = random.Random(7)
+    pool = list(dict.fromkeys(words(chooser, 1) for _ in range(400)))[:240]
+    own, shared = {"ham": pool[:60], "spam": pool[60:120]}, pool[120:]
+    found: dict[str, list[Message]] = {}
+    for split, n in (("train", 1500), ("val", 300), ("test", 1000)):
+        found[split] = []
+        for i in range(n):
+            label = LABELS[i % 2]
+            text = chooser.choices(own[label], k=3) + chooser.choices(shared, k=13)
+            chooser.shuffle(text)
+            found[split].append(Message(" ".join(text), label))
+    return found
+
+
 def train_tokenizer(messages: Sequence[Message], vocab_size: int = 1000) -> Tokenizer:
     return Tokenizer.train([message.text for message in messages], vocab_size, exact=False)
 
 
 def classify_params(**changes: Any) -> ClassifyParams:
     decision = {"rule": "none", "label": None, "false_alarm_cost": 1.0, "miss_cost": 1.0, "precision": 0.95}
-    values = {"max_steps": 400, "batch_size": 16, "optimizer": "muon", "lr": 0.004, "muon_lr": 0.02, "warmup_steps": 10}
+    values = {"max_steps": 300, "batch_size": 16, "optimizer": "muon", "lr": 0.01, "muon_lr": 0.04, "warmup_steps": 10}
     values |= {"schedule": "linear", "min_lr_ratio": 0.05, "eval_interval": 100, "keep": "best"}
     own = {"class_weights": "none", "max_length": 48, "scratch_control": False, "calibrate": True, "unsure_below": 0.0}
     return ClassifyParams.model_validate(train_params(**values).model_dump() | own | {"decision": decision} | changes)

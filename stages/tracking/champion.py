@@ -72,7 +72,7 @@ def answers_file(name: str) -> str:
     return f"answers/{name}.json"
 
 
-def released_answers(client: MlflowClient, version: ModelVersion) -> dict[str, bool]:
+def released_answers(version: ModelVersion) -> dict[str, bool]:
     """Return what a version had right when it was released, by example; nothing for one of an earlier release."""
     import mlflow
     from mlflow import MlflowException

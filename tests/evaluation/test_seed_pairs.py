@@ -58,7 +58,7 @@ def test_another_seed_is_seldom_another_model(pairs: list[tuple[Predictions, Pre
     apart = [sum(each[i].verdict != "not to be told apart" for each in results) for i in range(3)]
     print(f"told apart of {len(results)} by accuracy, macro F1, loss: {apart}")
     assert apart[0] <= max(1, 0.15 * len(results))
-    assert all(each.a > 0.9 and each.b > 0.9 for (each, *_) in results)
+    assert all(each.a > 0.8 and each.b > 0.8 for (each, *_) in results)
 
 
 def test_a_training_is_better_than_none(

@@ -15,8 +15,11 @@ from llm.release.gate import (
     check_champion,
     check_cost,
     check_leaks,
+    check_near_leaks,
     check_predictions,
+    check_released,
     check_thresholds,
+    right_answers,
     to_markdown,
 )
 
@@ -27,6 +30,7 @@ PARAMS = ReleaseParams(
     slower_by=0.5,
     larger_by=0.5,
     leaks=0,
+    near_leaks=0.02,
 )
 
 
@@ -103,6 +107,32 @@ def test_other_answers_than_reported_ones_are_found() -> None:
     assert (row.verdict, row.found[:41]) == ("falls short", "10 of 200 differ: template, tokenizer or ")
     assert "another test set" in check_predictions("m", said(["a"] * 200, "j"), said(["a"] * 200)).found
     assert check_predictions("m", None, said(["a"] * 200)).verdict == "not checked"
+
+
+def test_a_model_is_held_against_the_champion_as_it_was_released() -> None:
+    def said(wrong: int, start: str = "k") -> Predictions:
+        keys = [(f"{start}{i}",) for i in range(1000)]
+        return Predictions("messages", "x", keys, ["a"] * 1000, ["b"] * wrong + ["a"] * (1000 - wrong))
+
+    released = right_answers(said(3))
+    assert len(released) == 1000 and sum(released.values()) == 997 and not any("k1" in key for key in released)
+    for wrong, passes in ((0, True), (5, True), (60, False)):
+        (row,) = check_released("classifier", released, said(wrong), PARAMS.no_worse_by)
+        assert row.what == "accuracy beside the champion as it was released"
+        assert (row.verdict == "passes") == passes, row
+    (other,) = check_released("classifier", released, said(60, "j"), PARAMS.no_worse_by)
+    (none,) = check_released("classifier", {}, said(60), PARAMS.no_worse_by)
+    assert (other.verdict, other.found) == ("passes", "another test set")
+    assert (none.verdict, none.found) == ("passes", "no record of its answers")
+    assert not list(check_released("classifier", released, said(60), {}))
+
+
+def test_a_share_of_nearly_equal_test_texts_is_too_much() -> None:
+    metrics = {"classifier": {"messages": 1000}, "leaks_messages_test": {"near": 15, "corpus": 6, "leaked": 21}}
+    (row,) = check_near_leaks(metrics, 0.02)
+    assert (row.verdict, row.found, row.needs) == ("falls short", "21 of 1,000", "<= 2 %")
+    assert next(check_near_leaks(metrics, 0.021)).verdict == "passes"
+    assert not list(check_near_leaks({"classifier": {"messages": 1000}}, 0.02))
 
 
 def test_costs_and_the_table() -> None:

@@ -1,6 +1,6 @@
 """Regressions planted by real trainings, each blocked by the release gate by name.
 
-The champions are a classifier of the sample's messages and a model that answers instructions. Each plant trains again
+The champions are a classifier of easy messages and a model that answers instructions. Each plant trains again
 with one thing wrong, evaluates what came out, and asks the gate. The thresholds beside the champion are those of
 `params.yaml`; the absolute ones are lower, as the models are tiny.
 """
@@ -26,9 +26,9 @@ from tests.conftest import ROOT
 from tests.released import evaluate, write_rows
 from tests.trainings import (
     classify_params,
+    easy_messages,
     new_base,
     plural_pairs,
-    sample_messages,
     train_tokenizer,
     trained,
     trained_instruct,
@@ -50,7 +50,7 @@ def write_messages(data: Data) -> None:
 
 @pytest.fixture(scope="module")
 def base() -> Checkpoint:
-    texts = sample_messages()["train"] + [
+    texts = easy_messages()["train"] + [
         Message(f"{pair.instruction} {pair.input} {pair.output}", "")
         for pair in plural_pairs()["train"]
         for _ in "12345"
@@ -69,11 +69,11 @@ def store(tmp_path_factory: pytest.TempPathFactory, database: Path, base: Checkp
         for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
             patch.delenv(name, raising=False)
         values = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
-        values["release"]["at_least"] = {"classifier": {"accuracy": 0.85}, "instruct": {"exact_match": 0.7}}
+        values["release"]["at_least"] = {"classifier": {"accuracy": 0.95}, "instruct": {"exact_match": 0.7}}
         values["release"]["slower_by"] = 1000.0  # other tests run beside this one
         Path("params.yaml").write_text(yaml.safe_dump(values))
         Path("dvc.yaml").write_text("stages: {}\n")
-        data, pairs = sample_messages(), plural_pairs()
+        data, pairs = easy_messages(), plural_pairs()
         write_messages(data)
         for split, rows in pairs.items():
             fields = [{key: getattr(row, key) for key in ("instruction", "input", "output", "task")} for row in rows]
@@ -117,14 +117,14 @@ def has(lines: list[str], beginning: str) -> bool:
 
 
 def test_the_same_training_again_passes(gate: Callable[[], list[str]], base: Checkpoint) -> None:
-    save(CLASSIFIER, trained(base, sample_messages(), seed=1))
+    save(CLASSIFIER, trained(base, easy_messages(), seed=1))
     evaluate()
     assert gate() == []
 
 
 def test_learning_rate_30_times_too_high(gate: Callable[[], list[str]], base: Checkpoint) -> None:
     params = classify_params()
-    save(CLASSIFIER, trained(base, sample_messages(), seed=1, lr=30 * params.lr, muon_lr=30 * params.muon_lr))
+    save(CLASSIFIER, trained(base, easy_messages(), seed=1, lr=30 * params.lr, muon_lr=30 * params.muon_lr))
     evaluate()
     short = gate()
     assert has(short, "classifier: accuracy, low end: 0.") and has(
@@ -140,7 +140,7 @@ def flipped(train: list[Message], share: float) -> list[Message]:
 
 
 def test_a_tenth_of_the_labels_flipped(gate: Callable[[], list[str]], base: Checkpoint) -> None:
-    data = sample_messages()
+    data = easy_messages()
     data["train"] = flipped(data["train"], 0.1)
     write_messages(data)
     save(CLASSIFIER, trained(base, data, seed=1))
@@ -188,7 +188,7 @@ def test_tokenizer_of_another_model(gate: Callable[[], list[str]]) -> None:
 def test_test_set_leaked_into_training(
     gate: Callable[[], list[str]], base: Checkpoint, disguise: Callable[[str], str], message: str
 ) -> None:
-    data = sample_messages()
+    data = easy_messages()
     data["train"] = [*data["train"], *(row._replace(text=disguise(row.text)) for row in data["test"][:200])]
     write_messages(data)
     save(CLASSIFIER, trained(base, data, seed=1))

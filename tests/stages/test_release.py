@@ -185,6 +185,12 @@ def test_the_alias_moves_with_the_card_and_back(w: Path, capsys: pytest.CaptureF
         ("rolled back", "a complaint", "FINISHED"),
     ]
     assert all(run.data.tags["who"] for run in runs)
+    for run, released in zip(runs, (True, False, True, False), strict=True):
+        files = [file.path for file in client.list_artifacts(run.info.run_id, "answers")]
+        assert files == (["answers/llm-classifier.json"] if released else [])
+    answers = champion.released_answers(client.get_model_version("llm-classifier", first.version))
+    assert len(answers) == len(TEXTS) and all(answers.values())
+    assert champion.released_answers(first) == answers, "the rolled back champion has its own record again"
     table = client.download_artifacts(runs[1].info.run_id, "release.md")
     assert "accuracy beside the champion" in Path(table).read_text()
 
