@@ -68,7 +68,7 @@ def test_interval_covers_the_area(shift: float, truth: float) -> None:
 def test_a_model_is_likelier_to_have_seen_its_training(overfit: Checkpoint) -> None:
     found = membership(overfit, SEEN, UNSEEN, 0.2, most=50, seed=0)
     assert (found.train, found.test, found.left_out) == (24, 50, 0)
-    assert found.min_k.low > 0.9 and found.loss.low > 0.9
+    assert found.min_k.low > 0.5 and found.loss.low > 0.5
     text = "\n".join(to_markdown(found))
     assert "are likelier to the model than the held-out ones." in text and "least likely 20 % of the tokens" in text
     assert to_dict(found)["min_k"]["low"] == found.min_k.low
