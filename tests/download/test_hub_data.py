@@ -15,8 +15,12 @@ from urllib.parse import unquote, urlsplit
 import pyarrow
 import pyarrow.parquet
 import pytest
+import yaml
 
 from llm.common.errors import InputError
+from llm.config import parse_params
+from llm.preprocess.supervised import read_instructions
+from tests.conftest import ROOT
 from tests.download.sources import Place
 
 constants = pytest.importorskip("huggingface_hub.constants")
@@ -35,22 +39,28 @@ class Hub:
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {"README.md": b"# A data set\n"}
+        self.name, self.commit = "some/set", COMMIT
         self.wrong_hash = False
         self.asked: list[str] = []
 
     def answer(self, path: str) -> tuple[int, dict[str, str], bytes]:
         parts = unquote(urlsplit(path).path).strip("/").split("/")
-        if parts[:4] == ["api", "datasets", "some", "set"] and parts[4:] in (
+        name = self.name.split("/")
+        if parts[:4] == ["api", "datasets", *name] and parts[4:] in (
             [],
             ["revision", "main"],
-            ["revision", COMMIT],
+            ["revision", self.commit],
         ):
             siblings = [self.entry(name) for name in self.files]
-            return 200, {}, json.dumps({"id": "some/set", "sha": COMMIT, "siblings": siblings}).encode()
-        if parts[:5] == ["datasets", "some", "set", "resolve", COMMIT] and "/".join(parts[5:]) in self.files:
+            return 200, {}, json.dumps({"id": self.name, "sha": self.commit, "siblings": siblings}).encode()
+        if parts[:5] == ["datasets", *name, "resolve", self.commit] and "/".join(parts[5:]) in self.files:
             content = self.files["/".join(parts[5:])]
             digest = hashlib.sha256(content).hexdigest()
-            return 200, {"X-Repo-Commit": COMMIT, "ETag": f'"{digest}"', "X-Linked-Size": str(len(content))}, content
+            return (
+                200,
+                {"X-Repo-Commit": self.commit, "ETag": f'"{digest}"', "X-Linked-Size": str(len(content))},
+                content,
+            )
         return 404, {"X-Error-Code": "RepoNotFound"}, b"{}"
 
     def entry(self, name: str) -> dict[str, Any]:
@@ -170,3 +180,28 @@ def test_without_network_the_cache_serves(server: Hub, place: Place, monkeypatch
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert place.texts("corpus", [entry]) == first
+
+
+def test_the_shipped_conversations_are_read_as_they_are_served(server: Hub, place: Place) -> None:
+    """The data set has its splits in the names of its files, a column of messages, and others beside it."""
+    values = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    section = parse_params(values).sources["everyday-conversations"].instructions
+    assert section is not None and section.files[0].hf is not None
+    server.name, _, server.commit = section.files[0].hf.partition("@")
+    assert len(server.commit) == 40
+    for split, topic in (("train", "Travel"), ("test", "Water cycle")):
+        talk = [
+            {"role": role, "content": text}
+            for role, text in (("user", "Hi"), ("assistant", "Hello!"), ("user", topic), ("assistant", "Of course."))
+        ]
+        rows = [{"topic": topic, "prompt": "Hi", "completion": "Hello!", "token_length": 9, "messages": talk}] * 2
+        buffer = io.BytesIO()
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), buffer)
+        server.files[f"data/{split}_sft-00000-of-00001.parquet"] = buffer.getvalue()
+    options = section.model_dump(exclude_unset=True, exclude={"files"})
+    records = place.read("instructions", [section.files[0].model_dump(exclude_none=True)], **options)
+    assert [record["split"] for record in records] == ["test", "test", "train", "train"]
+    assert [message["role"] for message in records[0]["messages"]] == ["user", "assistant"] * 2
+    assert [record["messages"][2]["content"] for record in records] == ["Water cycle"] * 2 + ["Travel"] * 2
+    place.out.rename(path := place.out.with_name("instructions.jsonl"))
+    assert [row.fields["output"] for row in read_instructions(path)] == ["Of course."] * 4
