@@ -32,12 +32,15 @@ TRACKED = (Path("data/own"), Path("data/sample"))  # DVC notices changes of loca
 log = logging.getLogger("llm")
 
 
-def fetch(file: SourceFile, cache: Path, mirror: Path | None = None) -> list[DataFile]:
-    """Return the files behind one entry of a source: several for a glob, or for a pattern of zip members."""
+def fetch(file: SourceFile, cache: Path, mirror: Path | None = None, most: int | None = None) -> list[DataFile]:
+    """Return the files behind one entry of a source: several for a glob, or for a pattern of zip members.
+
+    With `most`, a download of more bytes raises `TooLargeError`, and of a data set of the hub one file is fetched.
+    """
     if file.path is not None:
         return _from_paths(file.path, file)
     if file.hf is not None:
-        return _from_hub(file)
+        return _from_hub(file, most)
     urls = [url for url in (file.url, file.backup_url) if url is not None]
     for url in urls:
         if urlsplit(url).scheme not in SCHEMES:
@@ -55,14 +58,14 @@ def fetch(file: SourceFile, cache: Path, mirror: Path | None = None) -> list[Dat
     for url in urls:
         try:
             # the same name whichever place it came from: outputs quote it
-            return _ask_to_pin([replace(f, name=redact(urls[0])) for f in _download(url, file, cache)], file)
+            return _ask_to_pin([replace(f, name=redact(urls[0])) for f in _download(url, file, cache, most)], file)
         except InputError as error:
             problems.append(str(error))
     raise InputError("; the backup failed too: ".join(problems))
 
 
-def _from_hub(file: SourceFile) -> list[DataFile]:
-    files = hub_files(file)
+def _from_hub(file: SourceFile, most: int | None) -> list[DataFile]:
+    files = hub_files(file, most)
     if file.sha256 is not None and len(files) > 1:
         raise InputError(
             f"hf: {file.hf}: expected one file, as it has a sha256, found {len(files)}; choose with member:"
@@ -111,11 +114,14 @@ def _mirrored(urls: list[str], mirror: Path | None) -> list[Path]:
     return [mirror / name for name in names if (mirror / name).is_file()]
 
 
-def _download(url: str, file: SourceFile, cache: Path) -> list[DataFile]:
+def _download(url: str, file: SourceFile, cache: Path, most: int | None) -> list[DataFile]:
     cache.mkdir(parents=True, exist_ok=True)
-    key = file.sha256 or hashlib.sha256(url.encode()).hexdigest()
+    unpinned = cache / hashlib.sha256(url.encode()).hexdigest()
+    key = file.sha256 or unpinned.name
     whole, part = cache / key, cache / f"{key}.part"
     with FileLock(cache / f"{key}.lock"):  # experiments of a queue share the cache
+        if not whole.exists() and unpinned.exists():  # fetched before its hash was written to params.yaml
+            unpinned.replace(whole)
         if whole.exists():
             try:
                 found = check_file(redact(url), whole, file)
@@ -123,15 +129,15 @@ def _download(url: str, file: SourceFile, cache: Path) -> list[DataFile]:
                 return found
             except InputError:
                 whole.unlink()
-        found = _complete(part, url, file)
+        found = _complete(part, url, file, most)
         part.replace(whole)
         log.info("%s: fetched %s bytes", redact(url), f"{whole.stat().st_size:,}")
         return [replace(f, path=whole) for f in found]
 
 
-def _complete(part: Path, url: str, file: SourceFile) -> list[DataFile]:
+def _complete(part: Path, url: str, file: SourceFile, most: int | None) -> list[DataFile]:
     while True:
-        resumed = transfer(url, part, file.sha256 is not None)
+        resumed = transfer(url, part, file.sha256 is not None, most)
         try:
             return check_file(redact(url), part, file)
         except InputError:

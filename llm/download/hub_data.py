@@ -8,11 +8,11 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 from llm.common.errors import InputError
 from llm.common.sanitize import error_text
-from llm.config import SPLITS, SourceFile, split_name
+from llm.config import SPLITS, TRAIN, SourceFile, split_name
 from llm.download.archives import DataFile
 from llm.download.detect import BY_SUFFIX
 from llm.download.splits import named_split
@@ -25,11 +25,20 @@ MOST_FILES = 500  # of one entry; a larger data set is read in part
 log = logging.getLogger("llm")
 
 
-def hub_files(entry: SourceFile) -> list[tuple[str, Path, str | None]]:
+class HubFile(NamedTuple):
+    """The SHA-256 and the size of a file, as far as the hub states them."""
+
+    sha256: str | None
+    size: int | None
+
+
+def hub_files(entry: SourceFile, most: int | None = None) -> list[tuple[str, Path, str | None]]:
     """Fetch the files of a data set into the hub's cache; return their names, places and SHA-256 where it is known.
 
     `entry.hf` is `OWNER/NAME@REVISION`. `entry.split` chooses files by the split in their names, `entry.member` by a
-    pattern of paths. Else parquet files come before others, as a data set often has its rows in several formats.
+    pattern of paths. Else parquet files come before others, as a data set often has its rows in several formats. With
+    `most` only the smallest file is fetched, of the training split where there is one, and only if it has at most so
+    many bytes.
     """
     assert entry.hf is not None
     name, _, revision = entry.hf.partition("@")
@@ -43,9 +52,10 @@ def hub_files(entry: SourceFile) -> list[tuple[str, Path, str | None]]:
         if not COMMIT.fullmatch(revision):
             log.warning("hf: %s: not pinned, so it may change unnoticed; write hf: %s@%s", name, name, commit)
         found = []
-        for path in _choose(name, sorted(known), entry):
+        chosen = _choose(name, sorted(known), entry)
+        for path in chosen if most is None else [_smallest(name, {path: known[path] for path in chosen}, most)]:
             place = huggingface_hub.hf_hub_download(name, path, repo_type="dataset", revision=commit, endpoint=endpoint)
-            found.append((f"hf://datasets/{name}@{commit}/{path}", Path(place), known[path]))
+            found.append((f"hf://datasets/{name}@{commit}/{path}", Path(place), known[path].sha256))
         return found
     except InputError:
         raise
@@ -57,11 +67,24 @@ def hub_files(entry: SourceFile) -> list[tuple[str, Path, str | None]]:
         raise InputError(f"hf: {entry.hf}: {problem}; check name, revision and your access to it") from None
 
 
-def _listing(hub: Any, name: str, revision: str | None, endpoint: str | None) -> tuple[str, Mapping[str, str | None]]:
-    """Return the commit and, by path, the SHA-256 of all files; from the hub's cache where the hub cannot be asked."""
+def _smallest(name: str, files: Mapping[str, HubFile], most: int) -> str:
+    training = [path for path in files if named_split(DataFile(path, Path(), "", 0)) == SPLITS[TRAIN]]
+    path = min(training or files, key=lambda path: files[path].size or 0)
+    if (size := files[path].size or 0) > most:
+        raise InputError(
+            f"hf: {name}: {path} has {size:,} bytes, more than the {most:,} that are fetched for a look, and is read "
+            "as a whole; raise the limit, or choose a smaller file by member"
+        )
+    return path
+
+
+def _listing(hub: Any, name: str, revision: str | None, endpoint: str | None) -> tuple[str, Mapping[str, HubFile]]:
+    """Return the commit and all files by path; from the hub's cache where the hub cannot be asked."""
     try:
         info = hub.HfApi(endpoint=endpoint).dataset_info(name, revision=revision, files_metadata=True)
-        return info.sha, {each.rfilename: each.lfs.sha256 if each.lfs else None for each in info.siblings}
+        return info.sha, {
+            each.rfilename: HubFile(each.lfs.sha256 if each.lfs else None, each.size) for each in info.siblings
+        }
     except Exception as asked:
         try:
             place = hub.snapshot_download(name, repo_type="dataset", revision=revision, local_files_only=True)
@@ -73,7 +96,8 @@ def _listing(hub: Any, name: str, revision: str | None, endpoint: str | None) ->
     for path in folder.rglob("*"):
         digest = path.resolve().name  # large files are named by their SHA-256
         if path.is_file():
-            known[path.relative_to(folder).as_posix()] = digest if SHA256.fullmatch(digest) else None
+            sha256 = digest if SHA256.fullmatch(digest) else None
+            known[path.relative_to(folder).as_posix()] = HubFile(sha256, path.stat().st_size)
     return folder.name, known
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,11 +59,23 @@ def inspect_file(path: str, member: str | None = None, fmt: str | None = None) -
     if not place.is_file():
         raise InputError(f"{path}: expected a file, found {'a folder' if place.is_dir() else 'nothing'}; correct it")
     entry = SourceFile(path=path, member=member, format=fmt)  # type: ignore[arg-type]  # argparse has checked it
-    try:
+    with _not_known(path):
         found = check_file(path, place, entry)
-        return _inspect(found[0], entry)
+    return inspect_data(found[0], entry)
+
+
+def inspect_data(file: DataFile, entry: SourceFile) -> Inspection:
+    """Return the form of a checked file and the source that reads it; raise `InputError` where none does."""
+    with _not_known(file.name):
+        return _inspect(file, entry)
+
+
+@contextmanager
+def _not_known(name: str) -> Iterator[None]:
+    try:
+        yield
     except InputError as error:
-        raise InputError(f"{path}: not known: {str(error).removeprefix(f'{path}: ')}") from None
+        raise InputError(f"{name}: not known: {str(error).removeprefix(f'{name}: ')}") from None
 
 
 def read_file(path: str) -> Iterator[dict[str, Any]]:
@@ -76,7 +90,7 @@ def _inspect(file: DataFile, entry: SourceFile) -> Inspection:
     document = document_kind(file, file.head(), entry.format)
     entry, encoding = (entry, "") if document else _with_encoding(file, entry)
     notes = [] if not entry.encoding else [f"the encoding is a guess: {entry.encoding}"]
-    if split := named_split(file):
+    if entry.hf is None and (split := named_split(file)):
         notes.append(f"its name says {split}: list the files under train:, validation: and test:, or split: from_name")
     options: dict[str, Any] = {"encoding": entry.encoding} if entry.encoding else {}
     options |= {"format": entry.format} if entry.format else {}
@@ -313,12 +327,25 @@ def _longest(rows: Sequence[Mapping[str, Any]], but: str | None) -> str | None:
 def params_lines(found: Inspection, name: str = "mine") -> str:
     """Return the lines for params.yaml that read the file as what it was found to be."""
     file = found.section.files[0]
-    lines = ["data:", f"  {found.kind}: {name}", "sources:", f"  {name}:", "    licence: private", f"    {found.kind}:"]
+    licence = "private" if file.path else "not stated"
+    lines = ["data:", f"  {found.kind}: {name}", "sources:", f"  {name}:", f"    licence: {licence}"]
+    lines.append(f"    {found.kind}:")
     lines += [f"      {key}: {_yaml(value)}" for key, value in found.options.items()]
-    lines += ["      files:", f"      - path: {_yaml(file.path)}"]
-    if file.member:
-        lines.append(f"        member: {_yaml(file.member)}")
+    place = next(key for key in ("path", "url", "hf") if getattr(file, key) is not None)
+    lines += ["      files:", f"      - {place}: {_yaml(getattr(file, place))}"]
+    more = {key: getattr(file, key) for key in ("member", "sha256", "split")}
+    lines += [f"        {key}: {_yaml(value)}" for key, value in more.items() if value is not None]
     return "\n".join(lines)
+
+
+def pinned_entry(found: Inspection, file: DataFile, is_whole: bool) -> SourceFile:
+    """Return the entry of an inspected file with its hash or revision, and the split that its name says."""
+    entry = found.section.files[0]
+    if entry.hf is not None and (commit := re.match(r"hf://datasets/[^@]+@([0-9a-f]{40})/", file.name)):
+        split = "from_name" if found.kind != "corpus" else named_split(file)
+        update = {"split": split} if entry.split is None and named_split(file) else {}
+        return entry.model_copy(update={"hf": f"{entry.hf.partition('@')[0]}@{commit[1]}"} | update)
+    return entry.model_copy(update={"sha256": file.sha256}) if entry.url is not None and is_whole else entry
 
 
 def _yaml(value: Any) -> str:

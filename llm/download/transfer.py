@@ -18,10 +18,19 @@ NETWORK = "check the network and the proxy settings (HTTPS_PROXY), or give a fol
 log = logging.getLogger("llm")
 
 
-def transfer(url: str, part: Path, pinned: bool) -> bool:
+class TooLargeError(Exception):
+    """A file of more bytes than were asked for; `part` holds its first ones, and a later transfer resumes it."""
+
+    def __init__(self, part: Path, total: int | None) -> None:
+        super().__init__(f"more than {part.stat().st_size:,} bytes")
+        self.part, self.total = part, total
+
+
+def transfer(url: str, part: Path, pinned: bool, most: int | None = None) -> bool:
     """Download until `part` is whole, and return whether this resumed what had been there before.
 
-    A resume needs a server that says that the content is unchanged, or a sha256 (`pinned`) that will tell.
+    A resume needs a server that says that the content is unchanged, or a sha256 (`pinned`) that will tell. A file of
+    more than `most` bytes raises `TooLargeError` once so many are there.
     """
     version_file = part.with_suffix(".version")
     resumed, best, attempt = None, 0, 0
@@ -32,7 +41,7 @@ def transfer(url: str, part: Path, pinned: bool) -> bool:
             with open_url(url, start if version or pinned else 0, version) as body:
                 resumed = body.start > 0 if resumed is None else resumed
                 version_file.write_text(body.version, encoding="utf-8")
-                _append(part, body, redact(url))
+                _append(part, body, redact(url), most)
             version_file.unlink()
             return resumed
         except TransientError as error:
@@ -46,12 +55,13 @@ def transfer(url: str, part: Path, pinned: bool) -> bool:
             attempt += 1
 
 
-def _append(part: Path, body: Body, name: str) -> None:
+def _append(part: Path, body: Body, name: str, most: int | None) -> None:
+    goal = body.total if most is None or body.total is None else min(body.total, most)
     with (
         part.open("ab" if body.start else "wb") as out,
         tqdm(
             desc=PurePosixPath(name).name,
-            total=body.total,
+            total=goal,
             initial=body.start,
             unit="B",
             unit_scale=True,
@@ -60,11 +70,22 @@ def _append(part: Path, body: Body, name: str) -> None:
         ) as bar,
     ):
         try:
-            for block in body.blocks:
+            for block in () if _has_enough(out.tell(), body, most) else body.blocks:
+                if most is not None and (body.total is None or body.total > most):
+                    block = block[: most - out.tell()]
                 out.write(block)
                 bar.update(len(block))
+                if _has_enough(out.tell(), body, most):
+                    break
         finally:
             out.flush()
             os.fsync(out.fileno())
+        if _has_enough(out.tell(), body, most):
+            raise TooLargeError(part, body.total)
         if body.total is not None and out.tell() != body.total:
             raise TransientError(f"ended after {out.tell():,} of {body.total:,} bytes")
+
+
+def _has_enough(arrived: int, body: Body, most: int | None) -> bool:
+    """Return whether the first bytes of a file that is too large are there."""
+    return most is not None and arrived >= most and (body.total is None or body.total > most)
