@@ -91,13 +91,12 @@ def _view(
 ) -> tuple[View, Tokenizer] | str:
     """Return the records as a training reads them, or why there is no such view by the params as they are."""
     from llm.cli import training_view
-    from llm.cli.subject import downloads
 
-    records, cache = subject.first.records, downloads()
+    records = subject.first.records
     try:
-        texts = training_view.vocabulary_texts(params, root, subject.kind, records, cache)
+        texts = training_view.vocabulary_texts(params, root, subject.kind, records)
         chosen = training_view.choose_tokenizer(
-            training_view.with_template(params, args.template), args.tokenizer, texts, cache
+            training_view.with_template(params, args.template), args.tokenizer, texts
         )
         if subject.kind == "instructions":
             training_view.conversation_encoder(chosen)
@@ -134,7 +133,7 @@ def _left_out(subject: Subject) -> Iterator[str]:
     left_out, skipped = subject.first.left_out, subject.section.skip_invalid
     for reason, count in left_out.counts.most_common(5):
         places = ", ".join(left_out.examples[reason][:3]) + (", ..." if count > 3 else "")
-        yield f"{count:,} rows besides cannot be used: {reason} ({places})"
+        yield f"{count:,} {'row' if count == 1 else 'rows'} besides cannot be used: {reason} ({places})"
     if left_out.counts:
         yield (
             "they are left out, as skip_invalid: true says"

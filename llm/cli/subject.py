@@ -120,9 +120,13 @@ def _source(request: Request, params: Params, scratch: Path) -> Iterator[Subject
 
 def downloads() -> Path:
     """Return the folder of the download stage, which finds there what was fetched for a look."""
-    return Path(os.environ.get("DVC_ROOT") or Path.cwd()) / ".work" / "downloads"
+    return _repository() / ".work" / "downloads"
 
 
 def mirror() -> Path | None:
     folder = os.environ.get("LLM_DATA_MIRROR")
-    return Path(folder).expanduser() if folder else None
+    return _repository() / Path(folder).expanduser() if folder else None
+
+
+def _repository() -> Path:
+    return Path(os.environ.get("DVC_ROOT") or Path.cwd())

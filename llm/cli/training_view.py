@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from llm.cli.subject import downloads, mirror
 from llm.common.errors import InputError
 from llm.config import AUTO, SCRATCH, MessagesSource, Params
 from llm.data.batches import IGNORE_INDEX, collate_pairs
@@ -64,7 +65,7 @@ class View(NamedTuple):
 # ---- tokenizer and template ------------------------------------------------------------------------------------------
 
 
-def choose_tokenizer(params: Params, wanted: str | None, texts: Iterable[str], cache: Path) -> Choice:
+def choose_tokenizer(params: Params, wanted: str | None, texts: Iterable[str]) -> Choice:
     """Return the tokenizer that is wanted, or the one that the stages use by `params`.
 
     Where these would train one and have not yet, one is trained on `texts`.
@@ -83,7 +84,7 @@ def choose_tokenizer(params: Params, wanted: str | None, texts: Iterable[str], c
         files = GPT2_FILES
         if not all(path.is_file() for path in files):
             declared = (params.gpt2_files.encoder, params.gpt2_files.merges)
-            encoder, merges = (fetch(file, cache)[0].path for file in declared)
+            encoder, merges = (fetch(file, downloads(), mirror())[0].path for file in declared)
             files = encoder, merges
         return Choice(params, ImportedTokenizer(Tokenizer.gpt2(*files), None, None), "gpt2")
     for folder in MADE_HERE:
@@ -112,15 +113,13 @@ def conversation_encoder(choice: Choice) -> ConversationEncoder:
     return own_conversations(source_files(init, weights=False), imported.tokenizer)
 
 
-def vocabulary_texts(
-    params: Params, root: Path, kind: str, records: Sequence[Mapping[str, Any]], cache: Path
-) -> Iterable[str]:
+def vocabulary_texts(params: Params, root: Path, kind: str, records: Sequence[Mapping[str, Any]]) -> Iterable[str]:
     """Yield texts for a vocabulary: those of a corpus itself, else of the corpus of params.yaml where it is at hand."""
     section = params.sources[params.data.corpus].corpus
     if kind != "corpus" and section is not None and all(entry.path is not None for entry in section.files):
         entries = [entry.model_copy(update={"path": str(root / str(entry.path))}) for entry in section.files]
         try:
-            files = [file for entry in entries for file in fetch(section.entry(entry), cache)]
+            files = [file for entry in entries for file in fetch(section.entry(entry), downloads())]
             records = first_records(section, files, rows=len(files) * 10_000).records
         except InputError:
             pass  # not at hand

@@ -160,7 +160,7 @@ def test_rows_that_cannot_be_used_are_counted(inspect: Inspect) -> None:
     good = [{"instruction": f"Do {i}.", "output": f"Done {i}."} for i in range(5)]
     name = write("a.jsonl", *good, {"instruction": "Do.", "output": " "}, *good[:2])
     out = inspect(name)
-    assert "1 rows besides cannot be used: expected text in 'output', found none (a.jsonl, line 6)" in out
+    assert "1 row besides cannot be used: expected text in 'output', found none (a.jsonl, line 6)" in out
     assert "the first of them stops the download stage; skip_invalid: true leaves them out" in out
     assert "2 repeat an earlier one; val and test hold each once" in out and "of all 7 records" in out
 
