@@ -10,8 +10,8 @@ from typing import Any
 
 from llm.common.files import replaced_folder, write_atomic
 from llm.config import KINDS, Params, Source
-from llm.download.fetch import fetch
-from llm.download.readers import write_records
+from llm.download.fetching.fetch import fetch
+from llm.download.records.readers import write_records
 from stages.runtime.run import Run, main
 from stages.tracking.process import repository
 

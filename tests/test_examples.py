@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from llm.config import KINDS, parse_params
-from llm.download.fetch import fetch
-from llm.download.readers import write_records
+from llm.download.fetching.fetch import fetch
+from llm.download.records.readers import write_records
 from tests.conftest import ROOT
 from tests.pipelines import environment, execute, read_params, tiny_copy
 

@@ -42,8 +42,8 @@ from llm.convert.gguf import export_gguf
 from llm.convert.hf import export_hf
 from llm.convert.load import import_model
 from llm.data.shards import TokenShards
-from llm.download.fetch import fetch
-from llm.download.readers import write_records
+from llm.download.fetching.fetch import fetch
+from llm.download.records.readers import write_records
 from llm.model.gpt import GPT
 from llm.tokenizer.bpe import GPT2_PATTERN, Tokenizer
 from llm.tokenizer.chat_template import render, render_untrusted

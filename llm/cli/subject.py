@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 from llm.common.errors import InputError
 from llm.config import KINDS, Params, SourceFile, parse_params
-from llm.download.archives import DataFile
-from llm.download.fetch import check_file
+from llm.download.content.archives import DataFile
+from llm.download.fetching.fetch import check_file
 from llm.download.inspection import Inspection, inspect_data, inspect_file, params_lines, pinned_entry
 from llm.download.look import FirstRecords, first_records, look, named_entry
-from llm.download.splits import Section
+from llm.download.records.splits import Section
 
 
 class Subject(NamedTuple):

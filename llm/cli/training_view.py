@@ -15,7 +15,7 @@ from llm.common.errors import InputError
 from llm.config import AUTO, SCRATCH, MessagesSource, Params
 from llm.data.batches import IGNORE_INDEX, collate_pairs
 from llm.data.examples import Message, Pair, message_examples, pair_examples
-from llm.download.fetch import fetch
+from llm.download.fetching.fetch import fetch
 from llm.download.hub import source_files
 from llm.download.look import first_records
 from llm.preprocess import clean, lengths, supervised

@@ -12,19 +12,19 @@ from typing import Any, NamedTuple
 
 from llm.common.errors import InputError
 from llm.config import AUTO, CorpusSource, InstructionsSource, MessagesSource, SourceFile, split_name
-from llm.download.archives import DataFile
-from llm.download.conversations import conversation_columns, is_preference
-from llm.download.detect import find_format, read_rows
-from llm.download.encodings import find_encoding, guess
-from llm.download.extract import document_kind
-from llm.download.fetch import check_file
-from llm.download.formats import Wanted
-from llm.download.nested import cell, records_of
-from llm.download.readers import SPLIT_COLUMNS, LeftOut, read_records
-from llm.download.shapes import describe_shape
-from llm.download.signatures import DOCUMENTS
-from llm.download.splits import Section, named_split
-from llm.download.tables import SEPARATOR_LINE, SEPARATORS, describe, parse_rows, sample_lines
+from llm.download.content.archives import DataFile
+from llm.download.content.detect import find_format, read_rows
+from llm.download.content.encodings import find_encoding, guess
+from llm.download.content.extract import document_kind
+from llm.download.content.formats import Wanted
+from llm.download.content.nested import cell, records_of
+from llm.download.content.signatures import DOCUMENTS
+from llm.download.content.tables import SEPARATOR_LINE, SEPARATORS, describe, parse_rows, sample_lines
+from llm.download.fetching.fetch import check_file
+from llm.download.records.conversations import conversation_columns, is_preference
+from llm.download.records.readers import SPLIT_COLUMNS, LeftOut, read_records
+from llm.download.records.shapes import describe_shape
+from llm.download.records.splits import Section, named_split
 
 ROWS = 10_000  # that are looked at
 PAIRS = [  # columns of an instruction and its output

@@ -13,14 +13,14 @@ from pydantic import ValidationError
 
 from llm.common.errors import InputError
 from llm.config import SourceFile, explain
-from llm.download.archives import OPENERS, DataFile, read_head
-from llm.download.encodings import find_encoding
-from llm.download.fetch import check_file, fetch
-from llm.download.readers import LeftOut, read_records
-from llm.download.remote import SCHEMES, redact
-from llm.download.signatures import archive_of, check_binary, compression_of, is_parquet
-from llm.download.splits import Section
-from llm.download.transfer import TooLargeError
+from llm.download.content.archives import OPENERS, DataFile, read_head
+from llm.download.content.encodings import find_encoding
+from llm.download.content.signatures import archive_of, check_binary, compression_of, is_parquet
+from llm.download.fetching.fetch import check_file, fetch
+from llm.download.fetching.remote import SCHEMES, redact
+from llm.download.fetching.transfer import TooLargeError
+from llm.download.records.readers import LeftOut, read_records
+from llm.download.records.splits import Section
 
 HUB = re.compile(r"hf:(?://)?(?:datasets/)?(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^/@]+))?(?:/(?P<member>.+))?")
 MOST_CHARACTERS = 4_000_000  # of a corpus that are read for a look

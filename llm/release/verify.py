@@ -13,7 +13,7 @@ from llm.common.errors import InputError
 from llm.common.files import read_json
 from llm.config import SourceFile, effective_params, parse_params
 from llm.data.about import CARD_FILE
-from llm.download.fetch import fetch
+from llm.download.fetching.fetch import fetch
 from llm.release.lineage import commit_of, workspace
 
 State = Literal["unchanged", "changed", "not at hand"]

@@ -11,8 +11,8 @@ import pytest
 
 from llm.common.errors import InputError
 from llm.config import SourceFile
-from llm.download.archives import DataFile
-from llm.download.fetch import fetch
+from llm.download.content.archives import DataFile
+from llm.download.fetching.fetch import fetch
 
 DATA = b"".join(b"line %d of the file\n" % i for i in range(5000))
 

@@ -10,8 +10,8 @@ import pytest
 
 from llm.common.errors import InputError
 from llm.config import CorpusSource, InstructionsSource, MessagesSource
-from llm.download.fetch import fetch
-from llm.download.readers import Section, Written, write_records
+from llm.download.fetching.fetch import fetch
+from llm.download.records.readers import Section, Written, write_records
 
 KINDS = {"corpus": CorpusSource, "messages": MessagesSource, "instructions": InstructionsSource}
 

@@ -16,8 +16,8 @@ import pytest
 
 from llm.common.errors import InputError
 from llm.config import SourceFile
-from llm.download import archives
-from llm.download.fetch import fetch
+from llm.download.content import archives
+from llm.download.fetching.fetch import fetch
 from tests.download.files import DATA, content, refused, sha, zipped
 
 

@@ -13,9 +13,9 @@ import pytest
 
 from llm.common.errors import InputError
 from llm.config import AUTO, CorpusSource, InstructionsSource, MessagesSource, SourceFile
-from llm.download.archives import DataFile
-from llm.download.readers import LeftOut, read_records, write_records
-from llm.download.splits import Section
+from llm.download.content.archives import DataFile
+from llm.download.records.readers import LeftOut, read_records, write_records
+from llm.download.records.splits import Section
 from llm.preprocess.supervised import read_instructions
 
 HI, HELLO = {"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hello."}

@@ -17,7 +17,7 @@ import pyarrow.parquet
 import pytest
 from backports import zstd
 
-from llm.download import encodings
+from llm.download.content import encodings
 from tests.download.files import zipped
 from tests.download.sources import Place
 

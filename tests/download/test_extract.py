@@ -151,7 +151,7 @@ def test_entities_that_multiply_are_refused(place: Place) -> None:
 def test_documents_that_unpack_to_very_much_are_refused(
     place: Place, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llm.download.archives.FREE_SIZE", 1000)
+    monkeypatch.setattr("llm.download.content.archives.FREE_SIZE", 1000)
     member = {"a.docx": "word/document.xml", "a.xlsx": "xl/workbook.xml", "a.epub": "META-INF/container.xml"}[name]
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -178,9 +178,9 @@ def test_rows_are_no_document(place: Place) -> None:
 
 
 def test_size_of_a_document_and_of_its_text_is_limited(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llm.download.extract.MAX_SIZE", 500)
+    monkeypatch.setattr("llm.download.content.extract.MAX_SIZE", 500)
     assert "at most 500 bytes of a document" in place.refused("corpus", ("a.html", PAGE + "x" * 500))
-    monkeypatch.setattr("llm.download.extract.html_text", lambda page: "x" * 501)
+    monkeypatch.setattr("llm.download.content.extract.html_text", lambda page: "x" * 501)
     assert "at most 500 characters of text" in place.refused("corpus", ("b.html", PAGE))
 
 

@@ -16,8 +16,9 @@ import requests
 import urllib3
 
 from llm.config import SourceFile
-from llm.download import archives, remote, transfer
-from llm.download.fetch import fetch
+from llm.download.content import archives
+from llm.download.fetching import remote, transfer
+from llm.download.fetching.fetch import fetch
 from tests.download.files import DATA, content, refused, sha
 
 HTML = b"<!DOCTYPE html>\n<html><body>Please log in</body></html>"

@@ -10,9 +10,9 @@ import pytest
 
 from llm.common.errors import InputError
 from llm.config import CorpusSource, SourceFile
-from llm.download import archives, formats
-from llm.download.archives import DataFile
-from llm.download.readers import write_records
+from llm.download.content import archives, formats
+from llm.download.content.archives import DataFile
+from llm.download.records.readers import write_records
 
 SECTION = CorpusSource(files=[SourceFile(path="unused")], strip="gutenberg")
 TALE = "A TALE\n\nOnce upon a time.\n\nAnd so on.\n"

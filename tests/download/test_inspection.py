@@ -18,9 +18,9 @@ import yaml
 from llm.cli.main import main
 from llm.common.errors import InputError
 from llm.config import parse_params
-from llm.download.fetch import fetch
+from llm.download.fetching.fetch import fetch
 from llm.download.inspection import inspect_file, params_lines
-from llm.download.readers import write_records
+from llm.download.records.readers import write_records
 from tests.conftest import ROOT
 from tests.download.files import zipped
 from tests.download.test_extract import docx, pdf, xlsx

@@ -15,9 +15,9 @@ import yaml
 from llm.cli.main import main
 from llm.common.errors import InputError
 from llm.config import CorpusSource, InstructionsSource, SourceFile, parse_params
-from llm.download.fetch import fetch
+from llm.download.fetching.fetch import fetch
 from llm.download.look import first_records, look, named_entry
-from llm.download.readers import write_records
+from llm.download.records.readers import write_records
 from tests.conftest import ROOT
 from tests.download.files import content, sha
 from tests.download.test_fetch import Server, server

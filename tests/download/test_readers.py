@@ -15,9 +15,10 @@ import pytest
 
 from llm.common.errors import InputError
 from llm.config import CorpusSource, InstructionsSource, MessagesSource, SourceFile
-from llm.download import archives, documents, formats
-from llm.download.archives import DataFile
-from llm.download.readers import Section, write_records
+from llm.download.content import archives, formats
+from llm.download.content.archives import DataFile
+from llm.download.records import documents
+from llm.download.records.readers import Section, write_records
 
 FILES = [SourceFile(path="unused")]
 CORPUS = CorpusSource(files=FILES)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from llm.download import archives, formats, readers
+from llm.download.content import archives, formats
+from llm.download.records import readers
 from tests.download.sources import Place
 
 # ---- quotes ----------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ import stages.runtime.run
 
 STAGES = ("download", "tokenize", "pretrain", "finetune-classify", "finetune-instruct", "evaluate")
 PLACES = {  # functions that stages call, where it would hurt most
-    "download": "llm.download.fetch._download",
+    "download": "llm.download.fetching.fetch._download",
     "tokenizer": "llm.tokenizer.bpe.Tokenizer.save",
     "state": "llm.training.fit.save_state",
     "evaluation": "llm.training.fit.Trainer.evaluate",

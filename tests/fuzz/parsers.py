@@ -34,8 +34,8 @@ from llm.config import CorpusSource, InstructionsSource, MessagesSource, SourceF
 from llm.convert.gguf import export_gguf, read_gguf
 from llm.convert.hf import export_hf
 from llm.convert.load import import_model
-from llm.download.fetch import fetch
-from llm.download.readers import write_records
+from llm.download.fetching.fetch import fetch
+from llm.download.records.readers import write_records
 from llm.model.gpt import GPT
 from llm.tokenizer.bpe import FILE_NAME, GPT2_PATTERN, Tokenizer
 from llm.tokenizer.chat_template import render_untrusted

@@ -15,8 +15,8 @@ from llm.common.errors import InputError
 from llm.common.files import parse_json
 from llm.common.sanitize import error_text
 from llm.config import ReadOptions
-from llm.download.archives import BLOCK, DataFile, seekable
-from llm.download.encodings import decode_text
+from llm.download.content.archives import BLOCK, DataFile, seekable
+from llm.download.content.encodings import decode_text
 
 LARGEST_ROW = 64_000_000  # characters
 BETWEEN = re.compile("[\\s,\ufeff]*")  # separates two objects of a JSON file

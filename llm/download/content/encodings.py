@@ -10,7 +10,7 @@ import io
 from collections.abc import Iterator
 
 from llm.common.errors import InputError
-from llm.download.archives import DataFile
+from llm.download.content.archives import DataFile
 
 MARKS = {  # byte order marks; the longer ones first
     codecs.BOM_UTF32_LE: "utf-32",

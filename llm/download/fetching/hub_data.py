@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 from llm.common.errors import InputError
 from llm.common.sanitize import error_text
 from llm.config import SPLITS, TRAIN, SourceFile, split_name
-from llm.download.archives import DataFile
-from llm.download.detect import BY_SUFFIX
-from llm.download.splits import named_split
+from llm.download.content.archives import DataFile
+from llm.download.content.detect import BY_SUFFIX
+from llm.download.records.splits import named_split
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 SHA256 = re.compile(r"[0-9a-f]{64}")

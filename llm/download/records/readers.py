@@ -22,18 +22,18 @@ from tqdm import tqdm
 
 from llm.common.errors import InputError
 from llm.config import AUTO, CorpusSource, InstructionsSource, MessagesSource, ReadOptions, SourceFile, split_name
-from llm.download.archives import DataFile
-from llm.download.conversations import conversation_columns, is_preference, read_conversation, read_preference
-from llm.download.detect import find_format, read_rows
-from llm.download.documents import cut_pieces, split_documents
-from llm.download.encodings import decode_text
-from llm.download.extract import extract_text
-from llm.download.formats import Wanted
-from llm.download.gutenberg import read_books
-from llm.download.nested import cell, columns_of
-from llm.download.shapes import describe_shape
-from llm.download.signatures import DOCUMENTS
-from llm.download.splits import Section, file_splits
+from llm.download.content.archives import DataFile
+from llm.download.content.detect import find_format, read_rows
+from llm.download.content.encodings import decode_text
+from llm.download.content.extract import extract_text
+from llm.download.content.formats import Wanted
+from llm.download.content.nested import cell, columns_of
+from llm.download.content.signatures import DOCUMENTS
+from llm.download.records.conversations import conversation_columns, is_preference, read_conversation, read_preference
+from llm.download.records.documents import cut_pieces, split_documents
+from llm.download.records.gutenberg import read_books
+from llm.download.records.shapes import describe_shape
+from llm.download.records.splits import Section, file_splits
 
 MOST_LABELS = 200  # that are found out; more are no labels
 MOST_REASONS = 1000  # that are counted each for itself, for rows that are left out

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from llm.common.errors import InputError
-from llm.download.signatures import archive_of, check_pointer, looks_binary
+from llm.download.content.signatures import archive_of, check_pointer, looks_binary
 
 TEXTS = ".txt .text .md .markdown .rst .adoc .org .tex"
 DOCUMENTS = ".pdf .html .htm .xhtml .epub .docx"

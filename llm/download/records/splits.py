@@ -8,7 +8,7 @@ from pathlib import PurePosixPath
 
 from llm.common.errors import InputError
 from llm.config import SPLITS, CorpusSource, InstructionsSource, MessagesSource, split_name
-from llm.download.archives import DataFile
+from llm.download.content.archives import DataFile
 
 Section = CorpusSource | MessagesSource | InstructionsSource
 STATED = {"train": "train", "val": "validation", "test": "test"}  # keys of `files`

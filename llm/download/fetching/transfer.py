@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from tqdm import tqdm
 
 from llm.common.errors import InputError
-from llm.download.remote import Body, TransientError, open_url, redact
+from llm.download.fetching.remote import Body, TransientError, open_url, redact
 
 PAUSES = (1.0, 2.0, 4.0)  # seconds before each retry; they start again after an attempt that brought something new
 NETWORK = "check the network and the proxy settings (HTTPS_PROXY), or give a folder with the file in LLM_DATA_MIRROR"

@@ -31,7 +31,7 @@ from backports import zstd
 from llm.common.errors import InputError
 from llm.common.sanitize import error_text
 from llm.config import SourceFile
-from llm.download.signatures import HEAD, OFFICE, OFFICE_DOCUMENTS, archive_of, compression_of
+from llm.download.content.signatures import HEAD, OFFICE, OFFICE_DOCUMENTS, archive_of, compression_of
 
 BLOCK = 1 << 20  # bytes read at once
 MAX_RATIO = 200  # unpacked bytes for each packed one; text and tables have 3 to 30

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from llm.download.conversations import conversation_columns, is_preference
-from llm.download.nested import records_of
+from llm.download.content.nested import records_of
+from llm.download.records.conversations import conversation_columns, is_preference
 
 NOT_YET = "this form is not read yet: write one text, message or pair a row"
 

@@ -20,12 +20,12 @@ from filelock import FileLock
 from llm.common.errors import InputError
 from llm.common.sanitize import error_text
 from llm.config import SourceFile
-from llm.download.archives import DataFile, archive_kind, archive_members, is_workbook, read_head
-from llm.download.folders import folder_files
-from llm.download.hub_data import hub_files
-from llm.download.remote import SCHEMES, redact
-from llm.download.signatures import HTML, HTML_SUFFIXES, check_pointer
-from llm.download.transfer import transfer
+from llm.download.content.archives import DataFile, archive_kind, archive_members, is_workbook, read_head
+from llm.download.content.signatures import HTML, HTML_SUFFIXES, check_pointer
+from llm.download.fetching.folders import folder_files
+from llm.download.fetching.hub_data import hub_files
+from llm.download.fetching.remote import SCHEMES, redact
+from llm.download.fetching.transfer import transfer
 
 TRACKED = (Path("data/own"), Path("data/sample"))  # DVC notices changes of local files here
 

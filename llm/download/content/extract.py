@@ -21,10 +21,10 @@ from xml.etree import ElementTree
 from llm.common.errors import InputError
 from llm.common.sanitize import error_text
 from llm.config import ReadOptions, SourceFile
-from llm.download.archives import DataFile, check_ratio, document_of, open_zip, seekable
-from llm.download.encodings import decode_text, find_encoding
-from llm.download.formats import Row, Wanted
-from llm.download.signatures import DOCUMENTS, HTML, HTML_SUFFIXES, archive_of
+from llm.download.content.archives import DataFile, check_ratio, document_of, open_zip, seekable
+from llm.download.content.encodings import decode_text, find_encoding
+from llm.download.content.formats import Row, Wanted
+from llm.download.content.signatures import DOCUMENTS, HTML, HTML_SUFFIXES, archive_of
 
 MAX_SIZE = 1 << 28  # bytes of a document, and characters of its text
 PACKAGES = {"pdf": "pypdf", "html": "resiliparse", "epub": "resiliparse", "docx": "mammoth", "xlsx": "openpyxl"}

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 
 from llm.common.errors import InputError
-from llm.download.formats import split_lines
+from llm.download.content.formats import split_lines
 
 NAME = r"Proj?[ejgy]\w*[- ]Gutenberg"  # Project, Projekt, Projet, Progetto, Proyecto, Projeto
 STARTS = r"(?:start|begin\w*|anfang|d[eé]but|in[ií]cio|inizio|comienzo|come[cç]o|alku)"

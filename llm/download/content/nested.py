@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from llm.common.errors import InputError
-from llm.download.formats import Row
+from llm.download.content.formats import Row
 
 FIELD = re.compile(r"\{([^{}]+)\}")  # of a template
 STEP = re.compile(r"([^.\[\]]+)|\[(\d+)\]")

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 from llm.common.errors import InputError
 from llm.config import ReadOptions
-from llm.download.archives import DataFile
-from llm.download.encodings import decode_text, decoded_head
-from llm.download.formats import LARGEST_ROW, Row, Wanted, split_lines
-from llm.download.signatures import HEAD
+from llm.download.content.archives import DataFile
+from llm.download.content.encodings import decode_text, decoded_head
+from llm.download.content.formats import LARGEST_ROW, Row, Wanted, split_lines
+from llm.download.content.signatures import HEAD
 
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 SEPARATOR_LINE = re.compile(r'"?sep=(.)"?[,;\t|]*', re.IGNORECASE)  # the first line that Excel understands

@@ -11,13 +11,13 @@ from typing import Any
 
 from llm.common.errors import InputError
 from llm.config import ReadOptions
-from llm.download.archives import DataFile
-from llm.download.encodings import decoded_head, find_encoding
-from llm.download.extract import document_kind, sheet_rows
-from llm.download.formats import Row, Wanted, json_lines, json_rows, parquet_rows
-from llm.download.nested import inner_rows
-from llm.download.signatures import DOCUMENTS, check_binary, check_pointer, is_parquet, looks_binary
-from llm.download.tables import SAMPLE_LINES, SEPARATOR_LINE, SEPARATORS, first_row, parse_rows, read_table
+from llm.download.content.archives import DataFile
+from llm.download.content.encodings import decoded_head, find_encoding
+from llm.download.content.extract import document_kind, sheet_rows
+from llm.download.content.formats import Row, Wanted, json_lines, json_rows, parquet_rows
+from llm.download.content.nested import inner_rows
+from llm.download.content.signatures import DOCUMENTS, check_binary, check_pointer, is_parquet, looks_binary
+from llm.download.content.tables import SAMPLE_LINES, SEPARATOR_LINE, SEPARATORS, first_row, parse_rows, read_table
 
 BY_SUFFIX = {
     **dict.fromkeys((".txt", ".md", ".text", ".markdown", ".rst"), "text"),
