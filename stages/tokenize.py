@@ -12,7 +12,8 @@ from llm.common.errors import InputError
 from llm.common.files import replaced_folder, write_atomic
 from llm.config import KINDS, SCRATCH, Params
 from llm.download.hub import source_files
-from llm.preprocess import clean, data_card, lengths, supervised
+from llm.preprocess import clean_corpus, data_card, lengths, supervised
+from llm.preprocess.clean import is_on
 from llm.preprocess.corpus import Plan, line_batches, plan_corpus, training_texts
 from llm.preprocess.encode import encode_corpus
 from llm.preprocess.supervised import SplitRows
@@ -59,10 +60,10 @@ def write_tokens(run: Run, folder: Path) -> dict[str, Any]:
     n_workers = min(run.params.runtime.workers or cores(), len(line_batches(corpus)))
     with Workers(n_workers) as workers:
         funnel = None
-        if clean.is_on(params.clean):
+        if is_on(params.clean):
             raw, corpus = corpus, folder / "clean.jsonl"
-            funnel = clean.clean_corpus(raw, corpus, params.clean, workers)
-            logger.info(clean.sentence(funnel))
+            funnel = clean_corpus.clean_corpus(raw, corpus, params.clean, workers, run.state_dir)
+            logger.info(clean_corpus.sentence(funnel))
         plan = plan_corpus(corpus, params.corpus, seed, workers)
         kind, imported = make_tokenizer(run.params, corpus, plan)
         tokenizer = imported.tokenizer

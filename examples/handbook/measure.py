@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections import Counter
+from collections import defaultdict
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
 
 import llm
 from llm.data.shards import TokenShards
+from llm.evaluation.metrics import exact_matches, share_interval
 from llm.inference.score import score_tokens
 
 MOST_TOKENS = 5_000  # of each held-out text
@@ -31,14 +33,27 @@ def held_out_bpb(base: Path, corpus: Path) -> float:
 
 
 def answered(instruct: Path, questions: Path) -> dict[str, str]:
-    """Return, for each task, how many held-out questions are answered word for word."""
+    """Return, for each task, how many held-out questions are answered word for word, and how many but for one word."""
     model = llm.load(instruct)
-    right, asked = Counter[str](), Counter[str]()
+    answers: defaultdict[str, list[tuple[str, str]]] = defaultdict(list)
     for row in map(json.loads, questions.read_text(encoding="utf-8").splitlines()):
         answer = model.chat([{"role": "user", "content": row["instruction"], "input": row["input"]}])
-        asked[row["task"]] += 1
-        right[row["task"]] += answer.strip() == row["output"].strip()
-    return {task: f"{right[task]} of {n}" for task, n in sorted(asked.items())}
+        answers[row["task"]].append((answer, row["output"]))
+    return {task: describe(found) for task, found in sorted(answers.items())}
+
+
+def describe(answers: list[tuple[str, str]]) -> str:
+    """Return the number of right answers with its 95 % interval, for pairs of answer and expected answer."""
+    right = sum(exact_matches(*zip(*answers, strict=True)))
+    share = share_interval(right, len(answers))
+    nearly = sum(differs_in_a_word(answer, expected) for answer, expected in answers)
+    return f"{right} of {len(answers)} ({100 * share.low:.1f}-{100 * share.high:.1f} %; {nearly} more but for one word)"
+
+
+def differs_in_a_word(answer: str, expected: str) -> bool:
+    """Return whether an answer has the right form and one wrong word, such as a number."""
+    pairs = list(zip_longest(answer.split(), expected.split()))
+    return len(pairs) > 1 and sum(one != other for one, other in pairs) == 1
 
 
 def main() -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import random
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,8 +17,9 @@ from hypothesis import strategies as st
 from llm.common.errors import InputError
 from llm.config import CleanParams
 from llm.preprocess import clean, data_card, quality
+from llm.preprocess.clean_corpus import SAMPLES, Funnel, clean_corpus, sentence
 from llm.preprocess.mask import mask
-from llm.preprocess.near_duplicates import NearDuplicates, signature
+from llm.preprocess.near_duplicates import find_near_duplicates, signature
 from llm.preprocess.text import normalise
 from llm.preprocess.workers import Workers
 from tests.datasets import disguise, write_corpus
@@ -43,9 +46,11 @@ PARAGRAPHS = {
 }  # fmt: skip
 
 
-def cleaned(tmp_path: Path, texts: list[str], **rules: Any) -> tuple[list[str], clean.Funnel]:
+def cleaned(tmp_path: Path, texts: list[str], **rules: Any) -> tuple[list[str], Funnel]:
     path = write_corpus(tmp_path / "corpus.jsonl", texts)
-    funnel = clean.clean_corpus(path, tmp_path / "clean.jsonl", OFF.model_copy(update=rules), ALONE)
+    with tempfile.TemporaryDirectory(dir=tmp_path) as state:
+        params = OFF.model_copy(update=rules)
+        funnel = clean_corpus(path, tmp_path / "clean.jsonl", params, ALONE, Path(state))
     return [json.loads(line)["text"] for line in (tmp_path / "clean.jsonl").read_text().splitlines()], funnel
 
 
@@ -85,7 +90,7 @@ def test_texts_in_other_languages_are_removed(tmp_path: Path) -> None:
         found, funnel = cleaned(tmp_path, list(PARAGRAPHS.values()), languages=wanted)
         assert found == [PARAGRAPHS[code] for code in PARAGRAPHS if code in wanted]
         assert funnel.removed == {"languages": len(PARAGRAPHS) - len(wanted)}
-        assert len(funnel.samples["languages"]) == clean.SAMPLES
+        assert len(funnel.samples["languages"]) == SAMPLES
     with pytest.raises(InputError, match=r"tokenize\.clean\.languages: 'xx' is not known \(expected some of"):
         cleaned(tmp_path, ["a"], languages=["xx"])
 
@@ -128,7 +133,7 @@ def test_duplicates(tmp_path: Path) -> None:
     assert found == ["one text", "a + b", "a - b", "two texts"] and funnel.removed == {"exact": 1}
 
 
-def test_near_duplicates_are_found_and_unrelated_texts_are_not() -> None:
+def test_near_duplicates_are_found_and_unrelated_texts_are_not(tmp_path: Path) -> None:
     pytest.importorskip("rensa")
     stories = (Path(__file__).parents[2] / "data/sample/stories.txt").read_text(encoding="utf-8").split("\n\n\n")
     chooser = random.Random(0)
@@ -141,11 +146,14 @@ def test_near_duplicates_are_found_and_unrelated_texts_are_not() -> None:
             parts[i] = chooser.choice(words)
         return " ".join(parts)
 
-    near = NearDuplicates()
-    assert sum(near.is_duplicate(signature(text)) for text in originals) == 0
-    assert sum(near.is_duplicate(signature(change(text))) for text in originals) >= 95
-    single = NearDuplicates()
-    assert sum(single.is_duplicate(signature(text)) for text in stories[:1000]) < 10
+    def flagged(texts: list[str]) -> list[bool]:
+        np.save(tmp_path / "signatures.npy", [signature(text) for text in texts])
+        found: list[bool] = find_near_duplicates([tmp_path / "signatures.npy"], np.arange(len(texts))).tolist()
+        return found
+
+    found = flagged(originals + [change(text) for text in originals])
+    assert sum(found[:100]) == 0 and sum(found[100:]) >= 95
+    assert sum(flagged(stories[:1000])) < 10
 
 
 @pytest.mark.parametrize(
@@ -175,7 +183,7 @@ def test_the_funnel_is_drawn_and_its_samples_are_withheld(tmp_path: Path) -> Non
     assert "| gopher | 0 | 1 | 3 | ███████████████ | short |" in table
     withheld = data_card.without_texts(card, ["corpus"])
     assert "samples" not in json.dumps(withheld) and "short" not in "\n".join(data_card._cleaning(withheld["corpus"]))
-    assert clean.sentence(funnel) == (
+    assert sentence(funnel) == (
         "data.corpus: cleaning left 2 of 4 texts: 1 removed by gopher, 1 removed by exact, 1 changed by mask mail"
     )
 
@@ -188,5 +196,6 @@ def test_workers_do_not_change_the_result(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(found) == 7
     with Workers(2) as two:
         rules = OFF.model_copy(update={"duplicates": "exact", "mask": ["mail"]})
-        assert clean.clean_corpus(tmp_path / "corpus.jsonl", tmp_path / "clean.jsonl", rules, two) == funnel
+        corpus, out = tmp_path / "corpus.jsonl", tmp_path / "clean.jsonl"
+        assert clean_corpus(corpus, out, rules, two, tmp_path / "state") == funnel
     assert (tmp_path / "clean.jsonl").read_bytes() == first

@@ -34,6 +34,7 @@ class FakeRun:
         values["tokenize"].update(changes)
         self.params = parse_params(values)
         self.metrics: dict[str, Any] = {}
+        self.state_dir = Path("state")
 
     def write_metrics(self, values: dict[str, Any]) -> None:
         self.metrics = values

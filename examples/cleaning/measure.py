@@ -1,0 +1,63 @@
+"""Run a stage and sample the memory of all its processes each second; `--kill-after` ends it when shards are cleaned.
+
+    python examples/cleaning/measure.py memory.csv --kill-after 40 -- python -m stages.tokenize
+
+The resident memory includes pages of mapped files and of libraries that several processes share.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+
+COLUMNS = "seconds,processes,resident_mb,own_mb,main_resident_mb,main_own_mb,shards\n"
+
+
+def sample(main: psutil.Process) -> tuple[int, ...]:
+    """Return the number of processes and their memory in MB: resident and own of all, and of the main process."""
+    found = {}
+    for process in (main, *main.children(recursive=True)):
+        try:
+            found[process.pid] = process.memory_full_info()
+        except psutil.NoSuchProcess:
+            continue
+    own = found.get(main.pid)
+    sums = sum(memory.rss for memory in found.values()), sum(memory.uss for memory in found.values())
+    return len(found), *(round(size / 1e6) for size in (*sums, own.rss if own else 0, own.uss if own else 0))
+
+
+def shards_done() -> int:
+    return sum(path.suffix == "" for path in Path(".work/tokenize").glob("*/clean-*"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Run a stage and sample the memory of its processes.")
+    parser.add_argument("csv", type=Path)
+    parser.add_argument("--kill-after", type=int, help="cleaned shards after which the stage gets SIGKILL")
+    parser.add_argument("command", nargs="+")
+    args = parser.parse_args()
+    start = time.monotonic()
+    with args.csv.open("w", encoding="utf-8") as file, subprocess.Popen(args.command) as child:
+        file.write(COLUMNS)
+        process = psutil.Process(child.pid)
+        while child.poll() is None:
+            done = shards_done()
+            if args.kill_after and done >= args.kill_after:
+                child.kill()
+                break
+            try:
+                row = time.monotonic() - start, *sample(process), done
+            except psutil.NoSuchProcess:
+                break
+            file.write(",".join(f"{value:.0f}" for value in row) + "\n")
+            file.flush()
+            time.sleep(1)
+    print(f"exit status {child.returncode} after {time.monotonic() - start:.0f} s, {shards_done()} shards left behind")
+
+
+if __name__ == "__main__":
+    main()
