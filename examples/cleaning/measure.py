@@ -14,20 +14,26 @@ from pathlib import Path
 
 import psutil
 
-COLUMNS = "seconds,processes,resident_mb,own_mb,main_resident_mb,main_own_mb,shards\n"
+COLUMNS = "seconds,processes,resident_mb,own_mb,main_own_mb,worker_own_mb,processor_seconds,shards\n"
 
 
 def sample(main: psutil.Process) -> tuple[int, ...]:
-    """Return the number of processes and their memory in MB: resident and own of all, and of the main process."""
-    found = {}
+    """Return the number of processes, their memory in MB and their processor time.
+
+    The memory is resident and own of all, own of the main process, own of the largest other one.
+    """
+    memory, seconds = {}, 0.0
     for process in (main, *main.children(recursive=True)):
         try:
-            found[process.pid] = process.memory_full_info()
+            with process.oneshot():
+                memory[process.pid] = process.memory_full_info()
+                seconds += sum(process.cpu_times()[:2])
         except psutil.NoSuchProcess:
             continue
-    own = found.get(main.pid)
-    sums = sum(memory.rss for memory in found.values()), sum(memory.uss for memory in found.values())
-    return len(found), *(round(size / 1e6) for size in (*sums, own.rss if own else 0, own.uss if own else 0))
+    own = {pid: found.uss for pid, found in memory.items()}
+    sizes = [sum(found.rss for found in memory.values()), sum(own.values()), own.pop(main.pid, 0)]
+    sizes.append(max(own.values(), default=0))
+    return len(memory), *(round(size / 1e6) for size in sizes), round(seconds)
 
 
 def shards_done() -> int:

@@ -23,7 +23,7 @@ INVISIBLE = re.compile(  # zero-width and bidirectional controls; joiners betwee
     "[\u00ad\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u206f\ufff9-\ufffb]"
     "|(?<![\u0600-\u0fff\u1000-\u109f\u1780-\u17ff])[\u200c\u200d](?![\u2190-\u21ff\u2600-\u27bf\u2b00-\u2bff\U0001f000-\U0001faff])"
 )
-LANGUAGE_CHARS = 2000  # of a text that the identifier reads
+LANGUAGE_CHARS = 1000  # of a text that the identifier reads; 200 are enough for 99.9 % of texts
 
 
 class Cleaned(NamedTuple):
@@ -84,12 +84,16 @@ def clean_text(text: str, params: CleanParams) -> Cleaned:
 
 def repair(text: str) -> str:
     """Return the text with mojibake and its like undone, and nothing else changed."""
+    return normalise("".join(line if line.isascii() else _repair_line(line) for line in text.splitlines(keepends=True)))
+
+
+def _repair_line(line: str) -> str:
+    """Return a line as ftfy mends it, which looks at each line by itself and changes no ASCII one."""
     import ftfy
 
-    fixed = ftfy.fix_text(
-        text, unescape_html=False, uncurl_quotes=False, fix_latin_ligatures=False, fix_character_width=False
+    return ftfy.fix_text(
+        line, unescape_html=False, uncurl_quotes=False, fix_latin_ligatures=False, fix_character_width=False
     )
-    return normalise(fixed)
 
 
 def language(text: str) -> str:

@@ -68,6 +68,14 @@ def test_encoding_is_repaired(tmp_path: Path) -> None:
     assert funnel.changed == {"repair": 1}
 
 
+@settings(max_examples=100)
+@given(st.text(st.sampled_from("aé \n\tÃ©â€œ\x1b[m\u2028ﬁ\u3000"), max_size=60))
+def test_lines_are_repaired_as_the_whole_text_would_be(text: str) -> None:
+    ftfy, text = pytest.importorskip("ftfy"), normalise(text)
+    kept = dict.fromkeys(("unescape_html", "uncurl_quotes", "fix_latin_ligatures", "fix_character_width"), False)
+    assert clean.repair(text) == normalise(ftfy.fix_text(text, **kept))
+
+
 def test_invisible_characters_go_and_joiners_with_a_meaning_stay(tmp_path: Path) -> None:
     kept = ["می\u200cخواهم", "क\u094d\u200dष", "👩\u200d👧", "🐈\u200d⬛", "plain"]
     found, funnel = cleaned(
