@@ -48,8 +48,13 @@ def active_rules(params: CleanParams) -> list[str]:
         *(["languages"] if params.languages else []),
         *params.quality,
         *({"none": [], "exact": ["exact"], "near": ["exact", "near"]}[params.duplicates]),
-        *(f"mask {kind}" for kind in params.mask),
+        *(f"mask {kind}" for kind in masked_kinds(params)),
     ]
+
+
+def masked_kinds(params: CleanParams) -> list[str]:
+    """Return the kinds of personal data to mask, phone numbers last: parts of account numbers look like them."""
+    return sorted(params.mask, key=["mail", "iban", "card", "phone"].index)
 
 
 def clean_text(text: str, params: CleanParams) -> Cleaned:
@@ -74,7 +79,7 @@ def clean_text(text: str, params: CleanParams) -> Cleaned:
             changed.append(rule)
     key = b"" if params.duplicates == "none" else dedup_key(text).encode()
     signed = signature(text) if params.duplicates == "near" else None
-    for kind in params.mask:
+    for kind in masked_kinds(params):
         if (new := mask(text, kind)) != text:
             text = new
             changed.append(f"mask {kind}")

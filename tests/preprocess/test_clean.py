@@ -181,6 +181,13 @@ def test_personal_data_is_masked(kind: str, text: str, expected: str) -> None:
     assert mask(text, kind) == expected
 
 
+def test_accounts_and_cards_are_masked_before_phone_numbers(tmp_path: Path) -> None:
+    texts = ["To DE89 3704 0044 0532 0130 00 today.", "Card 5500 0000 0000 0004, please call 0049 30 1234567."]
+    found, funnel = cleaned(tmp_path, texts, mask=["phone", "card", "iban"])
+    assert found == ["To <iban> today.", "Card <card>, please call <phone>."]
+    assert funnel.changed == {"mask iban": 1, "mask card": 1, "mask phone": 1}
+
+
 def test_the_funnel_is_drawn_and_its_samples_are_withheld(tmp_path: Path) -> None:
     texts = [GOOD, GOOD.upper(), "short", f"{PARAGRAPHS['en']} Write to me@here.org. {PARAGRAPHS['en'][::-1]}"]
     found, funnel = cleaned(tmp_path, texts, quality=["gopher"], duplicates="exact", mask=["mail"])
