@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import random
 import signal
 import subprocess
@@ -62,8 +63,8 @@ def test_a_killed_run_repeats_one_shard_at_most(
 ) -> None:
     path = write_corpus(tmp_path / "corpus.jsonl", documents(200))
     command = [sys.executable, "-c", KILLED, RULES.model_dump_json()]
-    root = str(Path(__file__).parents[2])
-    killed = subprocess.run(command, cwd=tmp_path, env={"PYTHONPATH": root}, capture_output=True, text=True)
+    paths = os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])
+    killed = subprocess.run(command, cwd=tmp_path, env={"PYTHONPATH": paths}, capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
 
     monkeypatch.setattr("llm.preprocess.corpus.BATCH_BYTES", 2000)

@@ -1,6 +1,6 @@
 """Run a stage and sample the memory of all its processes each second; `--kill-after` ends it when shards are cleaned.
 
-    python examples/cleaning/measure.py memory.csv --kill-after 40 -- python -m stages.tokenize
+    python examples/cleaning/sample_memory.py memory.csv --kill-after 40 -- python -m stages.tokenize
 
 The resident memory includes pages of mapped files and of libraries that several processes share.
 """
