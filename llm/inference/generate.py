@@ -1,4 +1,4 @@
-"""Text generation: many prompts at a time, or one as a stream, also ahead of a draft model.
+"""Text generation: many prompts at a time, or one as a stream, also ahead of a draft.
 
 A text may grow longer than the context. Then the model reads on from the last half of the context: one prefill of half
 a context every half context. Dropping one token at a time would cost a prefill for each new token. A prompt longer than
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import Literal
 
 from llm.common.errors import InputError
 from llm.inference.batched import decode_batch
@@ -61,22 +62,28 @@ def stream(
     seed: int = 0,
     stop: Collection[int] = (),
     prefix: PrefixCache | None = None,
-    draft: Decoder | None = None,
+    draft: Decoder | Literal["prompt"] | None = None,
 ) -> Iterator[int]:
     """Return an iterator over the tokens of `generate(model, [prompt], ...)[0]`; errors are raised at the call.
 
-    A `draft` model, a smaller one with the same vocabulary, turns on speculative decoding. Greedy text stays the same
-    up to rounding. Sampled text differs, with the same distribution.
+    A `draft` turns on speculative decoding: a smaller model with the same vocabulary, or "prompt" for n-gram lookup in
+    the text so far. Greedy text stays the same up to rounding. Sampled text differs, with the same distribution.
     """
     [request] = make_requests(model.gpt, [prompt], max_new_tokens, sampling, seed)
     if draft is None:
         return (token for _, token in decode_batch(model, [request], sampling, frozenset(stop), 1, prefix))
+    if not isinstance(draft, str):
+        _check_draft(model, draft, len(prompt) + max_new_tokens)
+    return speculative_decode(model, draft, request, sampling, frozenset(stop), prefix)
+
+
+def _check_draft(model: Decoder, draft: Decoder, length: int) -> None:
+    """Raise `InputError` for a draft model that cannot draft a text of this length."""
     config, other = model.gpt.config, draft.gpt.config
     if other.vocab_size != config.vocab_size:
         raise InputError(f"the draft has {other.vocab_size} tokens, the model {config.vocab_size}")
-    if other.context_length < (needed := min(config.context_length, len(prompt) + max_new_tokens)):
+    if other.context_length < (needed := min(config.context_length, length)):
         raise InputError(f"the draft reads {other.context_length} tokens, and {needed} are needed")
-    return speculative_decode(model, draft, request, sampling, frozenset(stop), prefix)
 
 
 def stream_text(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
