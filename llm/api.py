@@ -8,22 +8,24 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from llm.checkpoint.folder import Checkpoint, load_checkpoint
 from llm.common.device import pick_device
 from llm.common.errors import InputError
-from llm.convert.cache import model_folder
+from llm.convert.cache import cache_root, model_folder
 from llm.data.about import About, read_about
 from llm.inference.classify import NO_TEXT, classify_texts, decide, doubt, has_text
 from llm.inference.generate import generate, stream, stream_text
+from llm.inference.int4 import load_kernel, to_int4
 from llm.inference.int8 import to_int8
 from llm.inference.prefill import PrefixCache
 from llm.inference.request import Decoder
 from llm.inference.sampling import GREEDY, Sampling, sampling_of
 from llm.inference.score import Score, score_tokens
+from llm.inference.speculative import PROMPT
 from llm.model.gpt import GPT
 from llm.tokenizer.conversation import ConversationEncoder, fit_turns
 from llm.tokenizer.prompts import Message
@@ -42,6 +44,7 @@ def load(
     *,
     device: str = "auto",
     int8: bool = False,
+    int4: bool = False,
     compiled: bool = False,
     draft: str | Path | None = None,
 ) -> Model:
@@ -50,8 +53,8 @@ def load(
     `path` is a model folder, or another tool's model: a folder of transformers, a .gguf file or a hub name, which is
     imported into a cache at its first use (see `llm.convert.cache`).
 
-    `int8` rounds the weights to 8 bits. `compiled` compiles the decoding of a single row. `draft` is a smaller
-    model with the same tokenizer, for speculative decoding.
+    `int8` rounds the weights to 8 bits, `int4` to 4. `compiled` compiles the decoding of a single row. `draft` is for
+    speculative decoding: a smaller model with the same tokenizer, or "prompt" to draft from the text so far.
 
     >>> import llm
     >>> model = llm.load("models/base", device="cpu")
@@ -60,9 +63,16 @@ def load(
     """
     where = pick_device(device)
     model = Model(load_checkpoint(model_folder(path), where), path)
+    if int8 and int4:
+        raise InputError("int8 and int4 are two roundings of the same weights; choose one")
     if int8:
         to_int8(model.gpt)
-    if draft is not None:
+    elif int4:
+        load_kernel(cache_root() / "kernels")
+        to_int4(model.gpt)
+    if draft == PROMPT:
+        model.draft = PROMPT
+    elif draft is not None:
         small = Model(load_checkpoint(model_folder(draft), where), draft)
         if small.checkpoint.tokenizer != model.checkpoint.tokenizer:
             raise InputError(f"{draft}: the draft has another tokenizer than {path}; choose one that shares it")
@@ -72,7 +82,8 @@ def load(
 
         log.info("compiling the step of a token")
         model.decoder = CompiledDecoder(model.gpt)
-        model.draft = None if model.draft is None else CompiledDecoder(model.draft.gpt)
+        if model.draft is not None and not isinstance(model.draft, str):
+            model.draft = CompiledDecoder(model.draft.gpt)
     return model
 
 
@@ -91,7 +102,7 @@ class Model:
         """Wrap a checkpoint; error messages call it by its path."""
         self.checkpoint, self.path = checkpoint, path
         self.decoder: Decoder | None = None  # in place of the model itself, where its steps are compiled
-        self.draft: Decoder | None = None
+        self.draft: Decoder | Literal["prompt"] | None = None
         self.usage = Usage()  # of the latest `stream`
         self._prefix = PrefixCache()
 

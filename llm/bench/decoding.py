@@ -20,9 +20,11 @@ import torch
 from llm.bench.harness import OURS, Benchmark, Cost, Skipped, Workload, run_apart
 from llm.bench.models import Shape, check_shape, gpt_config, matrix_weights, transformers_model
 from llm.common.errors import InputError
+from llm.convert.cache import cache_root
 from llm.convert.gguf import FileType, export_gguf
 from llm.inference.compiled import CompiledDecoder
 from llm.inference.generate import generate
+from llm.inference.int4 import load_kernel, to_int4
 from llm.inference.int8 import to_int8
 from llm.inference.request import Decoder
 from llm.model.gpt import GPT
@@ -51,12 +53,20 @@ def requests(shape: Shape) -> Requests:
 # ---- this project ----------------------------------------------------------------------------------------------------
 
 
-def generate_ours(shape: Shape, int8: bool = False, packed: bool = False, compiled: bool = False) -> Workload:
+def generate_ours(
+    shape: Shape, int8: bool = False, int4: bool = False, packed: bool = False, compiled: bool = False
+) -> Workload:
     if compiled and shape.batch > 1:
         raise Skipped("a single row's decoding is compiled, not that of a batch")
     model = GPT(gpt_config(shape))
     if int8:
         to_int8(model)
+    if int4:
+        try:
+            load_kernel(cache_root() / "kernels")
+        except InputError as error:
+            raise Skipped(str(error)) from None
+        to_int4(model)
     if packed:
         to_packed(model)
     decoder: Decoder = model
@@ -188,10 +198,16 @@ def generate_llama_cpp(shape: Shape, weights: FileType) -> Workload:
 
 OURS_INT8 = f"{OURS}, int8"
 OURS_INT8_COMPILED = f"{OURS}, int8, compiled"
-BYTES_PER_WEIGHT = {  # elsewhere fp32
-    OURS_INT8: 1,
-    OURS_INT8_COMPILED: 1,
-    "llama.cpp, Q8_0": 34 / 32,  # a block of 32 has a scale of two bytes
+OURS_INT4 = f"{OURS}, int4"
+OURS_INT4_COMPILED = f"{OURS}, int4, compiled"
+BYTES_PER_WEIGHT = {  # of the blocks and of the output layer; elsewhere fp32
+    OURS_INT8: (1, 1),
+    OURS_INT8_COMPILED: (1, 1),
+    OURS_INT4: (20 / 32, 1),  # a group of 32 has a step and a minimum of two bytes each
+    OURS_INT4_COMPILED: (20 / 32, 1),
+    "llama.cpp, Q8_0": (34 / 32, 34 / 32),  # a block of 32 has a scale of two bytes
+    "llama.cpp, Q4_0": (18 / 32, 34 / 32),
+    "llama.cpp, Q4_1": (20 / 32, 34 / 32),
 }
 
 
@@ -199,7 +215,9 @@ def decoding_cost(shape: Shape, name: str) -> Cost | None:
     """Return the cost of a token of a single row, which reads every weight once; the rows of a batch share reads."""
     if shape.batch > 1:
         return None
-    return Cost(n_bytes=BYTES_PER_WEIGHT.get(name, 4) * matrix_weights(gpt_config(shape)))
+    of_blocks, of_output = BYTES_PER_WEIGHT.get(name, (4, 4))
+    output = shape.vocab * shape.width
+    return Cost(n_bytes=of_blocks * (matrix_weights(gpt_config(shape)) - output) + of_output * output)
 
 
 FORMS = {  # GPT-2 124M's and SmolLM2-135M's
@@ -228,12 +246,16 @@ GENERATE = Benchmark(
         f"{OURS}, compiled": partial(generate_ours, compiled=True),
         OURS_INT8: partial(generate_ours, int8=True),
         OURS_INT8_COMPILED: partial(generate_ours, int8=True, compiled=True),
+        OURS_INT4: partial(generate_ours, int4=True),
+        OURS_INT4_COMPILED: partial(generate_ours, int4=True, compiled=True),
         "transformers": generate_transformers,
         "transformers, static cache": partial(generate_transformers, cache="static"),
         "transformers, compiled": partial(generate_transformers, cache="static", compiled=True),
         "transformers, continuous": generate_transformers_continuous,
         "llama.cpp, F32": partial(generate_llama_cpp, weights="f32"),
         "llama.cpp, Q8_0": partial(generate_llama_cpp, weights="q8_0"),
+        "llama.cpp, Q4_0": partial(generate_llama_cpp, weights="q4_0"),
+        "llama.cpp, Q4_1": partial(generate_llama_cpp, weights="q4_1"),
     },
     check_shape,
     decoding_cost,

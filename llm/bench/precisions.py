@@ -15,13 +15,17 @@ from llm.common.errors import InputError
 from llm.common.markdown import table
 
 PROMPT, NEW = 32, 128  # tokens of the text that are read, and that are then written
-GGUF = {"llama.cpp, F32": "f32", "llama.cpp, F16": "f16", "llama.cpp, Q8_0": "q8_0"}
-OURS = {"this project, fp32": False, "this project, int8": True}
+GGUF = {f"llama.cpp, {kind.upper()}": kind for kind in ("f32", "f16", "q8_0", "q4_1", "q4_0")}
+OURS: dict[str, dict[str, bool]] = {
+    "this project, fp32": {},
+    "this project, int8": {"int8": True},
+    "this project, int4": {"int4": True},
+}
 
 
 def compare_precisions(model_dir: Path, text: str, new: int = NEW) -> dict[str, Any]:
     """Measure a model folder in every form, each in a process of its own."""
-    results = {name: apart(measure_ours, model_dir, int8, text, new) for name, int8 in OURS.items()}
+    results = {name: apart(measure_ours, model_dir, rounding, text, new) for name, rounding in OURS.items()}
     with tempfile.TemporaryDirectory(prefix="bench-") as place:
         for name, kind in GGUF.items():
             path = Path(place) / f"{kind}.gguf"
@@ -41,15 +45,15 @@ def apart(work: Callable[..., Any], *arguments: Any) -> Any:
         return pool.submit(work, *arguments).result()
 
 
-def measure_ours(model_dir: Path, int8: bool, text: str, new: int) -> dict[str, float]:
-    """Measure a model folder in fp32, or rounded to 8 bits when it is loaded."""
+def measure_ours(model_dir: Path, rounding: dict[str, bool], text: str, new: int) -> dict[str, float]:
+    """Measure a model folder in fp32, or rounded to 8 or 4 bits when it is loaded."""
     import torch
 
     from llm.api import load
     from llm.inference.generate import generate
 
     torch.set_num_threads(1)
-    model = load(model_dir, device="cpu", int8=int8)
+    model = load(model_dir, device="cpu", **rounding)
     prompt = model.checkpoint.tokenizer.encode(text)[:PROMPT]
     generate(model.gpt, [prompt], max_new_tokens=1)  # warm up
     begun = time.perf_counter()

@@ -87,8 +87,8 @@ KINDS = {
     ),
     "precisions": Kind(
         "compare precisions of one model",
-        "Measures a model folder in fp32 and int8, and in llama.cpp as F32, F16 and Q8_0: weights on disk, memory, "
-        "decoding on one thread, and bits per byte of --text. Those of a GGUF file are of its weights, in fp32.",
+        "Measures a model folder in fp32, int8 and int4, and in llama.cpp as F32, F16, Q8_0, Q4_1 and Q4_0: weights on "
+        "disk, memory, decoding on one thread, and bits per byte of --text. A GGUF file's are of its weights, in fp32.",
         ("text", "new"),
         ("python -m llm bench precisions models/base --text book.txt",),
     ),

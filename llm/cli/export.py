@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("out", type=Path, metavar="OUT", help="the folder or file to write")
     add("--format", required=True, choices=FORMATS, help="for transformers, llama.cpp, Ollama, a browser or PEFT")
-    add("--dtype", choices=["f16", "q8_0", "f32"], help="of the weights in a GGUF file (default: f16)")
+    add("--dtype", choices=["f16", "q8_0", "q4_1", "q4_0", "f32"], help="of the weights in a GGUF file (default: f16)")
     add("--runtime", type=Path, metavar="PATH", help="wllama's package for --format web (default: fetched by npm)")
     add("--base", metavar="NAME", help="the model that an adapter for PEFT belongs to")
 

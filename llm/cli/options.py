@@ -56,10 +56,13 @@ def add_out(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="FILE", help="write to this file, not to stdout")
 
 
-def add_int8(parser: Any) -> None:
-    parser.add_argument(
+def add_rounding(parser: Any) -> None:
+    """Add the options for weights of fewer bits."""
+    bits = parser.add_mutually_exclusive_group()
+    bits.add_argument(
         "--int8", action="store_true", help="round the weights to 8 bits: faster on a CPU, a little less exact"
     )
+    bits.add_argument("--int4", action="store_true", help="round them to 4 bits: faster still, less exact; needs g++")
 
 
 def add_decoding(parser: argparse.ArgumentParser) -> None:
@@ -84,21 +87,21 @@ def add_decoding(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, metavar="N", help="same seed, same text (default: %(default)s)")
     speed = parser.add_argument_group("how fast it comes")
     add_device(speed)
-    add_int8(speed)
+    add_rounding(speed)
     speed.add_argument(
         "--compile", action="store_true", help="compile decoding: half a minute at first, then much faster"
     )
     speed.add_argument(
         "--draft",
-        type=Path,
         metavar="MODEL_DIR",
-        help="a smaller model with the same tokenizer, for speculative decoding",
+        help="for speculative decoding: a smaller model with the same tokenizer, or `prompt` to draft what "
+        "followed the last tokens before",
     )
 
 
 def load_options(args: argparse.Namespace) -> dict[str, Any]:
     """Return the arguments of `llm.load` that the options of `add_decoding` give."""
-    return {"device": args.device, "int8": args.int8, "compiled": args.compile, "draft": args.draft}
+    return {"device": args.device, "int8": args.int8, "int4": args.int4, "compiled": args.compile, "draft": args.draft}
 
 
 def decoding_options(args: argparse.Namespace, model: Model) -> dict[str, Any]:

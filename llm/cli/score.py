@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from llm.cli.options import add_device, add_int8, add_model
+from llm.cli.options import add_device, add_model, add_rounding
 from llm.cli.terminal import decoded, print_json
 from llm.common.errors import InputError
 
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument("file", metavar="FILE", help="a UTF-8 text file, read as it is, or - for stdin")
     add_device(parser)
-    add_int8(parser)
+    add_rounding(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> None:
     text = decoded(content, name)
     if not text:
         raise InputError(f"{name}: empty; give a text to score")
-    model = load(args.model_dir, device=args.device, int8=args.int8)
+    model = load(args.model_dir, device=args.device, int8=args.int8, int4=args.int4)
     model.require("base", "instruct")
     try:
         score = model.score(text)

@@ -9,7 +9,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from llm.cli.options import add_device, add_int8
+from llm.cli.options import add_device, add_rounding
 from llm.common.errors import InputError
 
 SUMMARY = "answer over HTTP, in OpenAI's API, with a page"
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--cors", action="append", default=[], metavar="ORIGIN", help="let pages of this origin use the API"
     )
     add_device(parser)
-    add_int8(parser)
+    add_rounding(parser)
     add = parser.add_argument_group("limits").add_argument
     for option, value, text in LIMITS:
         add(option, type=positive, default=value, metavar="N", help=f"{text} (default: %(default)s)")
@@ -98,7 +98,7 @@ def build(args: argparse.Namespace) -> Any:
 
     sizes = {name: getattr(args, name) for name in ("batch_size", "queue", "chunk", "cache_tokens")}
     limits = Limits(**sizes, deterministic=not args.no_deterministic)
-    models = Models(Loading(args.device, args.int8, limits), resolve)
+    models = Models(Loading(args.device, args.int8, args.int4, limits), resolve)
     for source in args.models:
         models.add(source)
     for source in args.classifier:

@@ -12,7 +12,7 @@ Shapes: D head_dim.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from pydantic import ValidationError
-from torch import Tensor
+from torch import Tensor, nn
 
 from llm.checkpoint.card import Card
 from llm.checkpoint.folder import Checkpoint, lm_checkpoint
@@ -30,19 +30,23 @@ from llm.common.files import atomic_file
 from llm.common.gguf_header import GGUFHeader, gguf_package, read_exactly, read_gguf_header
 from llm.common.stored_tensor import StoredTensor
 from llm.config import GPTConfig, explain
+from llm.convert.cache import cache_root
 from llm.convert.families.base import Family, fused_names, fused_shapes
 from llm.convert.families.metadata import Metadata
 from llm.convert.families.registry import FAMILIES, family_with
 from llm.convert.gguf_card import card_fields, write_digest
+from llm.inference.importance import input_importance
+from llm.inference.int4 import load_kernel, round_groups
 from llm.model.gpt import GPT
 from llm.tokenizer.chat_source import ChatSource, gguf_chat, gguf_chat_fields
 from llm.tokenizer.gguf import gguf_tokenizer_fields, parse_gguf_tokenizer
 
+EMBEDDINGS = ("token_embd.weight", "output.weight")  # in 8 bits where the other matrices have 4
 CHUNK = 2**18  # numbers that are dequantized at a time
 HEAD = "lm_head.weight"
 POSITIONS = "position_embd.weight"  # llama.cpp's converter keeps it in fp32 whatever the other matrices are in
-FileType = Literal["f32", "f16", "q8_0"]
-FILE_TYPES: dict[FileType, int] = {"f32": 0, "f16": 1, "q8_0": 7}  # general.file_type
+FileType = Literal["f32", "f16", "q8_0", "q4_0", "q4_1"]
+FILE_TYPES: dict[FileType, int] = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7}  # general.file_type
 
 
 # ---- in --------------------------------------------------------------------------------------------------------------
@@ -183,8 +187,9 @@ def export_gguf(
     """Write a GGUF file that llama.cpp runs, whole or not at all; the same model gives the same bytes.
 
     `kind` is of the matrices: vectors and learned positions stay in fp32, and where a row is no whole number of blocks
-    q8_0 becomes f16. `more` is metadata in place of that of the same keys. Raises `InputError` for a model that none of
-    llama.cpp's architectures computes.
+    the 8 or 4 bits become f16. With 4 bits, embeddings and output layer have 8. q4_1 is rounded as by `to_int4`, and a
+    model that is read from such a file gets the same weights by it. `more` is metadata in place of that of the same
+    keys. Raises `InputError` for a model that none of llama.cpp's architectures computes.
     """
     gguf = gguf_package()
     if out.is_dir():
@@ -218,13 +223,17 @@ def export_gguf(
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
             weights = {HEAD: checkpoint.model.lm_head.weight, **stored_tensors(checkpoint.model)}
+            importance = _importance(checkpoint.model, fused_names(family.gguf_names, layout)) if kind == "q4_1" else {}
             for name, tensor in _tensors_out(family, config, layout, weights):
                 type_out, largest = _type_out(name, tensor, kind), tensor.abs().max().item()
                 if type_out != gguf.GGMLQuantizationType.F32 and not largest <= torch.finfo(torch.float16).max:
                     raise InputError(
                         f"{name} would hold {largest:.4g}, no number of half precision; export with --dtype f32"
                     )
-                writer.write_tensor_data(gguf.quantize(tensor.cpu().numpy(), type_out))
+                if type_out == gguf.GGMLQuantizationType.Q4_1:
+                    writer.write_tensor_data(_q4_1(tensor, importance[name]))
+                else:
+                    writer.write_tensor_data(gguf.quantize(tensor.cpu().numpy(), type_out))
         if card is not None:
             write_digest(draft)
 
@@ -241,6 +250,23 @@ def _tensors_out(
         heads = family.rotary_heads(config, names[0])
         yield target, _neighbours(tensor, heads) if heads else tensor
     yield from family.gguf_constants(config).items()
+
+
+def _importance(model: GPT, names: Mapping[str, Sequence[str]]) -> dict[str, Tensor]:
+    """Return the importance of the inputs of each matrix of the blocks, by its name in the file."""
+    load_kernel(cache_root() / "kernels")
+    layers = {name: part for name, part in model.named_modules() if isinstance(part, nn.Linear)}
+    found = input_importance(model)
+    of_first = {target: layers.get(parts[0].removesuffix(".weight")) for target, parts in names.items()}
+    return {target: found[layer] for target, layer in of_first.items() if layer is not None and layer in found}
+
+
+def _q4_1(weight: Tensor, importance: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Return the blocks [O, I / 32 * 20] of a matrix [O, I], each of a step, a minimum and 32 numbers in 16 bytes."""
+    q, pair = round_groups(weight, importance)  # [O, G, 32], [O, G, 2]
+    numbers = q[..., :16] | q[..., 16:] << 4  # [O, G, 16]
+    blocks = torch.cat([pair.view(torch.uint8), numbers], dim=-1)  # [O, G, 20]
+    return np.asarray(blocks.flatten(1).numpy(), dtype=np.uint8)
 
 
 def _tokenizer_fields(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -270,4 +296,6 @@ def _type_out(name: str, tensor: Tensor, kind: FileType) -> Any:
     kinds = gguf_package().GGMLQuantizationType
     if kind == "f32" or tensor.ndim == 1 or name == POSITIONS:
         return kinds.F32
-    return kinds.Q8_0 if kind == "q8_0" and tensor.shape[1] % 32 == 0 else kinds.F16
+    if kind == "f16" or tensor.shape[1] % 32:
+        return kinds.F16
+    return kinds.Q8_0 if name in EMBEDDINGS else kinds[kind.upper()]

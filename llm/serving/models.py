@@ -42,6 +42,7 @@ class Loading:
 
     device: str = "auto"
     int8: bool = False
+    int4: bool = False
     limits: Limits = field(default_factory=Limits)
 
 
@@ -66,11 +67,12 @@ class Models:
         self.served[name] = self._load(name, folder, kinds)
 
     def _load(self, name: str, source: str, kinds: Sequence[str]) -> Served:
-        model = load(self.resolve(source), device=self.loading.device, int8=self.loading.int8)
+        loading = self.loading
+        model = load(self.resolve(source), device=loading.device, int8=loading.int8, int4=loading.int4)
         model.require(*kinds)
         engine = None
         if model.kind in GPT_KINDS:
-            if not self.loading.int8:
+            if not (loading.int8 or loading.int4):
                 to_packed(model.gpt)
             engine = Engine(model.gpt, model.checkpoint.tokenizer, self.loading.limits, self.metrics.observer(name))
             engine.start()

@@ -301,6 +301,10 @@ def test_share_of_the_limit_follows_from_the_cost() -> None:
     one, quantised = (decode(TINY._replace(batch=1), name) for name in (OURS, "llama.cpp, Q8_0"))
     assert one is not None and quantised is not None
     assert quantised.n_bytes / one.n_bytes == pytest.approx((32 + 2) / 128), "32 bytes and a half-precision scale"
+    few = decode(TINY._replace(batch=1), "llama.cpp, Q4_0")
+    assert few is not None and few.n_bytes == 2 * 12 * 256 * 18 / 32 + 50 * 16 * 34 / 32, (
+        "the output layer keeps 8 bits"
+    )
     assert set(BYTES_PER_WEIGHT) <= set(load_benchmark("generate").implementations)
 
 
@@ -743,7 +747,7 @@ def test_one_model_in_every_precision(tmp_path: Path, capsys: pytest.CaptureFixt
     found = json.loads((tmp_path / "precisions.json").read_text())["results"]
     assert set(found) == {*precisions.OURS, *precisions.GGUF}
     disk = [found[name]["disk"] for name in precisions.GGUF]
-    assert disk == sorted(disk, reverse=True) and len(set(disk)) == 3
+    assert disk == sorted(disk, reverse=True) and len(set(disk)) == 5
     exact = found["this project, fp32"]["bpb"]
     assert found["llama.cpp, F32"]["bpb"] == pytest.approx(exact, rel=1e-5)
     for result in found.values():

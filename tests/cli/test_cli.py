@@ -10,6 +10,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -475,12 +476,25 @@ def test_chat_uses_the_system_prompt_and_all_stop_tokens(
     ]
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the kernel needs g++")
+def test_weights_of_4_bits_nearly_keep_the_score(cli: Cli, folders: Folders, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("One morning the baker sold bread.")
+    exact, rounded = (json.loads(cli("score", folders.base, text, *option).out) for option in ((), ("--int4",)))
+    assert exact["tokens"] == rounded["tokens"]
+    assert 0 < abs(exact["bpb"] - rounded["bpb"]) < 0.05 * exact["bpb"]
+    assert cli("generate", folders.base, "--prompt", "One", "--int4").out.startswith("One")
+    refused = cli("score", folders.base, text, "--int4", "--int8")
+    assert refused.status == 2 and "--int8: not allowed with argument --int4" in refused.err
+
+
 def test_draft_and_compilation_keep_greedy_text_and_int8_nearly_the_score(
     cli: Cli, folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Compare greedy texts, and bits per byte with weights of 8 bits."""
     plain = cli("generate", folders.base, "--prompt", "One")
-    assert cli("generate", folders.base, "--prompt", "One", "--draft", folders.base).out == plain.out
+    for draft in (folders.base, "prompt"):
+        assert cli("generate", folders.base, "--prompt", "One", "--draft", draft).out == plain.out
     assert cli("generate", folders.base, "--prompt", "One", "--int8").out.startswith("One")
     compiled: list[object] = []
     monkeypatch.setattr("llm.inference.compiled.CompiledDecoder", lambda model: compiled.append(model) or model)

@@ -23,6 +23,7 @@ from llm.common.errors import InputError
 from llm.config import RopeScaling
 from llm.convert.gguf import export_gguf, read_gguf
 from llm.inference.generate import generate
+from llm.inference.int4 import Int4Linear, to_int4
 from llm.model.classifier import GPTClassifier
 from llm.model.gpt import GPT
 from llm.tokenizer.gguf import read_gguf_tokenizer
@@ -317,6 +318,35 @@ def test_q8_0_rounds_each_block_of_32_and_leaves_other_widths_to_f16(tmp_path: P
             assert not torch.equal(back[name], tensor) or not tensor.any()
 
 
+@pytest.mark.parametrize("kind", ["q4_0", "q4_1"])
+def test_4_bits_leave_embeddings_8_and_other_widths_f16(kind: Any, tmp_path: Path) -> None:
+    folder = folder_of(LLAMA | {"ffn_dim": 72})
+    export_gguf(folder, tmp_path / "model.gguf", kind)
+    types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    assert types["blk.0.ffn_down.weight"] == "F16" and types["blk.0.ffn_norm.weight"] == "F32"
+    assert {types[f"blk.1.{name}.weight"] for name in ("attn_q", "attn_output", "ffn_up")} == {kind.upper()}
+    assert types["token_embd.weight"] == "Q8_0"
+    back = stored_tensors(read_gguf(tmp_path / "model.gguf", None).model)
+    for name, tensor in stored_tensors(folder.model).items():
+        if tensor.ndim == 2:
+            assert (back[name] - tensor).norm() < 0.12 * tensor.norm(), name
+
+
+def test_a_q4_1_file_has_the_weights_that_to_int4_computes_with(tmp_path: Path) -> None:
+    """And a model that is read from it is rounded to the same ones again, up to the last bits of a step."""
+    folder = folder_of(LLAMA)
+    export_gguf(folder, tmp_path / "model.gguf", "q4_1")
+    back = read_gguf(tmp_path / "model.gguf", torch.float32).model
+    names = [name for name, part in back.blocks.named_modules() if isinstance(part, torch.nn.Linear)]
+    found = {name: back.blocks.get_submodule(name).weight.clone() for name in names}
+    for model in (folder.model, back):
+        to_int4(model)
+        for name in names:
+            layer = model.blocks.get_submodule(name)
+            assert isinstance(layer, Int4Linear)
+            torch.testing.assert_close(layer.dequantized(), found[name], atol=0.002 * found[name].abs().max(), rtol=0)
+
+
 def test_half_precision_models_are_written_as_they_are(tmp_path: Path) -> None:
     folder = folder_of(LLAMA)
     folder.model.bfloat16()
@@ -412,7 +442,7 @@ def test_llama_cpp_continues_an_export_as_generate_does(name: str, tmp_path: Pat
     torch.testing.assert_close(theirs, log_probs(folder.model, prompt, added), atol=tolerance, rtol=0)
 
 
-@pytest.mark.parametrize("kind", ["f16", "q8_0"])
+@pytest.mark.parametrize("kind", ["f16", "q8_0", "q4_0", "q4_1"])
 @pytest.mark.parametrize("name", ["gpt2", "llama, untied, wide heads", "qwen2", "qwen3"])
 def test_llama_cpp_runs_smaller_exports(name: str, kind: Any, tmp_path: Path) -> None:
     folder = folder_of(MODELS[name][1])
@@ -421,7 +451,7 @@ def test_llama_cpp_runs_smaller_exports(name: str, kind: Any, tmp_path: Path) ->
     theirs = LlamaCpp(tmp_path / "model.gguf").next_token(prompt, 280)
     ours = log_probs(read_gguf(tmp_path / "model.gguf", torch.float32).model, prompt, [0])
     # llama.cpp rounds what it multiplies such weights with to the same type
-    torch.testing.assert_close(theirs, ours, atol={"f16": 0.02, "q8_0": 0.5}[kind], rtol=0)
+    torch.testing.assert_close(theirs, ours, atol={"f16": 0.02, "q8_0": 0.5, "q4_0": 0.5, "q4_1": 0.5}[kind], rtol=0)
     assert ours.std() > 1
 
 
