@@ -79,7 +79,7 @@ def evaluate(run: Run) -> None:
         spreads = spread_of_seeds(run, tables.headlines(base, classifiers, instruct), device)
     with run.phase("saving"):
         write_reports(run, Results(base, classifiers, instruct, audit, inside, spreads))
-    for line in [*report.headlines(base, classifiers, instruct), *NEXT]:
+    for line in [*report.headlines(base, classifiers, instruct, spreads), *NEXT]:
         logger.info(line)
     for path in (REPORTS / "report.html", REPORTS / "report.md", FIGURES):
         optional(f"artifact {path}", partial(run.artifact, path))
@@ -148,7 +148,7 @@ def write_reports(run: Run, results: Results) -> None:
 
     def write_report() -> None:
         drawn = [path.name for path in FIGURES.glob("*.png")]
-        text = report.markdown(base, classifiers, instruct, run.params.data.model_dump(), drawn, quotable)
+        text = report.markdown(base, classifiers, instruct, run.params.data.model_dump(), drawn, quotable, spreads)
         text += "\n" + "\n".join(leakage.section(audit, clean, quotable))
         more = report.seeds_section(spreads) + too_long_section(read_too_long(TOKENS))
         write_atomic(REPORTS / "report.md", f"{text}\n{more}{TIME_LINE}\n")

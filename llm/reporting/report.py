@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from llm.common.markdown import escape, fenced, table
 from llm.evaluation.base.base_model import BaseResult
+from llm.evaluation.base.slices import Slice
 from llm.evaluation.classifier.classification import ClassifierResult
 from llm.evaluation.comparison import ALPHA
 from llm.evaluation.instruct.answer_form import task_forms
@@ -18,7 +19,7 @@ from llm.evaluation.metrics import Interval, fold
 from llm.evaluation.seeds import Spread
 from llm.inference.classify import NO_TEXT
 from llm.reporting.classifier_report import details_section
-from llm.reporting.tables import ANSWERERS, CLASSIFIERS, TEXT_MODELS
+from llm.reporting.tables import ANSWERERS, CLASSIFIERS, KINDS_OF_TEXT, TEXT_MODELS
 
 EASY = 0.95  # accuracy of a classical method above which a task says little about language models
 
@@ -30,6 +31,7 @@ def markdown(
     sources: Mapping[str, str],
     pictures: Sequence[str],
     quotable: Collection[str],
+    spreads: Mapping[str, Spread] | None = None,
 ) -> str:
     """Return the report. `sources` names the data of each kind, `pictures` the existing files of `figures/`.
 
@@ -47,7 +49,7 @@ def markdown(
         f"({escape(sources['messages'])}) and to follow instructions ({escape(sources['instructions'])}). All figures "
         "are on held-out data that no training and no baseline has learned from. Brackets hold 95 % intervals.",
         "",
-        *headlines(base, classifiers, instruct),
+        *headlines(base, classifiers, instruct, spreads),
         *picture("training", "Losses and learning rates of the three trainings, over steps"),
         *_base_section(base, picture("bpb", "Bits per byte of each model"), "corpus" in quotable),
         *picture("token_losses", "Loss of each token under a held-out text: long bars are surprises"),
@@ -67,15 +69,20 @@ def markdown(
     return "\n".join(lines).rstrip() + "\n"
 
 
-def headlines(base: BaseResult, classifiers: ClassifierResult, instruct: InstructResult) -> list[str]:
-    """Return the lines of the first table: each task beside its best alternative."""
+def headlines(
+    base: BaseResult,
+    classifiers: ClassifierResult,
+    instruct: InstructResult,
+    spreads: Mapping[str, Spread] | None = None,
+) -> list[str]:
+    """Return the lines of the first table: each task beside its best alternative, and over several seeds."""
     bits = base.bpb()
     best = classifiers.best_classical()
     copied = instruct.best_alternative()
     rows = [
         [
             "predict text",
-            f"{bits['gpt']:.3f} bits per byte",
+            f"{_bits(base, 'gpt', 3)} bits per byte",
             ", ".join(f"{TEXT_MODELS[name]} {bits[name]:.3f}" for name in ("ppm", "ngram", "xz") if name in bits),
             "-",
         ],
@@ -92,7 +99,16 @@ def headlines(base: BaseResult, classifiers: ClassifierResult, instruct: Instruc
             percent(instruct.reports["scratch"].exact_match) if "scratch" in instruct.reports else "-",
         ],
     ]
-    return table(["task", "GPT", "best alternative", "the same GPT without pretraining"], rows)
+    header = ["task", "GPT", "best alternative", "the same GPT without pretraining"]
+    if spreads:
+        header.insert(2, "GPT over seeds: mean ± standard deviation (interval of the mean)")
+        for row, name in zip(rows, ("bpb", "accuracy", "exact_match"), strict=True):
+            row.insert(2, _over_seeds(spreads[name]) if name in spreads else "-")
+    return table(header, rows)
+
+
+def _over_seeds(s: Spread) -> str:
+    return f"{100 * s.mean:.1f} % ± {100 * s.sd:.2f} ({100 * s.low:.1f}-{100 * s.high:.1f}), {len(s.values)} seeds"
 
 
 SEED_HEADLINES = {
@@ -134,8 +150,8 @@ def seeds_section(spreads: Mapping[str, Spread]) -> str:
 def _base_section(base: BaseResult, picture: list[str], quotable: bool) -> list[str]:
     bits = base.bpb()
     rows = [
-        [TEXT_MODELS["gpt"], f"{bits['gpt']:.4f}", f"{base.gpt.loss:.4f}", f"{base.gpt.perplexity:.2f}"],
-        [TEXT_MODELS["ngram"], f"{bits['ngram']:.4f}", f"{base.ngram.loss:.4f}", f"{base.ngram.perplexity:.2f}"],
+        [TEXT_MODELS["gpt"], _bits(base, "gpt"), f"{base.gpt.loss:.4f}", f"{base.gpt.perplexity:.2f}"],
+        [TEXT_MODELS["ngram"], _bits(base, "ngram"), f"{base.ngram.loss:.4f}", f"{base.ngram.perplexity:.2f}"],
         *([TEXT_MODELS[name], f"{bits[name]:.4f}", "-", "-"] for name in ("xz", "ppm") if name in bits),
     ]
     lines = [
@@ -153,6 +169,7 @@ def _base_section(base: BaseResult, picture: list[str], quotable: bool) -> list[
         "and paid for by all (for the compressors it is a zero byte), but counts no byte. The first token is given "
         "to the GPT and the n-gram model alone.",
         "",
+        *_slices_section(base),
     ]
     if base.completions and not quotable:
         return [*lines, "### Completions", "", withheld("completions", "the corpus"), ""]
@@ -162,6 +179,37 @@ def _base_section(base: BaseResult, picture: list[str], quotable: bool) -> list[
         parts = {"prompt": completion.prompt, "likeliest": completion.greedy, "sample": completion.sampled}
         lines += fenced(in_column(parts))
     return lines
+
+
+def _bits(base: BaseResult, model: str, digits: int = 4) -> str:
+    figure = None if base.slices is None else base.slices.whole.bpb[model]
+    return bits_figure(figure if isinstance(figure, Interval) else base.bpb()[model], digits)
+
+
+def _slices_section(base: BaseResult) -> list[str]:
+    """Say what kinds of text and which positions in the context the bits go to."""
+    if base.slices is None:
+        return []
+    names, whole = ("gpt", "ngram"), base.slices.whole.n_bytes
+
+    def rows(slices: Sequence[Slice], shown: Mapping[str, str]) -> list[list[str]]:
+        return [
+            [shown.get(s.name, s.name), f"{100 * s.n_bytes / whole:.1f} %", *(bits_figure(s.bpb[m]) for m in names)]
+            for s in slices
+        ]
+
+    header = ["share of the bytes", *(f"bits per byte, {TEXT_MODELS[name]}" for name in names)]
+    return [
+        "### By kind of text and by position",
+        "",
+        "The kind is told by form alone, and the separator counts to what stands before it. The intervals are from a "
+        "bootstrap of whole documents (of long ones in blocks), so they hold for other documents like these.",
+        "",
+        *table(["kind", *header], rows(base.slices.kinds, KINDS_OF_TEXT)),
+        "By how many tokens stand before a token in the GPT's context, which can be those of earlier documents:",
+        "",
+        *table(["tokens before", *header], rows(base.slices.positions, {})),
+    ]
 
 
 def _than_ppm(bits: Mapping[str, float]) -> str:
@@ -406,6 +454,13 @@ def part(split: str) -> str:
 def percent(share: Interval) -> str:
     """Format a share with its interval: 97.3 % (95.9-98.2)."""
     return f"{100 * share.value:.1f} % ({100 * share.low:.1f}-{100 * share.high:.1f})"
+
+
+def bits_figure(figure: Interval | float, digits: int = 4) -> str:
+    """Format bits per byte, with the interval where there is one: 0.2908 (0.2790-0.3031)."""
+    if isinstance(figure, Interval):
+        return f"{figure.value:.{digits}f} ({figure.low:.{digits}f}-{figure.high:.{digits}f})"
+    return f"{figure:.{digits}f}"
 
 
 def compare(ours: float, theirs: float) -> str:

@@ -9,11 +9,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llm.evaluation.base.base_model import BaseResult
+from llm.evaluation.base.slices import Slice
 from llm.evaluation.classifier.calibration import metrics as calibration_metrics
 from llm.evaluation.classifier.classification import ClassifierResult
 from llm.evaluation.instruct.answer_form import FormReport
 from llm.evaluation.instruct.instruction_following import InstructResult
-from llm.evaluation.metrics import numbers
+from llm.evaluation.metrics import Interval, numbers
 from llm.evaluation.seeds import Spread
 
 TEXT_MODELS = {"gpt": "GPT", "ngram": "n-gram model", "xz": "xz", "ppm": "PPM"}
@@ -30,6 +31,14 @@ CLASSIFIERS = {
     "logistic_characters": "character n-grams, logistic regression",
     "svm_words": "word n-grams, linear SVM",
     "svm_characters": "character n-grams, linear SVM",
+}
+KINDS_OF_TEXT = {
+    "prose": "prose",
+    "title": "titles, lines alone",
+    "speech": "speech in quotation marks",
+    "question": "questions",
+    "list": "lists",
+    "numbers_and_signs": "numbers and signs",
 }
 ANSWERERS = {
     "gpt": "GPT",
@@ -55,6 +64,11 @@ def metrics(base: BaseResult, classifiers: ClassifierResult, instruct: InstructR
     }
     if "ppm" in bits:
         sections["base_ppm"] = {"bpb": bits["ppm"]}
+    if base.slices is not None:
+        sections["base"] |= interval_ends("bpb", base.slices.whole.bpb["gpt"])
+        sections["base_ngram"] |= interval_ends("bpb", base.slices.whole.bpb["ngram"])
+        sections["base_by_kind"] = slice_numbers(base.slices.kinds)
+        sections["base_by_position"] = slice_numbers(base.slices.positions)
     for name, report in classifiers.reports.items():
         section = "classifier" if name == "gpt" else f"classifier_{name}"
         sections[section] = {"messages": report.rows, **numbers(report)}
@@ -91,6 +105,20 @@ def metrics(base: BaseResult, classifiers: ClassifierResult, instruct: InstructR
     if instruct.tasks["gpt"]:
         sections["instruct_tasks"] = {task: report.exact_match.value for task, report in instruct.tasks["gpt"].items()}
     return sections
+
+
+def slice_numbers(slices: Sequence[Slice]) -> dict[str, float]:
+    """Return the model's bits per byte of each slice of the text, with the ends of its interval."""
+    found: dict[str, float] = {}
+    for each in slices:
+        figure = each.bpb["gpt"]
+        found[each.name] = figure.value if isinstance(figure, Interval) else figure
+        found |= interval_ends(each.name, figure)
+    return found
+
+
+def interval_ends(name: str, figure: Interval | float) -> dict[str, float]:
+    return {f"{name}_low": figure.low, f"{name}_high": figure.high} if isinstance(figure, Interval) else {}
 
 
 def form_numbers(form: FormReport) -> dict[str, float | None]:

@@ -14,7 +14,17 @@ from llm.audit import memorisation
 from llm.audit.memorisation import PASSAGE, memorised
 from llm.data.shards import TokenShards
 from llm.evaluation.base import probe
-from llm.evaluation.base.probe import Question, bpb_by_position, cloze, few_shot, judge_pairs, minimal_pairs
+from llm.evaluation.base.probe import (
+    Question,
+    Shots,
+    bpb_by_position,
+    cloze,
+    few_shot,
+    judge_pairs,
+    minimal_pairs,
+    shots_figures,
+)
+from llm.evaluation.metrics import wilson
 from llm.inference.score import Continuation, token_nats
 from llm.model.gpt import GPT
 from llm.tokenizer.bpe import Tokenizer
@@ -61,6 +71,18 @@ def test_answers_are_calibrated_by_an_empty_question(
     assert found[1].accuracy.value == pytest.approx(6 / 7)
     assert found[0].fitting == 0 and found[1].fitting == 1 and found[3].fitting < 16
     assert asked[0].endswith("Question: the cat sat\nAnswer:") and asked[2].endswith("Question: \nAnswer:")
+
+
+def test_gain_of_examples_is_paired() -> None:
+    """Nine questions right with examples alone, one right without them alone."""
+    none = Shots(0, 0.0, wilson(41, 100), [True] * 41 + [False] * 59)
+    four = Shots(4, 3.5, wilson(49, 100), [False] + [True] * 49 + [False] * 50)
+    figures = shots_figures(four, none)
+    assert (figures["value"], figures["fitting"]) == (0.49, 3.5)
+    assert figures["gain"] == pytest.approx(0.08)
+    assert 0.01 < figures["gain_low"] < 0.03 and 0.14 < figures["gain_high"] < 0.17
+    assert figures["p_against_0"] == pytest.approx(22 / 1024)
+    assert set(shots_figures(none, none)) == {"fitting", "value", "low", "high"}
 
 
 def test_minimal_pairs_differ_by_one_rule_and_ties_are_wrong(

@@ -15,10 +15,12 @@ import pytest
 from llm.config import KINDS
 from llm.data.examples import Pair
 from llm.evaluation.base.base_model import BaseResult, Completion
+from llm.evaluation.base.slices import Slice, Slices
 from llm.evaluation.classifier.classification import ClassifierResult
 from llm.evaluation.instruct.answer_form import Answer
 from llm.evaluation.instruct.instruction_following import Example, InstructResult, ResponseLoss, TurnsReport
-from llm.evaluation.metrics import answer_report, by_task, classification_report, roc_points
+from llm.evaluation.metrics import Interval, answer_report, by_task, classification_report, roc_points
+from llm.evaluation.seeds import spread
 from llm.inference.classify import NO_TEXT
 from llm.inference.score import Score
 from llm.reporting import pictures, report, tables
@@ -121,6 +123,35 @@ def test_conversations_are_reported_with_and_without_their_history() -> None:
     assert (headlines["exact_match_turns"], headlines["exact_match_turns_alone"]) == (1.0, 0.0)
     first, second = map(json.loads, tables.predictions(base, classifiers, instruct)["instructions.jsonl"].splitlines())
     assert first["messages"] == said and "messages" not in second and "tools" not in first
+
+
+def test_slices_of_the_text_stand_in_report_and_metrics() -> None:
+    base, classifiers, instruct = results(["ham", "spam"])
+    assert "By kind of text" not in report.markdown(base, classifiers, instruct, SOURCES, [], KINDS)
+    whole = Slice("all", 1000, {"gpt": Interval(0.72, 0.7, 0.75), "ngram": 1.44})
+    speech = Slice("speech", 400, {"gpt": Interval(0.5, 0.4, 0.6), "ngram": 0.9})
+    near = Slice("1-15", 250, {"gpt": 0.8, "ngram": 0.7})
+    base = base._replace(slices=Slices(whole, [speech], [near]))
+    text = report.markdown(base, classifiers, instruct, SOURCES, [], KINDS)
+    assert "| predict text | 0.720 (0.700-0.750) bits per byte |" in text
+    assert "| GPT | 0.7200 (0.7000-0.7500) |" in text
+    assert "| speech in quotation marks | 40.0 % | 0.5000 (0.4000-0.6000) | 0.9000 |" in text
+    assert "| 1-15 | 25.0 % | 0.8000 | 0.7000 |" in text
+    sections = tables.metrics(base, classifiers, instruct)
+    assert (sections["base"]["bpb_low"], sections["base"]["bpb_high"]) == (0.7, 0.75)
+    assert "bpb_low" not in sections["base_ngram"], "it has no interval here"
+    assert sections["base_by_kind"] == {"speech": 0.5, "speech_low": 0.4, "speech_high": 0.6}
+    assert sections["base_by_position"] == {"1-15": 0.8}
+
+
+def test_headlines_stand_beside_those_over_seeds() -> None:
+    found = results(["ham", "spam"])
+    spreads = {"accuracy": spread([0.9, 0.92, 0.94])}
+    first, _, *rows = report.headlines(*found, spreads)
+    assert "standard deviation" in first
+    assert [row.split(" | ")[2] for row in rows[:3]] == ["-", "92.0 % ± 2.00 (87.0-97.0), 3 seeds", "-"]
+    assert "seeds" not in "".join(report.headlines(*found))
+    assert "92.0 % ± 2.00" in report.markdown(*found, SOURCES, [], KINDS, spreads).split("##")[0]
 
 
 def test_plot_files_hold_what_dvc_plots() -> None:

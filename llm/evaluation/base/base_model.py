@@ -14,6 +14,7 @@ from llm.checkpoint.folder import Checkpoint
 from llm.common.errors import InputError
 from llm.config import EvaluateParams
 from llm.data.shards import TokenShards
+from llm.evaluation.base.slices import Slices, slice_text
 from llm.evaluation.baselines import NGram, ppm_bytes, xz_bytes
 from llm.inference.generate import generate, stream_text
 from llm.inference.sampling import GREEDY, Sampling
@@ -50,6 +51,7 @@ class BaseResult(NamedTuple):
     completions: list[Completion]
     documents: Sequence[DocumentScore] = ()
     ppm_bytes: int | None = None
+    slices: Slices | None = None
 
     def bpb(self) -> dict[str, float]:
         bits = {
@@ -91,6 +93,7 @@ def evaluate_base(folder: Checkpoint, corpus: Path, params: EvaluateParams, seed
         ppm_bytes=ppm_bytes(b"\0".join(train_text), b"\0".join(text)),
         completions=complete(model, tokenizer, params, seed),
         documents=score_documents(held_out_ids == tokenizer.eot, [len(document) for document in text], nats),
+        slices=slice_text(tokenizer, held_out_ids, nats, model.config.context_length),
     )
 
 

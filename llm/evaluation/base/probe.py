@@ -9,7 +9,6 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,17 +20,17 @@ from llm.checkpoint.folder import Checkpoint
 from llm.common.errors import InputError
 from llm.data.examples import read_labels, read_messages, read_pairs
 from llm.data.shards import TokenShards, bits_per_byte
-from llm.evaluation.comparison import mcnemar
+from llm.evaluation.base.slices import context_positions, position_ranges, token_sizes
+from llm.evaluation.comparison import mcnemar, paired_share
 from llm.evaluation.leakage import documents
 from llm.evaluation.metrics import Interval, wilson
-from llm.inference.score import score_continuations, token_nats, window_spans
+from llm.inference.score import score_continuations, token_nats
 from llm.model.gpt import GPT
 from llm.tokenizer.bpe import Tokenizer
 
 SHOTS = (0, 1, 4, 16)
 DRAWS = 8  # of examples in front of the questions
 CHOICES = 4  # answers to choose from
-POSITIONS = (1, 16, 64, 128, 256, 512, 1024)  # bounds of the positions that are averaged
 NUMBERS = "two|three|four|five|six|seven|eight|nine|ten|eleven|twelve"
 GRAMMAR: dict[str, tuple[str, Callable[[re.Match[str]], str]]] = {  # where a sentence is spoilt, and how
     "a or an": (r"\b(a|an)(?= [a-z])", lambda m: "an" if m[1] == "a" else "a"),
@@ -86,6 +85,18 @@ def few_shot(model: GPT, tokenizer: Tokenizer, questions: Sequence[Question], po
             right.append(all(gains[question.right] > g for i, g in enumerate(gains) if i != question.right))
         found.append(Shots(shots, float(np.mean(fitting)), wilson(sum(right), len(right)), right))
     return found
+
+
+def shots_figures(found: Shots, none: Shots) -> dict[str, float]:
+    """Return the figures behind some examples, beside those behind none on the same questions."""
+    figures = {"fitting": found.fitting, **found.accuracy._asdict()}
+    if found.shots == none.shots:
+        return figures
+    won, lost = (
+        sum(b and not a for a, b in zip(x.right, y.right, strict=True)) for x, y in ((none, found), (found, none))
+    )
+    gain, low, high = (2 * share - 1 for share in paired_share(won, lost, len(found.right)))
+    return {**figures, "gain": gain, "gain_low": low, "gain_high": high, "p_against_0": mcnemar(lost, won)}
 
 
 def _example(question: Question, answer: str) -> str:
@@ -144,18 +155,13 @@ def cloze(model: GPT, tokenizer: Tokenizer, texts: Sequence[str], most: int) -> 
 def bpb_by_position(model: GPT, tokenizer: Tokenizer, shards: TokenShards, most_tokens: int) -> dict[str, float]:
     """Return the bits per byte of held-out tokens by how many stand in front of them in the model's context."""
     ids = shards.read(0, min(shards.n_tokens, most_tokens))
-    nats, position = token_nats(model, torch.from_numpy(ids)), np.zeros(len(ids), dtype=np.int64)
-    for start, first in window_spans(len(ids), model.config.context_length):
-        position[first : start + model.config.context_length] = (
-            np.arange(len(ids))[first : start + model.config.context_length] - start
-        )
-    sizes = np.array([0 if i == tokenizer.eot else len(tokenizer.decode_bytes([i])) for i in ids.tolist()])
-    found = {}
-    for low, high in pairwise(POSITIONS):
-        inside = (position[1:] >= low) & (position[1:] < high)
-        if inside.any():
-            found[f"{low}-{high - 1}"] = bits_per_byte(float(nats[inside].sum()), int(sizes[1:][inside].sum()))
-    return found
+    nats, sizes = token_nats(model, torch.from_numpy(ids)), token_sizes(tokenizer, ids)[1:]
+    ranges = position_ranges(context_positions(len(ids), model.config.context_length)[1:])
+    return {
+        name: bits_per_byte(float(nats[inside].sum()), int(sizes[inside].sum()))
+        for name, inside in ranges.items()
+        if inside.any()
+    }
 
 
 def probe(checkpoint: Checkpoint, tokens: Path, questions: int, passages: int, seed: int) -> dict[str, Any]:
@@ -168,13 +174,9 @@ def probe(checkpoint: Checkpoint, tokens: Path, questions: int, passages: int, s
     result: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters())}
     for name, ask in (("labels", label_questions), ("answers", answer_questions)):
         found = few_shot(model, tokenizer, ask(tokens, "test", questions), ask(tokens, "train", 1000))
-        first, last = found[0].right, found[-1].right
-        only_last = sum(b and not a for a, b in zip(first, last, strict=True))
-        only_first = sum(a and not b for a, b in zip(first, last, strict=True))
         result[name] = {
-            "questions": len(first),
-            **{f"shots_{each.shots}": {"fitting": each.fitting, **each.accuracy._asdict()} for each in found},
-            "p_16_against_0": mcnemar(only_first, only_last),
+            "questions": len(found[0].right),
+            **{f"shots_{each.shots}": shots_figures(each, found[0]) for each in found},
         }
     result["cloze"] = cloze(model, tokenizer, texts, questions)._asdict()
     pairs = minimal_pairs(texts, questions)

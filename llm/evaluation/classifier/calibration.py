@@ -164,7 +164,12 @@ def _share(among: NDArray[np.bool_], hits: NDArray[np.bool_], clusters: Ints) ->
 
 def metrics(result: CalibrationResult) -> dict[str, float]:
     """Return the figures for a metrics file."""
-    values = {"temperature": result.temperature, "ece_before": result.before.value}
+    before = {
+        "ece_before": result.before.value,
+        "ece_before_low": result.before.low,
+        "ece_before_high": result.before.high,
+    }
+    values = {"temperature": result.temperature, **before}
     values |= {"ece": result.ece.value, "ece_low": result.ece.low, "ece_high": result.ece.high}
     values |= {f"accuracy_at_{100 * c:.0f}": r.accuracy.value for c, r in zip(COVERAGES, result.coverages, strict=True)}
     if (decided := result.decided) is not None:
