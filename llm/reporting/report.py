@@ -206,7 +206,8 @@ def _slices_section(base: BaseResult) -> list[str]:
         "bootstrap of whole documents (of long ones in blocks), so they hold for other documents like these.",
         "",
         *table(["kind", *header], rows(base.slices.kinds, KINDS_OF_TEXT)),
-        "By how many tokens stand before a token in the GPT's context, which can be those of earlier documents:",
+        "By how many tokens stand before a token in the context, which can be those of earlier documents. The GPT "
+        "reads windows side by side here; the n-gram model reads on across them:",
         "",
         *table(["tokens before", *header], rows(base.slices.positions, {})),
     ]

@@ -106,17 +106,23 @@ def test_cloze_asks_for_the_last_word(model: GPT, tokenizer: Tokenizer, monkeypa
     assert [text.split(">")[-1] for text in asked] == ["The cat sat. It sat on the", "a dog ran to the"]
 
 
-def test_positions_share_out_all_bits(tmp_path: Path, model: GPT, tokenizer: Tokenizer) -> None:
+def test_positions_are_seen_in_every_window(tmp_path: Path, model: GPT, tokenizer: Tokenizer) -> None:
+    """Each window begins anew, so that a position is an average over windows, not of the first one alone."""
     write_corpus(tmp_path / "corpus", tokenizer, {"test": TEXTS * 4})
     shards = TokenShards(tmp_path / "corpus", "test")
     found = bpb_by_position(model, tokenizer, shards, 30)
     assert list(found) == ["1-15", "16-63"]
-    ids = shards.read(0, 30)
-    nats = token_nats(model, torch.from_numpy(ids))
-    n_bytes = sum(len(tokenizer.decode_bytes([i])) for i in ids[1:16].tolist() if i != tokenizer.eot)
-    assert found["1-15"] == pytest.approx(nats[:15].sum() / np.log(2) / n_bytes)
-    long = bpb_by_position(model, tokenizer, shards, 10_000)
-    assert list(long) == ["1-15", "16-63", "64-127", "128-255"]
+    ids = shards.read(0, 256 + 30)
+
+    def n_bytes(tokens: list[int]) -> int:
+        return sum(len(tokenizer.decode_bytes([i])) for i in tokens if i != tokenizer.eot)
+
+    nats = [token_nats(model, torch.from_numpy(window)) for window in (ids[:256], ids[256:])]
+    assert found["1-15"] == pytest.approx(nats[0][:15].sum() / np.log(2) / n_bytes(ids[1:16].tolist()))
+    both = bpb_by_position(model, tokenizer, shards, 256 + 30)
+    assert list(both) == ["1-15", "16-63", "64-127", "128-255"]
+    expected = sum(values[:15].sum() for values in nats) / np.log(2)
+    assert both["1-15"] == pytest.approx(expected / n_bytes([*ids[1:16].tolist(), *ids[257:272].tolist()]))
 
 
 def test_recited_passages_are_counted(tmp_path: Path, model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
 from llm.evaluation.base.slices import (
     BLOCK_TOKENS,
@@ -13,13 +14,15 @@ from llm.evaluation.base.slices import (
     KINDS,
     block_numbers,
     bpb_interval,
-    context_positions,
+    position_nats,
     position_ranges,
     slice_text,
     text_kinds,
 )
 from llm.evaluation.metrics import Interval
+from llm.inference.score import token_nats
 from llm.tokenizer.bpe import Tokenizer
+from tests.evaluation.models import TEXTS, make_gpt
 
 
 def by_kind(text: str) -> dict[str, str]:
@@ -55,7 +58,7 @@ def test_kinds_share_out_all_bits_and_bytes(tokenizer: Tokenizer) -> None:
     ids = np.array([i for text in texts for i in [*tokenizer.encode(text), tokenizer.eot]])
     ids = np.append(ids, tokenizer.encode("é")[:1])  # half a character
     nats = np.random.default_rng(0).uniform(0, 3, len(ids) - 1)
-    found = slice_text(tokenizer, ids, {"gpt": nats}, context_length=16)
+    found = slice_text(make_gpt(tokenizer), tokenizer, ids, {"gpt": nats})
     n_bytes = len(tokenizer.decode_bytes(i for i in ids.tolist() if i != tokenizer.eot))
     assert sum(each.n_bytes for each in found.kinds) == found.whole.n_bytes == n_bytes
     assert {"prose", "question", "list", "numbers_and_signs"} <= {each.name for each in found.kinds}
@@ -65,27 +68,33 @@ def test_kinds_share_out_all_bits_and_bytes(tokenizer: Tokenizer) -> None:
     assert isinstance(found.whole.bpb["gpt"], Interval)
 
 
-def test_losses_go_to_the_kind_and_the_position_they_stand_at(tokenizer: Tokenizer) -> None:
-    """Only questions cost something, and only the tokens of the first positions."""
+def test_losses_go_to_the_kind_they_stand_in(tokenizer: Tokenizer) -> None:
+    """Only questions cost something."""
     text = 'The dog sat. "Is the cat here?" The mat is red.'
     ids = np.array([*tokenizer.encode(text), tokenizer.eot] * 20)
-    pieces = [tokenizer.decode_bytes([i]).decode() for i in tokenizer.encode(text)]
-    ends = np.cumsum([len(piece) for piece in pieces])
+    ends = np.cumsum([len(tokenizer.decode_bytes([i])) for i in tokenizer.encode(text)])
     asked = [bool(text.index("Is") < end <= text.index("?") + 1) for end in ends]
     cost = np.array([*asked, False] * 20, dtype=np.float64)[1:]
-    found = slice_text(tokenizer, ids, {"gpt": cost}, context_length=8)
+    found = slice_text(make_gpt(tokenizer), tokenizer, ids, {"gpt": cost})
     costs = {each.name: value(each.bpb["gpt"]) for each in found.kinds}
     assert costs["question"] > 0 and costs["prose"] == costs["speech"] == 0
-    early = context_positions(len(ids), 8)[1:] < 4
-    ranges = position_ranges(context_positions(len(ids), 64))
-    losses = np.where(context_positions(len(ids), 64)[1:] < 16, 1.0, 0.0)
-    positions = {e.name: value(e.bpb["gpt"]) for e in slice_text(tokenizer, ids, {"gpt": losses}, 64).positions}
-    assert early.any() and list(ranges) == ["1-15", "16-63"]
-    assert positions["1-15"] > 0 and positions["16-63"] == 0
 
 
-def test_positions_start_again_in_each_window_from_its_middle() -> None:
-    assert context_positions(11, 4).tolist() == [0, 1, 2, 3, 2, 3, 2, 3, 2, 3, 2]
+def test_positions_hold_the_models_losses_in_windows_side_by_side(tokenizer: Tokenizer) -> None:
+    model = make_gpt(tokenizer)
+    ids = np.array([i for text in TEXTS * 6 for i in [*tokenizer.encode(text), tokenizer.eot]])[:600]
+    positions, nats = position_nats(model, ids)
+    assert positions.tolist() == [*range(256), *range(256), *range(88)]
+    assert nats[[0, 256, 512]].tolist() == [0, 0, 0]
+    assert nats[257:512] == pytest.approx(token_nats(model, torch.from_numpy(ids[256:512])))
+    found = slice_text(model, tokenizer, ids, {"gpt": np.zeros(599), "ngram": np.ones(599)})
+    first = next(each for each in found.positions if each.name == "1-15")
+    inside = (positions >= 1) & (positions < 16)
+    assert value(first.bpb["gpt"]) == pytest.approx(nats[inside].sum() / math.log(2) / first.n_bytes)
+    assert value(first.bpb["ngram"]) == pytest.approx(inside.sum() / math.log(2) / first.n_bytes)
+
+
+def test_ranges_of_positions_leave_out_the_first_token_alone() -> None:
     ranges = position_ranges(np.arange(600))
     assert list(ranges) == ["1-15", "16-63", "64-127", "128-255", "256-511", "512-1023"]
     assert sum(int(inside.sum()) for inside in ranges.values()) == 599

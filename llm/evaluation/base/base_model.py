@@ -93,7 +93,7 @@ def evaluate_base(folder: Checkpoint, corpus: Path, params: EvaluateParams, seed
         ppm_bytes=ppm_bytes(b"\0".join(train_text), b"\0".join(text)),
         completions=complete(model, tokenizer, params, seed),
         documents=score_documents(held_out_ids == tokenizer.eot, [len(document) for document in text], nats),
-        slices=slice_text(tokenizer, held_out_ids, nats, model.config.context_length),
+        slices=slice_text(model, tokenizer, held_out_ids, nats),
     )
 
 

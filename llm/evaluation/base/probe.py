@@ -13,18 +13,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from llm.audit.memorisation import memorised
 from llm.checkpoint.folder import Checkpoint
 from llm.common.errors import InputError
 from llm.data.examples import read_labels, read_messages, read_pairs
 from llm.data.shards import TokenShards, bits_per_byte
-from llm.evaluation.base.slices import context_positions, position_ranges, token_sizes
+from llm.evaluation.base.slices import position_nats, position_ranges, token_sizes
 from llm.evaluation.comparison import mcnemar, paired_share
 from llm.evaluation.leakage import documents
 from llm.evaluation.metrics import Interval, wilson
-from llm.inference.score import score_continuations, token_nats
+from llm.inference.score import score_continuations
 from llm.model.gpt import GPT
 from llm.tokenizer.bpe import Tokenizer
 
@@ -155,8 +154,8 @@ def cloze(model: GPT, tokenizer: Tokenizer, texts: Sequence[str], most: int) -> 
 def bpb_by_position(model: GPT, tokenizer: Tokenizer, shards: TokenShards, most_tokens: int) -> dict[str, float]:
     """Return the bits per byte of held-out tokens by how many stand in front of them in the model's context."""
     ids = shards.read(0, min(shards.n_tokens, most_tokens))
-    nats, sizes = token_nats(model, torch.from_numpy(ids)), token_sizes(tokenizer, ids)[1:]
-    ranges = position_ranges(context_positions(len(ids), model.config.context_length)[1:])
+    sizes, (positions, nats) = token_sizes(tokenizer, ids), position_nats(model, ids)
+    ranges = position_ranges(positions)
     return {
         name: bits_per_byte(float(nats[inside].sum()), int(sizes[inside].sum()))
         for name, inside in ranges.items()

@@ -12,16 +12,19 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from llm.evaluation.intervals import bootstrap_interval
 from llm.evaluation.metrics import Interval
-from llm.inference.score import window_spans
+from llm.inference.score import token_nats
+from llm.model.gpt import GPT
 from llm.tokenizer.bpe import Tokenizer
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
+POSITION_TOKENS = 100_000  # of the beginning, which is read once more to see each position
 BLOCK_TOKENS = 2048  # a longer document is resampled in blocks of so many
 FEWEST_BLOCKS = 10  # from which there is an interval
 FEWEST_LETTERS = 0.6  # of a line's characters, white space aside; fewer are numbers and signs
@@ -51,22 +54,57 @@ class Slices(NamedTuple):
     positions: list[Slice]  # in the context
 
 
-def slice_text(tokenizer: Tokenizer, ids: Ints, nats: Mapping[str, Floats], context_length: int) -> Slices:
-    """Return the slices of a text's tokens [N], given each model's losses of all but the first [N - 1]."""
-    sizes, blocks = token_sizes(tokenizer, ids), block_numbers(ids == tokenizer.eot)
-    losses = {name: np.concatenate(([0.0], values)) for name, values in nats.items()}
+def slice_text(model: GPT, tokenizer: Tokenizer, ids: Ints, nats: Mapping[str, Floats]) -> Slices:
+    """Return the slices of a text's tokens [N], given each model's losses of all but the first [N - 1].
 
-    def measure(name: str, inside: NDArray[np.bool_]) -> Slice:
-        bpb = {model: bpb_interval(n[inside], sizes[inside], blocks[inside]) for model, n in losses.items()}
-        return Slice(name, int(sizes[inside].sum()), bpb)
-
-    kinds = [measure(*each) for each in kind_ranges(tokenizer, ids).items()]
-    ranges = position_ranges(context_positions(len(ids), context_length))
+    Positions are those of windows side by side: windows that overlap score their second half alone.
+    """
+    text = _Tokens(token_sizes(tokenizer, ids), block_numbers(ids == tokenizer.eot), _with_first(nats))
+    kinds = [text.measure(*each) for each in kind_ranges(tokenizer, ids).items()]
+    beginning = ids[:POSITION_TOKENS]
+    positions, own = position_nats(model, beginning)
+    windows = text.beginning(len(beginning), gpt=own)
     return Slices(
-        whole=measure("all", np.ones(len(ids), dtype=bool)),
+        whole=text.measure("all", np.ones(len(ids), dtype=bool)),
         kinds=[each for each in kinds if each.n_bytes],
-        positions=[each for each in (measure(*item) for item in ranges.items()) if each.n_bytes],
+        positions=[
+            each for each in (windows.measure(*found) for found in position_ranges(positions).items()) if each.n_bytes
+        ],
     )
+
+
+class _Tokens(NamedTuple):
+    """The bytes, the blocks and each model's losses of all tokens [N]; the first one costs nothing."""
+
+    sizes: Ints
+    blocks: Ints
+    nats: dict[str, Floats]
+
+    def beginning(self, n: int, **replaced: Floats) -> _Tokens:
+        """Return the first tokens, with other losses of a model."""
+        nats = {name: values[:n] for name, values in self.nats.items()} | replaced
+        return _Tokens(self.sizes[:n], self.blocks[:n], nats)
+
+    def measure(self, name: str, inside: NDArray[np.bool_]) -> Slice:
+        sizes, blocks = self.sizes[inside], self.blocks[inside]
+        bpb = {model: bpb_interval(values[inside], sizes, blocks) for model, values in self.nats.items()}
+        return Slice(name, int(sizes.sum()), bpb)
+
+
+def _with_first(nats: Mapping[str, Floats]) -> dict[str, Floats]:
+    return {name: np.concatenate(([0.0], values)) for name, values in nats.items()}
+
+
+def position_nats(model: GPT, ids: Ints) -> tuple[Ints, Floats]:
+    """Return the position of each token in its window, windows side by side, and its loss there: [N], [N].
+
+    The first token of a window has no context and costs nothing.
+    """
+    length = model.config.context_length
+    losses = [np.zeros(0)]
+    for start in range(0, len(ids), length):
+        losses += [np.zeros(1), token_nats(model, torch.from_numpy(ids[start : start + length]))]
+    return np.arange(len(ids)) % length, np.concatenate(losses)
 
 
 def bpb_interval(nats: Floats, sizes: Ints, blocks: Ints) -> Interval | float:
@@ -94,15 +132,6 @@ def block_numbers(ends: NDArray[np.bool_]) -> Ints:
     starts = np.flatnonzero(np.diff(document, prepend=-1))
     within = np.arange(len(ends)) - starts[document]
     return np.cumsum(within % BLOCK_TOKENS == 0) - 1
-
-
-def context_positions(n_tokens: int, context_length: int) -> Ints:
-    """Return how many tokens stand in front of each one in its window of `token_nats`: [N]."""
-    positions = np.zeros(n_tokens, dtype=np.int64)
-    for start, first in window_spans(n_tokens, context_length):
-        end = min(start + context_length, n_tokens)
-        positions[first:end] = np.arange(first - start, end - start)
-    return positions
 
 
 def position_ranges(positions: Ints) -> dict[str, NDArray[np.bool_]]:
