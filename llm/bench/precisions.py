@@ -45,7 +45,7 @@ def apart(work: Callable[..., Any], *arguments: Any) -> Any:
         return pool.submit(work, *arguments).result()
 
 
-def measure_ours(model_dir: Path, rounding: dict[str, bool], text: str, new: int) -> dict[str, float]:
+def measure_ours(model_dir: Path, rounding: dict[str, Any], text: str, new: int) -> dict[str, float]:
     """Measure a model folder in fp32, or rounded to 8 or 4 bits when it is loaded."""
     import torch
 

@@ -20,6 +20,7 @@ from llm.download.hub import source_files
 from llm.download.look import first_records
 from llm.preprocess import clean, lengths, supervised
 from llm.preprocess.chunks import cut_chunks
+from llm.preprocess.clean_corpus import Funnel, clean_corpus
 from llm.preprocess.corpus import line_batches, read_batch
 from llm.preprocess.lengths import Limit, TooLong
 from llm.preprocess.supervised import Row, SplitRows
@@ -200,7 +201,7 @@ def _view_corpus(path: Path, choice: Choice, limit: Limit | None) -> View:
     if clean.is_on(params.clean):
         with Workers(1) as workers:
             cleaned = path.with_suffix(".clean.jsonl")
-            funnel = clean.clean_corpus(path, cleaned, params.clean, workers)
+            funnel = clean_corpus(path, cleaned, params.clean, workers, path.with_suffix(".shards"))
         path, effects = cleaned, _funnel_lines(funnel)
     texts = [text for batch in line_batches(path) for _, text in read_batch(path, batch)]
     tokenizer, context = choice.tokenizer, None if limit is None else limit.tokens
@@ -217,7 +218,7 @@ def _view_corpus(path: Path, choice: Choice, limit: Limit | None) -> View:
     return View(_title(choice, limit), shown, effects)
 
 
-def _funnel_lines(funnel: clean.Funnel) -> list[str]:
+def _funnel_lines(funnel: Funnel) -> list[str]:
     lines = [f"tokenize.clean: {funnel.left:,} of {funnel.texts:,} texts are left"]
     for rule in funnel.changed:
         removed, changed, samples = funnel.removed[rule], funnel.changed[rule], funnel.samples[rule]

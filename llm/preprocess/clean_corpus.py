@@ -111,7 +111,9 @@ def clean_shard(shard: Shard, path: Path, params: CleanParams) -> None:
                     signatures.append(item.signature[None])
                 file.write(json.dumps({"doc": document, "text": item.text}, ensure_ascii=False) + "\n")
         columns = zip(*rows, strict=True) if rows else ((),) * len(Table._fields)
-        table = dict(zip(Table._fields, (np.array(column, np.uint64) for column in columns), strict=True))
+        table: dict[str, Any] = dict(
+            zip(Table._fields, (np.array(column, np.uint64) for column in columns), strict=True)
+        )
         np.savez(draft / TABLE, **table)
         np.save(draft / SIGNATURES, np.concatenate(signatures))
         (draft / REMOVED).write_text(json.dumps(samples), encoding="utf-8")

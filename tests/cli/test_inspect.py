@@ -204,7 +204,7 @@ def test_the_cleaning_rules_say_what_they_would_remove(inspect: Inspect) -> None
     assert "  mask mail: 1 changed, such as 'write to <mail> for" in out
     assert "  mask iban: nothing\n" in out and "  invisible: nothing\n" in out
     params = parse_params(yaml.safe_load(Path("params.yaml").read_text())).tokenize.clean
-    assert clean_text(0, texts[-1], params).changed == ("mask mail",), "the rules of the stage"
+    assert clean_text(texts[-1], params).changed == ("mask mail",), "the rules of the stage"
 
 
 # ---- tokenizer and template ------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ FEWEST_TEXTS = 10  # of each side
 
 
 class Membership(NamedTuple):
-    """How well a score tells texts of the training from held-out ones: 0.5 is a guess, 1 tells all of them."""
+    """Area under the ROC curve of training against held-out texts: 0.5 is a guess, 1 tells all of them."""
 
     share: float  # of the tokens, the least likely ones
     train: int  # texts that were scored
