@@ -29,12 +29,15 @@ class Spread(NamedTuple):
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Return mean, standard deviation and Student's 95 % interval of the mean of two values or more."""
+    """Return mean, standard deviation and Student's 95 % interval of the mean of two shares or more.
+
+    The interval ends at 0 and 1: few seeds that differ much would tell of more than all.
+    """
     from scipy.stats import t
 
     n, mean, sd = len(values), float(np.mean(values)), float(np.std(values, ddof=1))
     margin = float(t.ppf(0.975, n - 1)) * sd / math.sqrt(n)
-    return Spread(list(values), mean, sd, mean - margin, mean + margin)
+    return Spread(list(values), mean, sd, max(0.0, mean - margin), min(1.0, mean + margin))
 
 
 def repeated(folder: Path, suffix: str) -> Iterator[Path]:

@@ -25,6 +25,10 @@ def test_spread_is_students_interval() -> None:
     assert found.mean - found.low == pytest.approx(found.high - found.mean)
 
 
+def test_interval_of_a_share_ends_at_all_and_nothing() -> None:
+    assert spread([0.996, 0.955]).high == 1.0 and spread([0.004, 0.045]).low == 0.0
+
+
 def test_one_seed_has_no_spread() -> None:
     assert spreads({"accuracy": 0.9}, {"accuracy": [], "exact_match": []}) == {}
     assert seeds_section({}) == "" and seed_metrics({}) == {}
