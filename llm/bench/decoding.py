@@ -203,8 +203,8 @@ OURS_INT4_COMPILED = f"{OURS}, int4, compiled"
 BYTES_PER_WEIGHT = {  # of the blocks and of the output layer; elsewhere fp32
     OURS_INT8: (1, 1),
     OURS_INT8_COMPILED: (1, 1),
-    OURS_INT4: (20 / 32, 1),  # a group of 32 has a step and a minimum of two bytes each
-    OURS_INT4_COMPILED: (20 / 32, 1),
+    OURS_INT4: (20 / 32, 20 / 32),  # a group of 32 has a step and a minimum of two bytes each
+    OURS_INT4_COMPILED: (20 / 32, 20 / 32),
     "llama.cpp, Q8_0": (34 / 32, 34 / 32),  # a block of 32 has a scale of two bytes
     "llama.cpp, Q4_0": (18 / 32, 34 / 32),
     "llama.cpp, Q4_1": (20 / 32, 34 / 32),

@@ -10,11 +10,11 @@ from llm.inference.request import eval_mode
 from llm.inference.sampling import Sampling
 from llm.model.gpt import GPT
 
-ROWS, TOKENS = 8, 48  # of the text
+ROWS, TOKENS = 8, 32  # of the text
 
 
 def input_importance(model: GPT) -> dict[nn.Linear, Tensor]:
-    """Return the mean square of each input [I] of each linear layer of the blocks, over text that the model samples.
+    """Return the mean square of each input [I] of each linear layer, over text that the model samples.
 
     The squared error of an output that a weight's error causes is proportional to it. Few inputs are hundreds of times
     larger than the rest, whatever the text.
@@ -26,11 +26,11 @@ def input_importance(model: GPT) -> dict[nn.Linear, Tensor]:
         assert isinstance(layer, nn.Linear)
         found[layer] = inputs[0].flatten(0, -2).float().square().mean(0)
 
-    layers = [part for part in model.blocks.modules() if isinstance(part, nn.Linear)]
+    layers = [part for part in model.modules() if isinstance(part, nn.Linear)]
     hooks = [layer.register_forward_pre_hook(record) for layer in layers]
     try:
         with torch.inference_mode(), eval_mode(model):
-            model.hidden_states(idx)
+            model(idx)
     finally:
         for hook in hooks:
             hook.remove()

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from llm.common.errors import InputError
 from llm.inference.importance import input_importance
-from llm.inference.int8 import Int8Linear
 from llm.model.gpt import GPT
 from llm.model.linear import linear, replace_linears
 
@@ -111,13 +110,12 @@ def unpack(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def to_int4(model: GPT) -> None:
-    """Quantize the blocks' linear layers to 4 bits and the output layer to 8, in place; embeddings stay.
+    """Quantize all linear layers, in place; embeddings stay, as a token reads one row of them.
 
     Needs `load_kernel`. The rounding is calibrated on text that the model itself samples, which takes some seconds.
     """
     importance = input_importance(model)
-    replace_linears(model.blocks, lambda layer: Int4Linear(layer, importance[layer]))
-    model.lm_head = Int8Linear(model.lm_head)  # type: ignore[assignment]
+    replace_linears(model, lambda layer: Int4Linear(layer, importance[layer]))
 
 
 # ---- the kernel ------------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import shutil
 from pathlib import Path
@@ -30,7 +29,7 @@ TARGETS = ["native", "haswell", "x86-64"] if torch.backends.cpu.get_cpu_capabili
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of kernels, with this machine's loaded."""
-    path = tmp_path_factory.getbasetemp().parent / "kernels"  # shared by the processes of a run
+    path = tmp_path_factory.mktemp("kernels")
     load_kernel(path)
     return path
 
@@ -134,7 +133,7 @@ def test_the_importance_is_the_mean_square_of_an_input() -> None:
     model = make_model(MODERN).float()
     found = input_importance(model)
     block = model.blocks[0]
-    assert set(found) == {part for part in model.blocks.modules() if isinstance(part, nn.Linear)}
+    assert set(found) == {part for part in model.modules() if isinstance(part, nn.Linear)}
     seen: list[Tensor] = []
     hook = block.ffn.down_proj.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     with torch.inference_mode():
@@ -156,29 +155,30 @@ def test_a_quantized_model_predicts_nearly_the_same(folder: Path) -> None:
         assert not [name for name, part in model.named_modules() if isinstance(part, nn.Linear)]
         assert torch.equal(model.tok_emb.weight, embeddings)
         for inputs in (idx, idx[:, :4]):  # many rows, and few
-            torch.testing.assert_close(model(inputs), expected[:, : inputs.shape[1]], atol=0.04, rtol=0.05)
+            exact = expected[:, : inputs.shape[1]]
+            assert (model(inputs) - exact).norm() < 0.12 * exact.norm(), "a step of 4 bits is a tenth of the spread"
 
 
 def test_a_compiled_step_takes_4_bits(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model(MODERN).float()
     to_int4(model)
     expected = [generate(model, [prompt], max_new_tokens=12) for prompt in PROMPTS]
-    model.lm_head = copy.deepcopy(model.lm_head)
     decoder, lengths = uncompiled_decoder(model, monkeypatch)
     found = [generate(decoder, [prompt], max_new_tokens=12) for prompt in PROMPTS]
     assert len(lengths) > 20
     same = [a == b for [ours], [theirs] in zip(found, expected, strict=True) for a, b in zip(ours, theirs, strict=True)]
-    assert sum(same) > 0.8 * len(same), "the compiled output layer rounds less"
+    assert sum(same) > 0.8 * len(same), "attention is summed in another order, and inputs are rounded"
 
 
 @pytest.mark.slow
 def test_a_compiled_model_of_4_bits(folder: Path) -> None:
     model = make_model(MODERN).float()
     to_int4(model)
-    model.lm_head = copy.deepcopy(make_model(MODERN).float().lm_head)  # fp32: equal up to the last bits
-    expected = [generate(model, [prompt], max_new_tokens=20) for prompt in PROMPTS]
+    expected = [generate(model, [prompt], max_new_tokens=20)[0] for prompt in PROMPTS]
     decoder = CompiledDecoder(model)
-    assert [generate(decoder, [prompt], max_new_tokens=20) for prompt in PROMPTS] == expected
+    found = [generate(decoder, [prompt], max_new_tokens=20)[0] for prompt in PROMPTS]
+    same = [a == b for ours, theirs in zip(found, expected, strict=True) for a, b in zip(ours, theirs, strict=True)]
+    assert sum(same) > 0.8 * len(same), "attention is summed in another order, and inputs are rounded"
 
 
 def test_a_kernel_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
