@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -119,5 +120,6 @@ class Models:
 def _retire(held: list[Served]) -> None:
     """Close the only model of a list when it has answered what it holds, and give its memory back to the system."""
     held.pop().close()
+    gc.collect()  # answers and their model are in cycles
     with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
         ctypes.CDLL("libc.so.6").malloc_trim(0)  # else every swap leaves the size of a model behind

@@ -209,6 +209,9 @@ models.retire_seconds = 0
 models.add(str(folder))
 for _ in range(4):
     engine = models.served["model"].engine
+    cycle = [models.served["model"]]
+    cycle.append(cycle)  # as answers are in
+    del cycle
     models.reload()
     engine._thread.join()
     time.sleep(0.3)
