@@ -188,7 +188,7 @@ def export_gguf(
 
     `kind` is of the matrices: vectors and learned positions stay in fp32, and where a row is no whole number of blocks
     the 8 or 4 bits become f16. With 4 bits, embeddings and output layer have 8. The blocks in q4_1 are rounded as by
-    `to_int4`, which gives a model that is read from such a file the same weights. `more` is metadata in place of that
+    `to_int4`, which gives a model that is read from such a file nearly the same. `more` is metadata in place of that
     of the same keys. Raises `InputError` for a model that none of llama.cpp's architectures computes.
     """
     gguf = gguf_package()

@@ -333,20 +333,18 @@ def test_4_bits_leave_embeddings_8_and_other_widths_f16(kind: Any, tmp_path: Pat
 
 
 def test_a_q4_1_file_has_the_weights_that_to_int4_computes_with(tmp_path: Path) -> None:
-    """And a model that is read from it is rounded to the same ones again, up to the last bits of a step."""
+    """And a model that is read from it is rounded to the same ones again, but for few groups that use fewer steps."""
     folder = folder_of(LLAMA)
     export_gguf(folder, tmp_path / "model.gguf", "q4_1")
     back = read_gguf(tmp_path / "model.gguf", torch.float32).model
     names = [name for name, part in back.blocks.named_modules() if isinstance(part, torch.nn.Linear)]
     found = {name: back.blocks.get_submodule(name).weight.detach().clone() for name in names}
-    for model in (folder.model, back):
+    for model, most in ((folder.model, 1e-6), (back, 0.01)):
         to_int4(model)
         for name in names:
             layer = model.blocks.get_submodule(name)
             assert isinstance(layer, Int4Linear)
-            torch.testing.assert_close(
-                layer.dequantized(), found[name], atol=0.002 * float(found[name].abs().max()), rtol=0
-            )
+            assert (layer.dequantized() - found[name]).norm() < most * found[name].norm(), name
 
 
 def test_half_precision_models_are_written_as_they_are(tmp_path: Path) -> None:
