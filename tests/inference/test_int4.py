@@ -104,7 +104,7 @@ def test_the_search_finds_less_error_than_equal_steps(folder: Path) -> None:
 
 
 def test_weights_that_were_rounded_before_stay(folder: Path) -> None:
-    """Weights of a Q4_1 file stay: they are steps between the least and the largest already."""
+    """A Q4_1 file holds steps between the least and the largest weight of a group already."""
     torch.manual_seed(0)
     q, pair = plain_rounding(torch.randn(32, 64))
     weight = (q * pair[..., :1] + pair[..., 1:]).flatten(1)
