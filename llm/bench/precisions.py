@@ -16,7 +16,7 @@ from llm.common.markdown import table
 
 PROMPT, NEW = 32, 128  # tokens of the text that are read, and that are then written
 GGUF = {f"llama.cpp, {kind.upper()}": kind for kind in ("f32", "f16", "q8_0", "q4_1", "q4_0")}
-OURS: dict[str, dict[str, bool]] = {
+OURS: dict[str, dict[str, Any]] = {
     "this project, fp32": {},
     "this project, int8": {"int8": True},
     "this project, int4": {"int4": True},

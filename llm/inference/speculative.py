@@ -110,12 +110,12 @@ class _Lookup:
             self.places |= {tuple(context[place - n : place]): place for n in NGRAMS if place >= n}
         self.length = len(context)
         known = (self.places.get(tuple(context[-n:])) for n in NGRAMS)
-        begin = next((place for place in known if place is not None), None)
-        if begin is None or limit < 1:
+        source = next((place for place in known if place is not None), None)
+        if source is None or limit < 1:
             return [], []
         text = list(context)
         for i in range(min(NUM_LOOKUP_TOKENS, limit)):
-            text.append(text[begin + i])  # a short period goes on in what is proposed
+            text.append(text[source + i])  # a short period goes on in what is proposed
         proposed = text[len(context) :]
         tokens = torch.tensor(proposed, device=self.device)
         return proposed, list(F.one_hot(tokens, self.vocab_size).float())
