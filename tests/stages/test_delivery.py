@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import http.server
-import importlib
 import json
 import os
 import re
@@ -22,8 +21,6 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
 
-import mlflow
-import pandas
 import pytest
 import torch
 from mlflow import MlflowClient
@@ -489,25 +486,23 @@ def test_registered_models_load_without_pickle_and_answer(delivery: Delivery, pl
     (place / "elsewhere/llm").mkdir(parents=True)
     (place / "elsewhere/llm/__init__.py").write_text("name = 'the other package'")
 
-    def answer() -> None:
-        """Load the models and print their answers, where another package has our name."""
-        for name in [name for name in sys.modules if name.partition(".")[0] in ("llm", "stages")]:
-            del sys.modules[name]
-        sys.path.insert(0, str(place / "elsewhere"))
-        mlflow.set_tracking_uri(store)
-        answers: dict[str, Any] = {"other": importlib.import_module("llm").name}
-        names = "llm-base", "llm-classifier", "llm-instruct"
-        loaded = {name: mlflow.pyfunc.load_model(f"models:/{name}@candidate") for name in names}
-        for name, model in loaded.items():
-            table = pandas.DataFrame({"text": ["the cat"]})
-            answers[name] = model.predict(["the cat", "a mat on the mat"]), model.predict(table)
-        params = {"max_new_tokens": 2, "temperature": 1.0, "seed": 3}
-        answers["short"] = loaded["llm-base"].predict(["the cat"], params=params)
-        own = [module for name, module in sys.modules.items() if name.startswith("textmill_")]
-        answers["code"] = [module.__file__ for module in own]
-        print(json.dumps(answers))
-
-    done = run_forked(answer, MLFLOW_ALLOW_PICKLE_DESERIALIZATION="false")
+    code = """
+import json, sys, llm, mlflow, pandas as pd
+answers = {}
+names = "llm-base", "llm-classifier", "llm-instruct"
+loaded = {name: mlflow.pyfunc.load_model(f"models:/{name}@candidate") for name in names}
+for name, model in loaded.items():
+    answers[name] = model.predict(["the cat", "a mat on the mat"]), model.predict(pd.DataFrame({"text": ["the cat"]}))
+params = {"max_new_tokens": 2, "temperature": 1.0, "seed": 3}
+answers["short"] = loaded["llm-base"].predict(["the cat"], params=params)
+answers["other"] = llm.name
+own = [module for name, module in sys.modules.items() if name.startswith("textmill_")]
+answers["code"] = [module.__file__ for module in own]
+print(json.dumps(answers))
+"""
+    env = os.environ | {"MLFLOW_TRACKING_URI": store, "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
+    env |= {"PYTHONPATH": str(place / "elsewhere")}
+    done = subprocess.run([sys.executable, "-c", code], cwd=place, env=env, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     answers = json.loads(done.stdout.splitlines()[-1])
     assert answers["other"] == "the other package"
