@@ -153,7 +153,7 @@ def test_our_decoding_is_compiled_if_possible(monkeypatch: pytest.MonkeyPatch) -
     compiled: list[torch.nn.Module] = []
     monkeypatch.setattr("llm.bench.decoding.CompiledDecoder", lambda model: compiled.append(model) or model)
     shape = TINY._replace(batch=1, width=32, prompt=4, new=4)
-    assert [make(shape)() for make in ours] == [4, 4] and len(compiled) == 2
+    assert [make(shape)() for make in ours] == [4, 4, 4] and len(compiled) == 3
 
     def fails(model: torch.nn.Module) -> None:
         raise InputError("no compiler")
