@@ -21,6 +21,7 @@ TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role | upper }}: {{ m.content }}<|im_end|>{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>ASSISTANT: {% endif %}"
 )
+pytestmark = pytest.mark.slow  # six stages, each in a process of its own
 STAGES = ("download", "tokenize", "pretrain", "finetune_classify", "finetune_instruct", "evaluate")
 CONTEXT, WORDS = 512, 4
 

@@ -16,6 +16,7 @@ from llm.checkpoint.folder import save_checkpoint
 from llm.cli.inspect import BETWEEN, GREEN, PLAIN
 from llm.cli.main import main
 from llm.config import parse_params
+from llm.download.fetching import transfer
 from llm.preprocess.clean import clean_text
 from tests.cli.test_chat import TEMPLATE, tiny_model
 from tests.conftest import ROOT
@@ -35,6 +36,7 @@ TALK = [
 def inspect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Inspect:
     """The command in a folder with a tokenizer and the shipped params, changed by section; it returns stdout."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(transfer, "PAUSES", (0.0,))
     tiny_tokenizer().save(Path("data/tokens/tokenizer"))
 
     def run(*arguments: str, **changes: dict[str, Any]) -> str:
