@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from llm.common.files import replaced_folder, write_atomic
-from llm.config import KINDS, Params, Source
-from llm.download.fetching.fetch import fetch
+from llm.config import KINDS, Params, Source, SourceFile
+from llm.download.content.archives import DataFile
+from llm.download.fetching.fetch import downloads_folder, fetch, mirror_folder
 from llm.download.records.readers import write_records
 from stages.runtime.run import Run, main
 from stages.tracking.process import repository
@@ -31,7 +32,7 @@ def write_kind(run: Run, kind: str, folder: Path) -> dict[str, Any]:
     name = getattr(run.params.data, kind)
     source = run.params.sources[name]
     section = getattr(source, kind)
-    files = [found for file in section.files for found in fetch(section.entry(file), downloads(), mirror())]
+    files = [found for file in section.files for found in fetched(section.entry(file))]
     written = write_records(section, files, folder / f"{kind}.jsonl")
     if kind == "messages":
         write_json(folder / "labels.json", written.labels)
@@ -45,6 +46,11 @@ def write_kind(run: Run, kind: str, folder: Path) -> dict[str, Any]:
     logging.getLogger("llm").info("download: %s of %s: %s", kind, name, counts)
     left_out = {"left_out": written.left_out.summary()} if written.left_out.counts else {}
     return {"source": name, "licence": source.licence, "quotable": source.quotable, "files": entries} | left_out
+
+
+def fetched(file: SourceFile) -> list[DataFile]:
+    """Fetch a file into the user's repository, where DVC's temporary copies for experiments find it too."""
+    return fetch(file, downloads_folder(repository()), mirror_folder(repository()))
 
 
 def tell_what_is_private(params: Params) -> None:
@@ -69,20 +75,10 @@ def copy_gpt2_files(params: Params, folder: Path) -> dict[str, Any]:
     folder.mkdir()
     entries = []
     for name, declared in (("encoder.json", params.gpt2_files.encoder), ("vocab.bpe", params.gpt2_files.merges)):
-        (file,) = fetch(declared, downloads(), mirror())
+        (file,) = fetched(declared)
         (folder / name).write_bytes(b"".join(file.blocks()))
         entries.append({"file": str(file), "sha256": file.sha256, "bytes": file.size})
     return {"files": entries}
-
-
-def downloads() -> Path:
-    """Return the folder of earlier downloads, which DVC's temporary copies for experiments share."""
-    return repository() / ".work" / "downloads"
-
-
-def mirror() -> Path | None:
-    folder = os.environ.get("LLM_DATA_MIRROR")
-    return repository() / Path(folder).expanduser() if folder else None
 
 
 def write_json(path: Path, value: object) -> None:

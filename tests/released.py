@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from llm.audit.leakage import audit_sets
@@ -17,6 +19,16 @@ from llm.evaluation.predict import predict
 
 TOKENS, REPORTS = Path("data/tokens"), Path("reports")
 MODELS = {"classifier": "messages", "instruct": "instructions"}
+
+
+def copy_workspace(store: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Copy a workspace to `place` and go there; both have the same registry."""
+    shutil.copytree(store, place, ignore=shutil.ignore_patterns("mlflow.db*", "mlruns"))
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("DVC_ROOT", str(store))
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    return place
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from llm.common.errors import InputError
 from llm.config import KINDS, Params, SourceFile, parse_params
 from llm.download.content.archives import DataFile
-from llm.download.fetching.fetch import check_file
+from llm.download.fetching.fetch import check_file, downloads_folder, mirror_folder
 from llm.download.inspection import Inspection, inspect_data, inspect_file, params_lines, pinned_entry
 from llm.download.look import FirstRecords, first_records, look, named_entry
 from llm.download.records.splits import Section
@@ -120,12 +120,11 @@ def _source(request: Request, params: Params, scratch: Path) -> Iterator[Subject
 
 def downloads() -> Path:
     """Return the folder of the download stage, which finds there what was fetched for a look."""
-    return _repository() / ".work" / "downloads"
+    return downloads_folder(_repository())
 
 
 def mirror() -> Path | None:
-    folder = os.environ.get("LLM_DATA_MIRROR")
-    return _repository() / Path(folder).expanduser() if folder else None
+    return mirror_folder(_repository())
 
 
 def _repository() -> Path:

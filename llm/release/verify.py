@@ -13,7 +13,7 @@ from llm.common.errors import InputError
 from llm.common.files import read_json
 from llm.config import SourceFile, effective_params, parse_params
 from llm.data.about import CARD_FILE
-from llm.download.fetching.fetch import fetch
+from llm.download.fetching.fetch import downloads_folder, fetch
 from llm.release.lineage import commit_of, workspace
 
 State = Literal["unchanged", "changed", "not at hand"]
@@ -72,7 +72,7 @@ def check_base(role: str, base: Base, near: list[Path]) -> Iterator[Check]:
 
 def data_digest(root: Path, kind: str, file: DataFile) -> str | None:
     """Return the digest of a data file at hand: in the workspace, or among the downloads."""
-    raw, downloads = root / "data/raw/sources.json", root / ".work/downloads"
+    raw, downloads = root / "data/raw/sources.json", downloads_folder(root)
     known = read_json(raw).get(kind, {}).get("files", []) if raw.is_file() else []
     names = [file.file, *(str(each["file"]) for each in known if each.get("sha256") == file.sha256)]
     for name in filter(None, names):

@@ -600,6 +600,8 @@ def test_generating_imports_only_what_it_needs(folders: Folders) -> None:
 def test_closed_pipe_ends_with_141_and_output_is_utf8_in_any_locale(folders: Folders) -> None:
     env = {**os.environ, "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "llm", "generate", str(folders.base), "--prompt", "café", "--max-new-tokens"]
+    done = subprocess.run([*command, "2"], cwd=ROOT, capture_output=True, env=env, check=True)
+    assert done.stdout.startswith("café".encode())
     process = subprocess.Popen(
         [*command, "100000000"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env
     )

@@ -23,7 +23,7 @@ from llm.tokenizer.bpe import Tokenizer
 from llm.tokenizer.prompts import ChatMLTemplate
 from stages import release
 from tests.conftest import ROOT
-from tests.released import evaluate, write_rows
+from tests.released import copy_workspace, evaluate, write_rows
 from tests.trainings import (
     classify_params,
     easy_messages,
@@ -88,13 +88,7 @@ def store(tmp_path_factory: pytest.TempPathFactory, database: Path, base: Checkp
 @pytest.fixture
 def w(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the workspace with the same registry."""
-    place = tmp_path / "copy"
-    shutil.copytree(store, place, ignore=shutil.ignore_patterns("mlflow.db*", "mlruns"))
-    monkeypatch.chdir(place)
-    monkeypatch.setenv("DVC_ROOT", str(store))
-    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
-        monkeypatch.delenv(name, raising=False)
-    return place
+    return copy_workspace(store, tmp_path / "copy", monkeypatch)
 
 
 @pytest.fixture

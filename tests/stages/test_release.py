@@ -27,7 +27,7 @@ from stages import release
 from stages.tracking import champion, mlflow_client
 from tests.conftest import ROOT
 from tests.helpers import LLAMA_FORM, gpt_config, randomize, tiny_tokenizer, train_params
-from tests.released import evaluate, write_rows
+from tests.released import copy_workspace, evaluate, write_rows
 
 LABELS = ["ham", "spam"]
 TEXTS = [f"the {a} {b} {i} on the {a}." for i in range(40) for a in ("cat", "dog", "mat") for b in ("sat", "spam")]
@@ -85,13 +85,7 @@ def store(tmp_path_factory: pytest.TempPathFactory, database: Path) -> Iterator[
 @pytest.fixture
 def w(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the workspace with the same registry."""
-    place = tmp_path / "copy"
-    shutil.copytree(store, place, ignore=shutil.ignore_patterns("mlflow.db*", "mlruns"))
-    monkeypatch.chdir(place)
-    monkeypatch.setenv("DVC_ROOT", str(store))
-    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
-        monkeypatch.delenv(name, raising=False)
-    return place
+    return copy_workspace(store, tmp_path / "copy", monkeypatch)
 
 
 def lr_too_high() -> None:

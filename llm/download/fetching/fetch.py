@@ -10,6 +10,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import logging
+import os
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
@@ -30,6 +31,17 @@ from llm.download.fetching.transfer import transfer
 TRACKED = (Path("data/own"), Path("data/sample"))  # DVC notices changes of local files here
 
 log = logging.getLogger("llm")
+
+
+def downloads_folder(repository: Path) -> Path:
+    """Return the folder of earlier downloads."""
+    return repository / ".work" / "downloads"
+
+
+def mirror_folder(repository: Path) -> Path | None:
+    """Return the folder that LLM_DATA_MIRROR names: files in it are taken in place of downloads."""
+    folder = os.environ.get("LLM_DATA_MIRROR")
+    return repository / Path(folder).expanduser() if folder else None
 
 
 def fetch(file: SourceFile, cache: Path, mirror: Path | None = None, most: int | None = None) -> list[DataFile]:
