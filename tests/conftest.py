@@ -19,7 +19,10 @@ from llm.common.log import setup_logging
 ROOT = Path(__file__).resolve().parent.parent
 
 # Before torch and mlflow are imported. One thread for each worker of pytest-xdist; two when there is only one process.
-os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # a worker has the environment of the process that started it, which has two
+else:
+    os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.update(MLFLOW_DISABLE_TELEMETRY="true", HF_HUB_OFFLINE="1", MPLBACKEND="Agg", DVC_NO_ANALYTICS="true")
 for name in [n for n in os.environ if n.startswith(("MLFLOW_TRACKING", "MLFLOW_RUN", "MLFLOW_EXPERIMENT", "DVC_EXP"))]:
     del os.environ[name]
