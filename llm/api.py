@@ -15,12 +15,13 @@ import torch
 from llm.checkpoint.folder import Checkpoint, load_checkpoint
 from llm.common.device import pick_device
 from llm.common.errors import InputError
-from llm.convert.cache import cache_root, model_folder
+from llm.convert.cache import model_folder
 from llm.data.about import About, read_about
 from llm.inference.classify import NO_TEXT, classify_texts, decide, doubt, has_text
 from llm.inference.generate import generate, stream, stream_text
-from llm.inference.int4 import load_kernel, to_int4
+from llm.inference.grouped import to_int4
 from llm.inference.int8 import to_int8
+from llm.inference.kernels.build import load_kernels
 from llm.inference.prefill import PrefixCache
 from llm.inference.request import Decoder
 from llm.inference.sampling import GREEDY, Sampling, sampling_of
@@ -68,7 +69,7 @@ def load(
     if int8:
         to_int8(model.gpt)
     elif int4:
-        load_kernel(cache_root() / "kernels")
+        load_kernels()
         to_int4(model.gpt)
     if draft == PROMPT:
         model.draft = PROMPT

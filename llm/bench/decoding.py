@@ -20,15 +20,15 @@ import torch
 from llm.bench.harness import OURS, Benchmark, Cost, Skipped, Workload, run_apart
 from llm.bench.models import Shape, check_shape, gpt_config, matrix_weights, transformers_model
 from llm.common.errors import InputError
-from llm.convert.cache import cache_root
 from llm.convert.gguf import FileType, export_gguf
 from llm.inference.compiled import CompiledDecoder
 from llm.inference.generate import generate
-from llm.inference.int4 import load_kernel, to_int4
+from llm.inference.grouped import to_int4
 from llm.inference.int8 import to_int8
+from llm.inference.kernels.build import load_kernels
+from llm.inference.packed import to_packed
 from llm.inference.request import Decoder
 from llm.model.gpt import GPT
-from llm.model.linear import to_packed
 from llm.tokenizer.bpe import END_OF_TEXT, GPT2_PATTERN, Tokenizer
 
 
@@ -56,16 +56,15 @@ def requests(shape: Shape) -> Requests:
 def generate_ours(
     shape: Shape, int8: bool = False, int4: bool = False, packed: bool = False, compiled: bool = False
 ) -> Workload:
-    if compiled and shape.batch > 1:
-        raise Skipped("a single row's decoding is compiled, not that of a batch")
     model = GPT(gpt_config(shape))
     if int8:
         to_int8(model)
-    if int4:
+    if int4 or packed:
         try:
-            load_kernel(cache_root() / "kernels")
+            load_kernels()
         except InputError as error:
             raise Skipped(str(error)) from None
+    if int4:
         to_int4(model)
     if packed:
         to_packed(model)
@@ -243,6 +242,7 @@ GENERATE = Benchmark(
     {
         OURS: generate_ours,
         f"{OURS}, packed": partial(generate_ours, packed=True),
+        f"{OURS}, packed, compiled": partial(generate_ours, packed=True, compiled=True),
         f"{OURS}, compiled": partial(generate_ours, compiled=True),
         OURS_INT8: partial(generate_ours, int8=True),
         OURS_INT8_COMPILED: partial(generate_ours, int8=True, compiled=True),

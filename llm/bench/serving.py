@@ -32,7 +32,12 @@ from llm.bench.models import Shape
 from llm.common.errors import InputError
 from llm.common.markdown import table
 
-OURS, OURS_INT8 = "this project", "this project, int8"
+OURS = {  # options of `python -m llm serve`
+    "this project": (),
+    "this project, compiled": ("--compile",),
+    "this project, int8": ("--int8",),
+    "this project, int8, compiled": ("--int8", "--compile"),
+}
 LLAMA_CPP = {"llama.cpp, F32": "f32", "llama.cpp, Q8_0": "q8_0"}
 SIZES = Shape(
     layers=30,
@@ -64,13 +69,13 @@ class Address(NamedTuple):
 
 
 @contextlib.contextmanager
-def our_server(shape: Shape, place: Path, int8: bool, *options: str) -> Iterator[Address]:
+def our_server(shape: Shape, place: Path, *options: str) -> Iterator[Address]:
     """Run `python -m llm serve` on a model with random weights."""
     folder = place / MODEL
     if not folder.exists():
         run_apart(write_model, shape, folder)
     command = [sys.executable, "-m", "llm", "serve", str(folder), "--port", "0", "--batch-size", str(shape.batch)]
-    command += [*(["--int8"] if int8 else []), *options]
+    command += options
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment()) as process:
         try:
             assert process.stderr is not None
@@ -246,7 +251,7 @@ def run_all(client: Callable[[int], None], clients: int) -> None:
 
 def serve(shape: Shape, rounds: int, seconds: float, only: Collection[str] | None = None) -> dict[str, Any]:
     """Measure all servers, or those named, in rounds: one client for some seconds, then `shape.batch` clients."""
-    names = [OURS, OURS_INT8, *LLAMA_CPP]
+    names = [*OURS, *LLAMA_CPP]
     for name in only or ():
         if name not in names:
             raise InputError(f"{name}: takes no part in serve; those who do: {', '.join(names)}")
@@ -255,7 +260,7 @@ def serve(shape: Shape, rounds: int, seconds: float, only: Collection[str] | Non
         servers = {}
         for name in found:
             start = llama_cpp_server(shape, Path(place), LLAMA_CPP[name]) if name in LLAMA_CPP else None
-            servers[name] = stack.enter_context(start or our_server(shape, Path(place), name == OURS_INT8))
+            servers[name] = stack.enter_context(start or our_server(shape, Path(place), *OURS[name]))
             measure(servers[name], shape, 1, min(1.0, seconds), seed=0)  # warm up
         for number in range(rounds):
             order = list(found)[number % len(found) :] + list(found)[: number % len(found)]
@@ -331,7 +336,7 @@ def load(shape: Shape, seconds: float) -> dict[str, Any]:
     options = ("--queue", str(QUEUE), "--max-tokens", str(shape.new))
     with (
         tempfile.TemporaryDirectory(prefix="bench-") as place,
-        our_server(shape, Path(place), False, *options) as address,
+        our_server(shape, Path(place), *options) as address,
     ):
         begun = time.perf_counter()
         until = begun + seconds

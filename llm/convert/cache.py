@@ -1,6 +1,6 @@
 """Other tools' models for direct use: imported once, into a cache of model folders.
 
-The cache is `LLM_CACHE`, or `textmill` in the user's cache folder. A model's folder there is named by a digest of its
+A model's folder there is named by a digest of its
 files and of the code that imports them, so that a change of either makes a new one.
 """
 
@@ -14,6 +14,7 @@ import re
 from pathlib import Path
 
 from llm.checkpoint.folder import save_checkpoint
+from llm.common.cache import cache_root
 from llm.common.errors import InputError
 from llm.common.files import read_json, read_json_object, write_atomic
 from llm.download.hub import ADAPTER, HUB_NAME, source_files
@@ -62,13 +63,6 @@ def is_foreign(source: str | Path) -> bool:
             return False
     ours = path.parts[:1] == ("models",) or (path.parent not in (Path(), path) and path.parent.is_dir())
     return path.suffix == ".gguf" or (HUB_NAME.fullmatch(str(source)) is not None and not ours)
-
-
-def cache_root() -> Path:
-    """Return the folder of all imports."""
-    if chosen := os.environ.get("LLM_CACHE"):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "textmill"
 
 
 def import_digest(files: Path, known: Path) -> str:

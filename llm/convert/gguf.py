@@ -30,13 +30,13 @@ from llm.common.files import atomic_file
 from llm.common.gguf_header import GGUFHeader, gguf_package, read_exactly, read_gguf_header
 from llm.common.stored_tensor import StoredTensor
 from llm.config import GPTConfig, explain
-from llm.convert.cache import cache_root
 from llm.convert.families.base import Family, fused_names, fused_shapes
 from llm.convert.families.metadata import Metadata
 from llm.convert.families.registry import FAMILIES, family_with
 from llm.convert.gguf_card import card_fields, write_digest
+from llm.inference.grouped import round_to_4_bits
 from llm.inference.importance import input_importance
-from llm.inference.int4 import load_kernel, round_groups
+from llm.inference.kernels.build import load_kernels
 from llm.model.gpt import GPT
 from llm.tokenizer.chat_source import ChatSource, gguf_chat, gguf_chat_fields
 from llm.tokenizer.gguf import gguf_tokenizer_fields, parse_gguf_tokenizer
@@ -254,7 +254,7 @@ def _tensors_out(
 
 def _importance(model: GPT, names: Mapping[str, Sequence[str]]) -> dict[str, Tensor]:
     """Return the importance of the inputs of each matrix of the blocks, by its name in the file."""
-    load_kernel(cache_root() / "kernels")
+    load_kernels()
     layers = {name: part for name, part in model.named_modules() if isinstance(part, nn.Linear)}
     found = input_importance(model)
     of_first = {target: layers.get(parts[0].removesuffix(".weight")) for target, parts in names.items()}
@@ -263,7 +263,7 @@ def _importance(model: GPT, names: Mapping[str, Sequence[str]]) -> dict[str, Ten
 
 def _q4_1(weight: Tensor, importance: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """Return the blocks [O, I / 32 * 20] of a matrix [O, I], each of a step, a minimum and 32 numbers in 16 bytes."""
-    q, pair = round_groups(weight, importance)  # [O, G, 32], [O, G, 2]
+    q, pair = round_to_4_bits(weight, importance)  # [O, G, 32], [O, G, 2]
     numbers = q[..., :16] | q[..., 16:] << 4  # [O, G, 16]
     blocks = torch.cat([pair.view(torch.uint8), numbers], dim=-1)  # [O, G, 20]
     return np.asarray(blocks.flatten(1).numpy(), dtype=np.uint8)

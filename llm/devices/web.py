@@ -20,10 +20,10 @@ from typing import Any
 
 from llm.checkpoint.card import Card
 from llm.checkpoint.folder import Checkpoint
+from llm.common.cache import cache_root
 from llm.common.errors import InputError
 from llm.common.files import replaced_folder
 from llm.common.sanitize import one_line
-from llm.convert.cache import cache_root
 from llm.convert.gguf import FileType, export_gguf
 from llm.devices.chat_form import ChatForm, chat_form, check_tokens
 from llm.inference.sampling import GREEDY, sampling_of

@@ -1,12 +1,13 @@
-"""Compiled decoding of a single row: by PyTorch's compiler on a CPU, as a CUDA graph on a GPU.
+"""Compiled decoding: by PyTorch's compiler on a CPU, also of several rows; as a CUDA graph on a GPU.
 
-Shapes: S tokens in the cache with the new one, H n_heads, K n_kv_heads, G = H / K, D head_dim, V vocab_size.
+Shapes: M rows, S tokens in the cache with the new one, H n_heads, K n_kv_heads, G = H / K, D head_dim, V vocab_size.
 """
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from types import FunctionType
 from typing import Any
@@ -20,33 +21,47 @@ from torch.func import functional_call
 from llm.common.errors import InputError
 from llm.inference.prefill import new_kv_cache
 from llm.inference.request import eval_mode
+from llm.inference.rows import attend_rows, cache_table, has_row_kernels, layer_windows, shared_cache_table
 from llm.model.gpt import GPT, TransformerBlock
 from llm.model.kv_cache import KVCache
-from llm.model.linear import PackedLinear
 
 
 class CompiledDecoder:
     """A GPT with a compiled decode step, which `generate` and `stream` take in place of the GPT.
 
-    Tokens of a single row are computed in one call: equal up to rounding, and much faster. Prefill and batches run the
-    model itself. Compiling takes up to half a minute on a CPU, less the next time, as PyTorch keeps the code. On a CUDA
-    device a graph is captured for each KV cache. The model must then keep its layers, their dtype and their device, as
-    nothing checks for changes. Raises `InputError` where the model cannot be compiled.
+    The next token of a row is computed in one call, on a CPU with `load_kernels` those of a batch too: equal up to
+    rounding, and much faster. Prefill runs the model itself. Compiling takes up to half a minute on a CPU, less the
+    next time, as PyTorch keeps the code; a batch is compiled for when it first comes. On a CUDA device a graph is
+    captured for each KV cache. The model must then keep its layers, their dtype and their device, as nothing checks for
+    changes. Raises `InputError` where the model cannot be compiled.
     """
 
     def __init__(self, gpt: GPT) -> None:
         self.gpt = gpt
         self._decode = _CudaGraphStep(gpt) if gpt.tok_emb.weight.device.type == "cuda" else _CompiledStep(gpt)
+        self._decode_rows: CompiledRows | None = None  # compiled for the first batch
 
     def __call__(self, idx: Tensor, cache: KVCache | None = None, pad: Tensor | None = None) -> Tensor:
         """Return the logits [B, T, V], as `GPT.forward` does."""
         places = 0 if cache is None else min(cache.max_length, self.gpt.config.context_length)
         # The compiler takes a length of 1 for a constant. A full cache is an error that the model raises.
-        if idx.numel() != 1 or torch.is_grad_enabled() or cache is None or not 1 <= cache.length < places:
+        if idx.shape[1] != 1 or torch.is_grad_enabled() or cache is None or not 1 <= cache.length < places:
             return self.gpt(idx, cache, pad)
+        if len(idx) > 1:
+            return self._decode_batch(idx, cache, pad)
         logits = self._decode(idx, cache, idx.new_zeros(1) if pad is None else pad)
         cache.length += 1
         return logits
+
+    def _decode_batch(self, idx: Tensor, cache: KVCache, pad: Tensor | None) -> Tensor:
+        """Return the logits [B, 1, V] of the next token [B, 1] of each row."""
+        if not has_row_kernels(self.gpt):
+            return self.gpt(idx, cache, pad)
+        self._decode_rows = self._decode_rows or CompiledRows(self.gpt)
+        pads = idx.new_zeros(len(idx)) if pad is None else pad
+        logits = self._decode_rows(idx, (cache.length - pads)[:, None], shared_cache_table(cache, pads.tolist()))
+        cache.length += 1
+        return logits[:, None]
 
 
 # ---- CPU: one compiled loop over the blocks --------------------------------------------------------------------------
@@ -60,21 +75,54 @@ class _CompiledStep:
         assert isinstance(first, TransformerBlock)
         block, weights = _DecodeBlock(first), _stack_weights(model.blocks)
         self.decode = partial(_compile(_decode_one_token), model, block, weights)
-        try:
-            with torch.inference_mode(), eval_mode(model), warnings.catch_warnings():
-                warnings.filterwarnings("ignore", ".* `functools.lru_cache`")  # `rotary_frequencies` may be traced
-                cache = new_kv_cache(model, 2, 5)  # two rows: with one, the stride of a layer would follow from S
-                idx = torch.zeros(1, 1, dtype=torch.long, device=model.tok_emb.weight.device)
-                keys, values = cache.slice(0, 0, 3)
-                torch._dynamo.mark_dynamic(keys, 2)  # S is no constant
-                torch._dynamo.mark_dynamic(values, 2)
-                self.decode(idx, idx.new_zeros(1), keys, values)
-        except RuntimeError as error:  # the compiler's many classes derive from it
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise InputError(f"the step could not be compiled, for which a C++ compiler is needed: {reason}") from error
+        with _compiling(model):
+            cache = new_kv_cache(model, 2, 5)  # two rows: with one, the stride of a layer would follow from S
+            idx = torch.zeros(1, 1, dtype=torch.long, device=model.tok_emb.weight.device)
+            keys, values = cache.slice(0, 0, 3)
+            torch._dynamo.mark_dynamic(keys, 2)  # S is no constant
+            torch._dynamo.mark_dynamic(values, 2)
+            self.decode(idx, idx.new_zeros(1), keys, values)
 
     def __call__(self, idx: Tensor, cache: KVCache, pad: Tensor) -> Tensor:
         return self.decode(idx, pad, *cache.slice(0, 0, cache.length + 1))
+
+
+class CompiledRows:
+    """The decode step of several rows with a KV cache each, for `decode_rows`, as one compiled function.
+
+    The kernels must be loaded and fit the model. Raises `InputError` where it cannot be compiled.
+    """
+
+    def __init__(self, model: GPT) -> None:
+        first = model.blocks[0]
+        assert isinstance(first, TransformerBlock)
+        block, weights = _RowsBlock(first, layer_windows(model)), _stack_weights(model.blocks)
+        self.decode = partial(_compile(_decode_rows), model, block, weights)
+        with _compiling(model):
+            idx, caches = torch.zeros(3, 1, dtype=torch.long), [new_kv_cache(model, 1, 2) for _ in range(3)]
+            positions, table = torch.zeros_like(idx), cache_table(caches)
+            for part in (idx, positions, table):
+                torch._dynamo.mark_dynamic(part, 0)
+            self.decode(idx, positions, table)
+
+    def __call__(self, idx: Tensor, positions: Tensor, table: Tensor) -> Tensor:
+        """Return the logits [M, V] of the next tokens [M, 1], at positions [M, 1], of caches in a table [B, 6]."""
+        spare = max(0, 2 - len(idx))  # the compiler takes a number of 1 for a constant
+        if spare:
+            idx, positions = (F.pad(part, (0, 0, 0, spare)) for part in (idx, positions))
+        return self.decode(idx, positions, table)[: len(idx) - spare]
+
+
+@contextlib.contextmanager
+def _compiling(model: GPT) -> Iterator[None]:
+    """Turn the compiler's errors into an `InputError`."""
+    try:
+        with torch.inference_mode(), eval_mode(model), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".* `functools.lru_cache`")  # `rotary_frequencies` may be traced
+            yield
+    except RuntimeError as error:  # the compiler's many classes derive from it
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise InputError(f"the step could not be compiled, for which a C++ compiler is needed: {reason}") from error
 
 
 def _compile(function: Any) -> Any:
@@ -89,8 +137,6 @@ def _compile(function: Any) -> Any:
 
 def _stack_weights(blocks: nn.ModuleList) -> dict[str, Tensor]:
     """Stack each weight of all blocks in one tensor [layers, ...]; the blocks' own become views of it."""
-    if any(isinstance(part, PackedLinear) for part in blocks.modules()):
-        raise InputError("the step of a packed model cannot be compiled: its weights are in oneDNN's own order")
     states = [dict(block.state_dict(keep_vars=True)) for block in blocks]
     weights = {}
     for name in states[0]:
@@ -120,15 +166,54 @@ def _decode_one_token(
 ) -> Tensor:
     """Return the logits [1, 1, V] of a row's next token [1, 1]; the first `pad` [1] tokens of the row are padding.
 
-    `keys` and `values` [layers, K, S, D] are the cache's, with a place for the new token at the end. The blocks are a
-    loop, so that the compiler compiles one block and no Python runs between them.
+    `keys` and `values` [layers, K, S, D] are the cache's, with a place for the new token at the end.
     """
     layers, _, S, _ = keys.shape
     positions = torch.arange(S - 1, S, device=idx.device)  # [1]
-    masks = [model.mask(positions, S, pad, kind.window).flatten() for kind in model.kinds]  # each [S]
+    seen = _by_layer(model, [model.mask(positions, S, pad, kind.window).flatten() for kind in model.kinds])  # each [S]
     positions = (positions - pad)[None]  # [1, 1]
-    angles = [model.cos_sin(kind, positions) for kind in model.kinds]
-    inputs = _inputs_of_layers(model, angles, masks)
+    cos_sin = _angles_by_layer(model, positions)
+
+    def run(own: dict[str, Tensor], x: Tensor, layer: Tensor, i: int) -> Tensor:
+        y: Tensor = functional_call(block, own, (x, cos_sin(i), seen(i), keys[i], values[i]))
+        return y
+
+    return model.lm_head(model.final_norm(_run_blocks(weights, layers, run, model.embed(idx, positions))))
+
+
+class _RowsBlock(nn.Module):
+    """The first block's layers for several rows; the weights of any block are given with each call."""
+
+    def __init__(self, block: TransformerBlock, windows: Tensor) -> None:
+        super().__init__()
+        self.block, self.windows = block, windows
+
+    def forward(self, x: Tensor, cos_sin: tuple[Tensor, Tensor] | None, table: Tensor, layer: Tensor) -> Tensor:
+        q, k, v = self.block.project_qkv(x, cos_sin)  # [M, H, 1, D], 2 x [M, K, 1, D]
+        return self.block.finish(x, attend_rows(q, k, v, table, self.windows, layer))
+
+
+def _decode_rows(
+    model: GPT, block: _RowsBlock, weights: dict[str, Tensor], idx: Tensor, positions: Tensor, table: Tensor
+) -> Tensor:
+    """Return the logits [M, V] of the next tokens [M, 1] of rows whose caches stand in a table [B, 6]."""
+    cos_sin = _angles_by_layer(model, positions)
+
+    def run(own: dict[str, Tensor], x: Tensor, layer: Tensor, i: int) -> Tensor:
+        y: Tensor = functional_call(block, own, (x, cos_sin(i), table, layer))
+        return y
+
+    x = _run_blocks(weights, len(block.windows), run, model.embed(idx, positions))
+    return model.lm_head(model.final_norm(x)[:, 0])
+
+
+def _run_blocks(
+    weights: dict[str, Tensor], layers: int, run: Callable[[dict[str, Tensor], Tensor, Tensor, int], Tensor], x: Tensor
+) -> Tensor:
+    """Run `run(weights of a layer, x, layer, its number)` for all layers on the residual stream x.
+
+    It is a loop, so that the compiler compiles one block and no Python runs between them.
+    """
 
     def is_left(layer: Tensor, _: Tensor) -> Tensor:
         return layer < layers
@@ -138,26 +223,27 @@ def _decode_one_token(
         torch._check(i >= 0)
         torch._check(i < layers)
         own = {f"block.{name}": stacked[i] for name, stacked in weights.items()}
-        return layer + 1, functional_call(block, own, (x, *inputs(i), keys[i], values[i]))
+        return layer + 1, run(own, x, layer, i)
 
-    first = torch.zeros((), dtype=torch.long, device=idx.device)
-    _, x = while_loop(is_left, next_block, (first, model.embed(idx, positions)))
-    return model.lm_head(model.final_norm(x))
+    first = torch.zeros((), dtype=torch.long, device=x.device)
+    x = while_loop(is_left, next_block, (first, x))[1]
+    return x
 
 
-def _inputs_of_layers(
-    model: GPT, angles: list[tuple[Tensor, Tensor] | None], masks: list[Tensor]
-) -> Callable[[int], tuple[tuple[Tensor, Tensor] | None, Tensor]]:
-    """Return a function from a layer to its angles and its mask, which of each kind of layer are given."""
-    if len(model.kinds) == 1:
-        return lambda _: (angles[0], masks[0])
-    seen = torch.stack([masks[kind] for kind in model.kind_of_layer])  # [layers, S]
-    pairs = [angles[kind] for kind in model.kind_of_layer]
-    turned = [pair for pair in pairs if pair is not None]  # all layers, or none where positions are learned
-    if not turned:
-        return lambda i: (None, seen[i])
-    cos, sin = (torch.stack(parts) for parts in zip(*turned, strict=True))  # 2 x [layers, 1, 1, 1, R/2]
-    return lambda i: ((cos[i], sin[i]), seen[i])
+def _by_layer(model: GPT, of_kinds: Sequence[Tensor]) -> Callable[[int], Tensor]:
+    """Return a function from a layer to its part of what is given for each kind of layer."""
+    if len(of_kinds) == 1:
+        return lambda _: of_kinds[0]
+    stacked = torch.stack([of_kinds[kind] for kind in model.kind_of_layer])  # [layers, ...]
+    return lambda i: stacked[i]
+
+
+def _angles_by_layer(model: GPT, positions: Tensor) -> Callable[[int], tuple[Tensor, Tensor] | None]:
+    pairs = [pair for pair in (model.cos_sin(kind, positions) for kind in model.kinds) if pair is not None]
+    if not pairs:  # positions are learned
+        return lambda _: None
+    cos, sin = (_by_layer(model, parts) for parts in zip(*pairs, strict=True))
+    return lambda i: (cos(i), sin(i))
 
 
 def _attend_one_query(q: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:

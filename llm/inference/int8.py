@@ -1,20 +1,27 @@
-"""Linear layers with 8-bit weights."""
+"""Linear layers with 8-bit weights: by kernels of our own where a C++ compiler is at hand, else by PyTorch's."""
 
 from __future__ import annotations
+
+import logging
 
 import torch
 from torch import Tensor, nn
 
-from llm.model.linear import is_compiled_row, linear, replace_linears, row_product
+from llm.common.errors import InputError
+from llm.inference.grouped import GroupedLinear
+from llm.inference.kernels.build import load_kernels
+from llm.model.gpt import GPT
+from llm.model.linear import linear, replace_linears
 
 FEW_INT8_ROWS = 64  # up to this many, PyTorch's int8 kernel is faster
+
+log = logging.getLogger("llm")
 
 
 class Int8Linear(nn.Module):
     """A linear layer for inference with weights quantized to int8, and a scale for each output.
 
-    Decoding a token reads all weights once: a quarter of the bytes, about half of the time. PyTorch's kernel for a few
-    rows rounds inputs and outputs to bf16; a compiled single row does not.
+    PyTorch's kernel for a few rows rounds inputs and outputs to bf16.
     """
 
     weight: Tensor  # [O, I] int8, from -127 to 127
@@ -29,9 +36,6 @@ class Int8Linear(nn.Module):
         self.bias = layer.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        if is_compiled_row(x):
-            y = row_product(x, self.weight) * self.scale.to(x.dtype)
-            return y if self.bias is None else y + self.bias
         rows = x.reshape(-1, x.shape[-1])  # [N, I]
         aligned = rows.shape[1] % 32 == 0  # otherwise the kernel reads out of bounds, and crashes
         if aligned and x.device.type == "cpu" and 0 < len(rows) <= FEW_INT8_ROWS:
@@ -42,6 +46,17 @@ class Int8Linear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-def to_int8(model: nn.Module) -> None:
-    """Quantize all linear layers, in place; embeddings stay, as a token reads one row of them."""
+def to_int8(model: GPT) -> None:
+    """Quantize all linear layers, in place; embeddings stay, as a token reads one row of them.
+
+    Decoding a token reads all weights once: a quarter of the bytes.
+    """
+    if model.tok_emb.weight.device.type == "cpu":
+        try:
+            load_kernels()
+        except InputError as error:
+            log.info("8 bits by PyTorch's kernel, which is slower: %s", error)
+        else:
+            replace_linears(model, lambda layer: GroupedLinear(layer, 8))
+            return
     replace_linears(model, Int8Linear)

@@ -1,4 +1,4 @@
-"""Linear layers, `x @ weight.T + bias`: on a CPU by oneDNN, also with packed weights, or compiled for a single row.
+"""Linear layers, `x @ weight.T + bias`: on a CPU by oneDNN, or compiled for a single row.
 
 PyTorch computes fp32 products with the BLAS that it was built with, usually MKL. For the few rows of decoding, MKL uses
 one core and leaves half of the memory bandwidth idle. On processors of other makers it is slower in training too
@@ -87,33 +87,6 @@ class _Linear(torch.autograd.Function):
             rows.T @ x.reshape(-1, x.shape[-1]) if wants_weight else None,  # oneDNN is no faster on transposed matrices
             rows.sum(0) if wants_bias else None,
         )
-
-
-# ---- for inference alone ---------------------------------------------------------------------------------------------
-
-
-class PackedLinear(nn.Module):
-    """A linear layer for inference with its weights in oneDNN's own layout.
-
-    With plain weights each product reorders them, up to a third of the time for a few rows. It cannot be undone.
-    """
-
-    def __init__(self, layer: nn.Linear) -> None:
-        super().__init__()
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), FEW_ROWS)
-        self.bias = layer.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
-        return y
-
-
-def to_packed(model: nn.Module) -> None:
-    """Pack all linear layers that oneDNN computes, in place: faster batched decoding, equal up to rounding.
-
-    A tied head takes the memory of a second embedding.
-    """
-    replace_linears(model, lambda layer: PackedLinear(layer) if _has_onednn(layer.weight, layer.weight) else layer)
 
 
 def replace_linears(model: nn.Module, replacement: Callable[[nn.Linear], nn.Module]) -> None:

@@ -20,9 +20,9 @@ from torch import Tensor
 from llm.common.errors import InputError
 from llm.common.sanitize import error_text
 from llm.inference.prefill import common_prefix_length, new_kv_cache
+from llm.inference.rows import Step, decode_rows, invariant_rows
 from llm.model.gpt import GPT
 from llm.model.kv_cache import KVCache
-from llm.serving.decode import decode_rows, invariant_rows
 from llm.serving.generation import Generation
 from llm.serving.prefix_store import PrefixStore
 from llm.serving.text_stream import Piece, TokenInfo
@@ -58,12 +58,13 @@ class Engine:
         model: GPT,
         tokenizer: Tokenizer,
         limits: Limits | None = None,
+        step: Step | None = None,
         observe: Callable[[str, float], None] = lambda name, value: None,
     ) -> None:
-        """Make an engine; `observe` receives what happens, by name, for the metrics."""
-        self.model, self.tokenizer, self.observe = model.eval(), tokenizer, observe
+        """Make an engine; `step` decodes in place of the model, `observe` receives what happens, for the metrics."""
+        self.model, self.tokenizer, self.step_of_rows, self.observe = model.eval(), tokenizer, step, observe
         self.limits = limits or Limits()
-        self.rows = invariant_rows(model, self.limits.batch_size) if self.limits.deterministic else []
+        self.rows = invariant_rows(model, self.limits.batch_size, step) if self.limits.deterministic else []
         self.prefixes = PrefixStore(
             self.limits.cache_tokens // 2, unit=self.limits.chunk if self.limits.deterministic else 1
         )
@@ -230,8 +231,8 @@ class Engine:
         one_by_one = self.rows == [1]
         for group in [[each] for each in batch] if one_by_one else [batch]:
             rows = next((rows for rows in self.rows if rows >= len(group)), 0)
-            tokens = [each.answer[-1] for each in group]
-            logits = decode_rows(self.model, tokens, [_cache(each) for each in group], rows).float()  # [B, V]
+            tokens, caches = [each.answer[-1] for each in group], [_cache(each) for each in group]
+            logits = decode_rows(self.model, tokens, caches, rows, self.step_of_rows).float()  # [B, V]
             likeliest = logits.argmax(-1).tolist()
             for generation, row, token in zip(group, logits, likeliest, strict=True):
                 self._advance(generation, row, token)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -13,11 +14,15 @@ from pathlib import Path
 
 from llm.api import GPT_KINDS, Model, load
 from llm.common.errors import InputError
-from llm.model.linear import to_packed
+from llm.inference.compiled import CompiledRows
+from llm.inference.kernels.build import load_kernels
+from llm.inference.packed import to_packed
+from llm.inference.rows import has_row_kernels
 from llm.serving.engine import Engine, Limits
 from llm.serving.errors import ApiError
 from llm.serving.metrics import Metrics
 
+log = logging.getLogger("llm")
 CLASSIFIER = ("classifier",)
 
 
@@ -44,6 +49,7 @@ class Loading:
     device: str = "auto"
     int8: bool = False
     int4: bool = False
+    compiled: bool = False
     limits: Limits = field(default_factory=Limits)
 
 
@@ -73,11 +79,27 @@ class Models:
         model.require(*kinds)
         engine = None
         if model.kind in GPT_KINDS:
-            if not (loading.int8 or loading.int4):
-                to_packed(model.gpt)
-            engine = Engine(model.gpt, model.checkpoint.tokenizer, self.loading.limits, self.metrics.observer(name))
-            engine.start()
+            engine = self._start(name, model)
         return Served(name, source, model, engine)
+
+    def _start(self, name: str, model: Model) -> Engine:
+        """Start the engine of a language model, with kernels of our own where a C++ compiler is at hand."""
+        gpt, step = model.gpt, None
+        try:
+            load_kernels()
+        except InputError as error:
+            log.info("serving without kernels of our own, which is slower: %s", error)
+        else:
+            to_packed(gpt)
+        if self.loading.compiled:
+            if not has_row_kernels(gpt):
+                raise InputError(f"{name}: --compile is for models in fp32 on a CPU with a C++ compiler")
+            log.info("compiling the step of a token")
+            step = CompiledRows(gpt)
+        observe = self.metrics.observer(name)
+        engine = Engine(gpt, model.checkpoint.tokenizer, self.loading.limits, step, observe)
+        engine.start()
+        return engine
 
     def get(self, name: str, *kinds: str) -> Served:
         """Return a model by its name; raise `ApiError` for an unknown one and for one of another kind."""

@@ -23,7 +23,7 @@ from llm.common.errors import InputError
 from llm.config import RopeScaling
 from llm.convert.gguf import export_gguf, read_gguf
 from llm.inference.generate import generate
-from llm.inference.int4 import Int4Linear, to_int4
+from llm.inference.grouped import GroupedLinear, to_int4
 from llm.model.classifier import GPTClassifier
 from llm.model.gpt import GPT
 from llm.tokenizer.gguf import read_gguf_tokenizer
@@ -343,7 +343,7 @@ def test_a_q4_1_file_has_the_weights_that_to_int4_computes_with(tmp_path: Path) 
         to_int4(model)
         for name in names:
             layer = model.blocks.get_submodule(name)
-            assert isinstance(layer, Int4Linear)
+            assert isinstance(layer, GroupedLinear)
             assert (layer.dequantized() - found[name]).norm() < most * found[name].norm(), name
 
 

@@ -6,12 +6,14 @@ Weights are large enough that greedy text varies; two ways that should agree the
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from llm.config import GPTConfig
+from llm.inference.kernels.build import load_kernels
 from llm.model.gpt import GPT
 from tests.helpers import LLAMA_FORM, gpt_config
 
@@ -33,6 +35,14 @@ def make_model(config: GPTConfig) -> GPT:
         if parameter.ndim > 1:  # random biases would favour the same token everywhere
             torch.nn.init.normal_(parameter, std=0.4)
     return model
+
+
+@pytest.fixture(scope="session")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of the kernels, with this machine's loaded."""
+    folder = tmp_path_factory.mktemp("kernels")
+    load_kernels(folder)
+    return folder
 
 
 @pytest.fixture(scope="module", params=[GPT2, MODERN], ids=["learned", "rotary"])

@@ -15,11 +15,10 @@ from llm.config import GPTConfig
 from llm.inference import compiled
 from llm.inference.compiled import CompiledDecoder
 from llm.inference.generate import generate, stream
-from llm.inference.int8 import Int8Linear, to_int8
+from llm.inference.int8 import to_int8
 from llm.inference.request import Decoder
 from llm.model.gpt import GPT
 from llm.model.kv_cache import KVCache
-from llm.model.linear import to_packed
 from tests.inference.conftest import GPT2, MIXED, MODERN, NARROW, PROMPTS, make_model
 
 every_config = pytest.mark.parametrize(
@@ -157,21 +156,6 @@ def test_trained_weights_reach_the_compiled_step(monkeypatch: pytest.MonkeyPatch
     assert found == generate(plain, PROMPTS[:1], max_new_tokens=12) != before
 
 
-def test_a_compiled_step_does_not_round_the_inputs_of_int8_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = make_model(MODERN).float()
-    to_int8(model)
-    exact = copy.deepcopy(model)
-    for part in list(exact.modules()):
-        for name, child in list(part.named_children()):
-            if isinstance(child, Int8Linear):
-                layer = torch.nn.Linear(child.weight.shape[1], child.weight.shape[0], bias=child.bias is not None)
-                layer.weight.data, layer.bias = child.weight * child.scale.float()[:, None], child.bias
-                setattr(part, name, layer)
-    decoder, _ = uncompiled_decoder(model, monkeypatch)
-    for token in range(8):  # prefill of longer prompts rounds its inputs
-        assert generate(decoder, [[token]], max_new_tokens=12) == generate(exact, [[token]], max_new_tokens=12)
-
-
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the compiler needs g++")
 @pytest.mark.slow
 def test_several_models_are_compiled_in_one_process() -> None:
@@ -205,11 +189,3 @@ def test_a_compiler_that_fails_is_named_in_one_line(monkeypatch: pytest.MonkeyPa
     with pytest.raises(InputError, match=r"^the step could not be compiled, .* is needed: no g\+\+ here$"):
         CompiledDecoder(model)
     assert generate(model, PROMPTS[:1], max_new_tokens=5) == expected
-
-
-def test_a_packed_model_is_not_compiled() -> None:
-    """Packed weights are not in the state of a block: the first block's would be taken for all."""
-    model = make_model(GPT2).float()
-    to_packed(model)
-    with pytest.raises(InputError, match="the step of a packed model cannot be compiled"):
-        CompiledDecoder(model)

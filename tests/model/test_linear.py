@@ -6,9 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llm.model.gpt import GPT
-from llm.model.linear import FEW_ROWS, ONEDNN, Linear, PackedLinear, linear, product, to_packed
-from tests.helpers import gpt_config
+from llm.model.linear import FEW_ROWS, ONEDNN, Linear, linear, product
 
 SIZES = [(1, 48), (5, 48), (90, 48), (2, 3, 48), (1, 1, 48), (4, 1, 7, 48), (48,), (0, 48)]
 
@@ -94,34 +92,3 @@ def test_initial_weights_equal_those_of_nn_linear() -> None:
     assert {name: tensor.tolist() for name, tensor in ours.state_dict().items()} == {
         name: tensor.tolist() for name, tensor in theirs.state_dict().items()
     }
-
-
-# ---- packed weights --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.skipif(not ONEDNN, reason="this PyTorch has no oneDNN")
-@pytest.mark.parametrize("size", [(1, 48), (3, 48), (16, 1, 48), (2, 60, 48), (48,)])
-@pytest.mark.parametrize("has_bias", [True, False])
-def test_packed_weights_give_the_plain_formula(size: tuple[int, ...], has_bias: bool) -> None:
-    torch.manual_seed(0)
-    layer = Linear(48, 31, bias=has_bias)
-    x = random(*size)
-    expected = (x.double()[..., None, :] * layer.weight.double()).sum(-1)
-    expected = expected + layer.bias.double() if has_bias else expected
-    with torch.inference_mode():
-        torch.testing.assert_close(PackedLinear(layer)(x).double(), expected, atol=3e-5, rtol=1e-5)
-
-
-def test_a_packed_model_predicts_the_same() -> None:
-    """Layers that oneDNN does not compute stay plain."""
-    torch.manual_seed(0)
-    model = GPT(gpt_config(vocab_size=64, context_length=32)).eval()
-    idx = torch.randint(64, (3, 20))
-    with torch.inference_mode():
-        expected = model(idx)
-        to_packed(model)
-        torch.testing.assert_close(model(idx), expected, atol=3e-5, rtol=1e-5)
-    assert (not [part for part in model.modules() if isinstance(part, nn.Linear)]) == ONEDNN
-    exact = GPT(gpt_config(vocab_size=64, context_length=32)).double()
-    to_packed(exact)
-    assert isinstance(exact.lm_head, Linear), "in float64 there is no other way"

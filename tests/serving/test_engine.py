@@ -10,10 +10,10 @@ import torch
 
 from llm.common.errors import InputError
 from llm.inference.generate import generate
+from llm.inference.rows import decode_rows, invariant_rows
 from llm.inference.sampling import Sampling
 from llm.model.gpt import GPT
 from llm.serving import engine as engine_module
-from llm.serving.decode import decode_rows, invariant_rows
 from llm.serving.engine import ClosedError, QueueFullError
 from llm.serving.generation import Choice
 from tests.helpers import gpt_config, tiny_tokenizer
@@ -300,9 +300,9 @@ def test_rows_that_depend_on_their_neighbours_are_found(monkeypatch: pytest.Monk
     assert invariant_rows(model, 1) == [1]
     decode = decode_rows
 
-    def noisy(model: GPT, tokens: list[int], caches: list[object], rows: int = 0) -> torch.Tensor:
+    def noisy(model: GPT, tokens: list[int], caches: list[object], rows: int, step: None) -> torch.Tensor:
         logits = decode(model, tokens, caches, rows)  # type: ignore[arg-type]
         return logits if rows == 1 else logits + torch.arange(len(logits))[:, None] * 1e-6
 
-    monkeypatch.setattr("llm.serving.decode.decode_rows", noisy)
+    monkeypatch.setattr("llm.inference.rows.decode_rows", noisy)
     assert invariant_rows(model, 4) == [1]

@@ -1,7 +1,9 @@
-// The product of inputs and weights of 4 bits, on a CPU; llm/inference/int4.py has the layout and the plain formula.
+// Products of few rows with weights of 4, 8 or 32 bits, on a CPU; llm/inference/grouped.py and packed.py have the layouts
+// and the plain formulas.
 //
-// Inputs are rounded to 8 bits, each group of a row with a scale of its own, so that a group's products are sums of
-// integers. A row's result does not depend on the other rows. Compiled for AVX-512 or AVX2, else as plain loops.
+// With weights of 4 and 8 bits, inputs are rounded to 8 bits, each group of a row with a scale of its own, so that a
+// group's products are sums of integers. A row's result does not depend on the other rows. Compiled for AVX-512 or AVX2,
+// else as plain loops.
 //
 // Shapes: N rows, I inputs, G groups of 32 inputs, O outputs in blocks of 16.
 
@@ -26,8 +28,8 @@ namespace {
 
 constexpr int64_t GROUP = 32;           // inputs that share a scale
 constexpr int64_t BLOCK = 16;           // outputs that are computed together
-constexpr int64_t STEP = 8;             // inputs whose weights fill 64 bytes of a block: 4 in low halves, 4 in high ones
-constexpr int64_t ROWS = 4;             // rows that share a read of the weights
+constexpr float ZERO = 128;             // the byte of a weight of 8 bits that is zero
+constexpr int64_t STEP = 8;             // inputs that are multiplied at once: twice 4
 constexpr float STRETCHES[] = {1.0f, 0.9f, 0.8f};  // of a group's range: where the search begins
 constexpr int64_t REFINEMENTS = 2;               // least-squares fits of step and minimum
 constexpr float SMALLEST_STEP = 0x1p-14f;
@@ -44,19 +46,24 @@ inline Bytes load(const uint8_t* p) { return _mm512_loadu_si512(p); }
 inline Bytes low_half(Bytes b) { return _mm512_and_si512(b, _mm512_set1_epi8(15)); }
 inline Bytes high_half(Bytes b) { return low_half(_mm512_srli_epi16(b, 4)); }
 inline Sums no_sums() { return _mm512_setzero_si512(); }
+template <int BITS>
 inline Sums add_products(Sums sums, Bytes weights, int32_t inputs) {
   const __m512i x = _mm512_set1_epi32(inputs);
 #if defined(__AVX512VNNI__)
   return _mm512_dpbusd_epi32(sums, weights, x);
 #else
-  return _mm512_add_epi32(sums, _mm512_madd_epi16(_mm512_maddubs_epi16(weights, x), _mm512_set1_epi16(1)));
+  const Bytes low = BITS == 8 ? low_half(weights) : weights;  // at most 2 * 15 * 127 in a pair: no overflow
+  sums = _mm512_add_epi32(sums, _mm512_madd_epi16(_mm512_maddubs_epi16(low, x), _mm512_set1_epi16(1)));
+  if (BITS == 4) return sums;
+  return _mm512_add_epi32(sums, _mm512_madd_epi16(_mm512_maddubs_epi16(high_half(weights), x), _mm512_set1_epi16(16)));
 #endif
 }
-inline Floats no_floats() { return _mm512_setzero_ps(); }
+inline Floats all(float number) { return _mm512_set1_ps(number); }
 inline Floats to_floats(Sums sums) { return _mm512_cvtepi32_ps(sums); }
 inline Floats load_halves(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
 inline Floats times(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
 inline Floats add_scaled(Floats sum, Floats a, float b) { return _mm512_fmadd_ps(a, _mm512_set1_ps(b), sum); }
+inline Floats load_floats(const float* p) { return _mm512_loadu_ps(p); }
 inline void store(float* p, Floats a) { _mm512_storeu_ps(p, a); }
 
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
@@ -69,15 +76,20 @@ inline Bytes load(const uint8_t* p) { return _mm256_loadu_si256((const __m256i*)
 inline Bytes low_half(Bytes b) { return _mm256_and_si256(b, _mm256_set1_epi8(15)); }
 inline Bytes high_half(Bytes b) { return low_half(_mm256_srli_epi16(b, 4)); }
 inline Sums no_sums() { return _mm256_setzero_si256(); }
+template <int BITS>
 inline Sums add_products(Sums sums, Bytes weights, int32_t inputs) {
-  const __m256i pairs = _mm256_maddubs_epi16(weights, _mm256_set1_epi32(inputs));  // at most 2 * 15 * 127: no overflow
-  return _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  const __m256i x = _mm256_set1_epi32(inputs);
+  const Bytes low = BITS == 8 ? low_half(weights) : weights;  // at most 2 * 15 * 127 in a pair: no overflow
+  sums = _mm256_add_epi32(sums, _mm256_madd_epi16(_mm256_maddubs_epi16(low, x), _mm256_set1_epi16(1)));
+  if (BITS == 4) return sums;
+  return _mm256_add_epi32(sums, _mm256_madd_epi16(_mm256_maddubs_epi16(high_half(weights), x), _mm256_set1_epi16(16)));
 }
-inline Floats no_floats() { return _mm256_setzero_ps(); }
+inline Floats all(float number) { return _mm256_set1_ps(number); }
 inline Floats to_floats(Sums sums) { return _mm256_cvtepi32_ps(sums); }
 inline Floats load_halves(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
 inline Floats times(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
 inline Floats add_scaled(Floats sum, Floats a, float b) { return _mm256_fmadd_ps(a, _mm256_set1_ps(b), sum); }
+inline Floats load_floats(const float* p) { return _mm256_loadu_ps(p); }
 inline void store(float* p, Floats a) { _mm256_storeu_ps(p, a); }
 
 #else
@@ -90,6 +102,7 @@ inline Bytes load(const uint8_t* p) { Bytes b; std::memcpy(b.v, p, sizeof b.v); 
 inline Bytes low_half(Bytes b) { for (auto& v : b.v) v &= 15; return b; }
 inline Bytes high_half(Bytes b) { for (auto& v : b.v) v >>= 4; return b; }
 inline Sums no_sums() { return {}; }
+template <int BITS>
 inline Sums add_products(Sums sums, Bytes weights, int32_t inputs) {
   int8_t x[4];
   std::memcpy(x, &inputs, 4);
@@ -97,15 +110,19 @@ inline Sums add_products(Sums sums, Bytes weights, int32_t inputs) {
     for (int i = 0; i < 4; i++) sums.v[lane] += weights.v[4 * lane + i] * x[i];
   return sums;
 }
-inline Floats no_floats() { return {}; }
+inline Floats all(float number) { Floats f; for (auto& v : f.v) v = number; return f; }
 inline Floats to_floats(Sums sums) { Floats f; for (int i = 0; i < LANES; i++) f.v[i] = sums.v[i]; return f; }
 inline Floats load_halves(const uint16_t* p) { Floats f; for (int i = 0; i < LANES; i++) f.v[i] = Half(p[i], Half::from_bits()); return f; }
 inline Floats times(Floats a, const Floats& b) { for (int i = 0; i < LANES; i++) a.v[i] *= b.v[i]; return a; }
 inline Floats add_scaled(Floats sum, const Floats& a, float b) { for (int i = 0; i < LANES; i++) sum.v[i] += a.v[i] * b; return sum; }
+inline Floats load_floats(const float* p) { Floats a; std::memcpy(a.v, p, sizeof a.v); return a; }
 inline void store(float* p, const Floats& a) { std::memcpy(p, a.v, sizeof a.v); }
 #endif
 
-constexpr int VECTORS = BLOCK / LANES;  // of a block's outputs
+constexpr int VECTORS = BLOCK / LANES;           // of a block's outputs
+constexpr int64_t ROWS = LANES == 16 ? 8 : 4;    // rows that share a read of the weights: as many as registers hold
+constexpr int64_t SIDE = LANES == 16 ? 2 : 1;    // blocks of fp32 side by side, likewise
+constexpr int64_t AHEAD = 24;                    // inputs whose weights in fp32 are fetched before their use
 
 // ---- the product -----------------------------------------------------------------------------------------------------
 
@@ -141,56 +158,106 @@ Inputs round_inputs(const float* x, int64_t N, int64_t I) {
   return found;
 }
 
-template <int M>  // rows from `row` on, and the outputs of a block
+template <int BITS, int M>  // rows from `row` on, and the outputs of a block
 void multiply(const Inputs& x, int64_t row, const uint8_t* weight, const uint16_t* scale, float* y, int64_t stride) {
   Floats results[M][VECTORS];
   for (auto& each : results)
-    for (auto& result : each) result = no_floats();
+    for (auto& result : each) result = all(0);
   for (int64_t g = 0; g < x.G; g++) {
     Sums sums[M][VECTORS];
     for (auto& each : sums)
       for (auto& sum : each) sum = no_sums();
-    for (int64_t i = g * GROUP; i < (g + 1) * GROUP; i += STEP, weight += BLOCK * STEP / 2) {
+    for (int64_t i = g * GROUP; i < (g + 1) * GROUP; i += STEP, weight += BLOCK * STEP * BITS / 8) {
       for (int v = 0; v < VECTORS; v++) {
-        const Bytes both = load(weight + v * 4 * LANES), low = low_half(both), high = high_half(both);
+        const Bytes both = load(weight + v * 4 * LANES);  // with 4 bits, 4 inputs in low halves and 4 in high ones
+        const Bytes first = BITS == 8 ? both : low_half(both);
+        const Bytes second = BITS == 8 ? load(weight + (VECTORS + v) * 4 * LANES) : high_half(both);
         for (int m = 0; m < M; m++) {
           int32_t inputs[2];
           std::memcpy(inputs, x.numbers.data() + (row + m) * x.I + i, sizeof inputs);
-          sums[m][v] = add_products(add_products(sums[m][v], low, inputs[0]), high, inputs[1]);
+          sums[m][v] = add_products<BITS>(add_products<BITS>(sums[m][v], first, inputs[0]), second, inputs[1]);
         }
       }
     }
     for (int v = 0; v < VECTORS; v++) {
-      const Floats step = load_halves(scale + v * LANES), minimum = load_halves(scale + BLOCK + v * LANES);
+      const Floats step = load_halves(scale + v * LANES);
+      const Floats minimum = BITS == 8 ? times(step, all(-ZERO)) : load_halves(scale + BLOCK + v * LANES);
       for (int m = 0; m < M; m++) {
         const int64_t group = (row + m) * x.G + g;
         results[m][v] = add_scaled(results[m][v], times(to_floats(sums[m][v]), step), x.scales[group]);
         results[m][v] = add_scaled(results[m][v], minimum, x.totals[group]);
       }
     }
-    scale += 2 * BLOCK;
+    scale += (BITS == 8 ? 1 : 2) * BLOCK;
   }
   for (int m = 0; m < M; m++)
     for (int v = 0; v < VECTORS; v++) store(y + m * stride + v * LANES, results[m][v]);
 }
 
-// x [N, I] fp32, weight [O / 16, I * 8] and scale [O / 16, G, 2, 16] as int4.py packs them, to [N, O] fp32.
-Tensor int4_product(Tensor x, Tensor weight, Tensor scale) {
-  const int64_t N = x.size(0), I = x.size(1), blocks = weight.size(0);
-  Tensor y = torch::stable::new_empty(x, {N, blocks * BLOCK});
+template <int BITS>
+Tensor product(const Tensor& x, const Tensor& weight, const Tensor& scale) {
+  const int64_t N = x.size(0), I = x.size(1), blocks = weight.size(0), O = blocks * BLOCK;
+  Tensor y = torch::stable::new_empty(x, {N, O});
   const Inputs inputs = round_inputs((const float*)x.data_ptr(), N, I);
   const auto* weights = (const uint8_t*)weight.data_ptr();
   const auto* scales = (const uint16_t*)scale.data_ptr();
   auto* results = (float*)y.data_ptr();
 #pragma omp parallel for
   for (int64_t block = 0; block < blocks; block++) {
-    const uint8_t* own = weights + block * BLOCK * I / 2;
-    const uint16_t* own_scale = scales + block * inputs.G * 2 * BLOCK;
+    const uint8_t* own = weights + block * BLOCK * I * BITS / 8;
+    const uint16_t* own_scale = scales + block * inputs.G * (BITS == 8 ? 1 : 2) * BLOCK;
     float* to = results + block * BLOCK;
     int64_t row = 0;
-    for (; row + ROWS <= N; row += ROWS)
-      multiply<ROWS>(inputs, row, own, own_scale, to + row * blocks * BLOCK, blocks * BLOCK);
-    for (; row < N; row++) multiply<1>(inputs, row, own, own_scale, to + row * blocks * BLOCK, blocks * BLOCK);
+    for (; row + ROWS <= N; row += ROWS) multiply<BITS, ROWS>(inputs, row, own, own_scale, to + row * O, O);
+    for (; row + 4 <= N; row += 4) multiply<BITS, 4>(inputs, row, own, own_scale, to + row * O, O);
+    for (; row < N; row++) multiply<BITS, 1>(inputs, row, own, own_scale, to + row * O, O);
+  }
+  return y;
+}
+
+// x [N, I] fp32, weight [O / 16, I * 8] and scale [O / 16, G, 2, 16] as grouped.py packs them, to [N, O] fp32.
+Tensor int4_product(Tensor x, Tensor weight, Tensor scale) { return product<4>(x, weight, scale); }
+
+// The same with weight [O / 16, I * 16] and scale [O / 16, G, 16].
+Tensor int8_product(Tensor x, Tensor weight, Tensor scale) { return product<8>(x, weight, scale); }
+
+template <int M, int BLOCKS>  // M rows, and the outputs of BLOCKS blocks
+void multiply_fp32(const float* x, int64_t I, const float* weight, float* y, int64_t stride) {
+  Floats sums[M][BLOCKS * VECTORS];
+  for (auto& each : sums)
+    for (auto& sum : each) sum = all(0);
+  for (int64_t i = 0; i < I; i++) {
+    Floats weights[BLOCKS * VECTORS];
+    for (int v = 0; v < BLOCKS * VECTORS; v++)
+      weights[v] = load_floats(weight + v / VECTORS * I * BLOCK + i * BLOCK + v % VECTORS * LANES);
+    for (int b = 0; b < BLOCKS; b++) __builtin_prefetch(weight + (b * I + i + AHEAD) * BLOCK);
+    for (int m = 0; m < M; m++)
+      for (int v = 0; v < BLOCKS * VECTORS; v++) sums[m][v] = add_scaled(sums[m][v], weights[v], x[m * I + i]);
+  }
+  for (int m = 0; m < M; m++)
+    for (int v = 0; v < BLOCKS * VECTORS; v++) store(y + m * stride + v * LANES, sums[m][v]);
+}
+
+template <int BLOCKS>
+void multiply_rows(const float* x, int64_t N, int64_t I, const float* weight, float* y, int64_t stride) {
+  int64_t row = 0;
+  for (; row + ROWS <= N; row += ROWS) multiply_fp32<ROWS, BLOCKS>(x + row * I, I, weight, y + row * stride, stride);
+  for (; row + 4 <= N; row += 4) multiply_fp32<4, BLOCKS>(x + row * I, I, weight, y + row * stride, stride);
+  for (; row < N; row++) multiply_fp32<1, BLOCKS>(x + row * I, I, weight, y + row * stride, stride);
+}
+
+// x [N, I] and weight [O / 16, I, 16] fp32, to [N, O] fp32.
+Tensor float_product(Tensor x, Tensor weight) {
+  const int64_t N = x.size(0), I = x.size(1), blocks = weight.size(0), O = blocks * BLOCK;
+  Tensor y = torch::stable::new_empty(x, {N, O});
+  const auto *rows = (const float*)x.data_ptr(), *weights = (const float*)weight.data_ptr();
+  auto* results = (float*)y.data_ptr();
+#pragma omp parallel for
+  for (int64_t block = 0; block < blocks; block += SIDE) {
+    const float* own = weights + block * I * BLOCK;
+    float* to = results + block * BLOCK;
+    if (block + SIDE <= blocks) multiply_rows<SIDE>(rows, N, I, own, to, O);
+    else multiply_rows<1>(rows, N, I, own, to, O);
   }
   return y;
 }
@@ -235,7 +302,7 @@ void fit(const float* group, const float* importance, const float* q, float& ste
   minimum = rounded_to_half(mean - step * mean_q);
 }
 
-// weight [O, I] and importance [I] fp32 to q [O, I] uint8 and pair [O, G, 2] fp16, as int4.py's `round_groups` says.
+// weight [O, I] and importance [I] fp32 to q [O, I] uint8 and pair [O, G, 2] fp16, as grouped.py's `round_to_4_bits` says.
 void int4_round(Tensor weight, Tensor importance, Tensor q, Tensor pair) {
   const int64_t G = weight.size(1) / GROUP, groups = weight.size(0) * G;
   const auto* weights = (const float*)weight.data_ptr();
@@ -274,10 +341,14 @@ void int4_round(Tensor weight, Tensor importance, Tensor q, Tensor pair) {
 #define REGISTER(ns)                                                                            \
   STABLE_TORCH_LIBRARY(ns, library) {                                                           \
     library.def("int4_product(Tensor x, Tensor weight, Tensor scale) -> Tensor");              \
+    library.def("int8_product(Tensor x, Tensor weight, Tensor scale) -> Tensor");              \
+    library.def("float_product(Tensor x, Tensor weight) -> Tensor");                           \
     library.def("int4_round(Tensor weight, Tensor importance, Tensor(a!) q, Tensor(b!) pair) -> ()"); \
   }                                                                                             \
   STABLE_TORCH_LIBRARY_IMPL(ns, CPU, library) {                                                 \
     library.impl("int4_product", TORCH_BOX(&int4_product));                                     \
+    library.impl("int8_product", TORCH_BOX(&int8_product));                                     \
+    library.impl("float_product", TORCH_BOX(&float_product));                                   \
     library.impl("int4_round", TORCH_BOX(&int4_round));                                         \
   }
 REGISTER(LIBRARY)

@@ -1,0 +1,182 @@
+"""Kernels of our own: attention and fp32 products for every kind of processor, and what a compiler may do."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llm.common.errors import InputError
+from llm.inference.grouped import GROUP, GroupedLinear, round_to_4_bits
+from llm.inference.kernels import build
+from llm.inference.kernels.build import build_kernels
+from llm.inference.packed import PackedLinear, to_packed
+from llm.model.gpt import GPT
+from llm.model.linear import Linear
+from tests.helpers import gpt_config
+from tests.inference.test_grouped import rounded_product, weighted_error
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the kernels need g++")
+TARGETS = ["native", "haswell", "x86-64"] if torch.backends.cpu.get_cpu_capability().startswith("AVX") else ["native"]
+
+
+@pytest.fixture(scope="module", params=TARGETS)
+def operators(request: pytest.FixtureRequest, kernels: Path) -> object:
+    """Return the operators, compiled for a kind of processor."""
+    if request.param == "native":
+        return torch.ops.textmill
+    library = f"textmill_kernels_{request.param.replace('-', '_')}"
+    torch.ops.load_library(build_kernels(kernels, request.param, library))
+    return getattr(torch.ops, library)
+
+
+# ---- attention of rows -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(4, 4, 8), (9, 3, 64), (2, 1, 128), (6, 2, 20)])
+def test_rows_attend_to_their_own_caches(operators: object, heads: int, kv_heads: int, width: int) -> None:
+    torch.manual_seed(0)
+    lengths, begins, windows = [0, 1, 7, 150], [0, 0, 3, 20], torch.tensor([0, 5])
+    q, k, v = torch.randn(6, heads, width), torch.randn(6, kv_heads, width), torch.randn(6, kv_heads, width)
+    keys, values = ([torch.randn(2, 1, kv_heads, n + 2, width) for n in lengths] for _ in range(2))
+    untouched = [part.clone() for part in (*keys, *values)]
+    table = torch.tensor(
+        [
+            [a.data_ptr(), b.data_ptr(), a.stride(0), a.stride(2), begin, n]
+            for a, b, begin, n in zip(keys, values, begins, lengths, strict=True)
+        ]
+    )
+    for layer in (0, 1):
+        y = operators.attend_rows(q, k, v, table, windows, torch.tensor(layer))  # type: ignore[attr-defined]
+        assert not y[4:].any(), "rows without a cache"
+        for row, (begin, n) in enumerate(zip(begins, lengths, strict=True)):
+            first = max(begin, n + 1 - windows[layer]) if windows[layer] else begin
+            seen = [part[row][layer, :, :, first : n + 1] for part in (keys, values)]
+            assert torch.equal(seen[0][0, :, -1], k[row]) and torch.equal(seen[1][0, :, -1], v[row])
+            plain = F.scaled_dot_product_attention(q[row][None, :, None], *seen, enable_gqa=True)
+            torch.testing.assert_close(y[row], plain.flatten(), atol=2e-6, rtol=1e-5)
+            alone = operators.attend_rows(  # type: ignore[attr-defined]
+                *(part[row : row + 1] for part in (q, k, v, table)), windows, torch.tensor(layer)
+            )
+            assert torch.equal(alone[0], y[row]), "whatever the other rows"
+    for before, after, n in zip(untouched, (*keys, *values), lengths * 2, strict=True):
+        after[:, :, :, n] = before[:, :, :, n]
+        assert torch.equal(before, after), "the place of the new token alone"
+
+
+def test_large_scores_do_not_overflow(operators: object) -> None:
+    keys, values = torch.zeros(1, 1, 1, 4, 8), torch.randn(1, 1, 1, 4, 8)
+    keys[..., 1, :] = 1e4
+    table = torch.tensor([[keys.data_ptr(), values.data_ptr(), keys.stride(0), keys.stride(2), 0, 3]])
+    q, k = torch.full((1, 1, 8), 1e3), torch.full((1, 1, 8), -1e4)
+    y = operators.attend_rows(q, k, k, table, torch.tensor([0]), torch.tensor(0))  # type: ignore[attr-defined]
+    assert torch.equal(y[0], values[0, 0, 0, 1])
+
+
+# ---- products with weights of 4 and 8 bits ---------------------------------------------------------------------------
+
+
+def test_the_products_of_every_processor_are_the_plain_formula(operators: object) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(96, 48, bias=False)
+    for bits, name in ((4, "int4_product"), (8, "int8_product")):
+        quantized = GroupedLinear(layer, bits)
+        for rows in (1, 4, 6, 11):
+            largest = torch.full((rows, 96), 127.0)  # with it, sums of pairs could overflow 16 bits
+            for x, error in ((torch.randn(rows, 96), 1e-5), (largest, 1e-3)):
+                y = getattr(operators, name)(x, quantized.weight, quantized.scale)
+                torch.testing.assert_close(y, rounded_product(x, quantized).float(), atol=error, rtol=1e-5)
+
+
+def test_the_rounding_of_every_processor_is_as_good(operators: object) -> None:
+    torch.manual_seed(0)
+    weight, importance = torch.randn(48, 96), torch.rand(96)
+    q, pair = torch.empty(48, 3, GROUP, dtype=torch.uint8), torch.empty(48, 3, 2, dtype=torch.float16)
+    operators.int4_round(weight, importance, q, pair)  # type: ignore[attr-defined]
+    ours = round_to_4_bits(weight, importance)
+    errors = [weighted_error(weight, importance, *each) for each in ((q, pair), ours)]
+    torch.testing.assert_close(*errors, rtol=1e-4, atol=0)
+
+
+# ---- fp32 products ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(1, 48), (3, 48), (16, 1, 48), (13, 48), (2, 60, 48), (48,), (0, 48)])
+@pytest.mark.parametrize(("n_out", "has_bias"), [(31, True), (64, False)])
+def test_packed_weights_give_the_plain_formula(
+    kernels: Path, size: tuple[int, ...], n_out: int, has_bias: bool
+) -> None:
+    torch.manual_seed(0)
+    layer, x = Linear(48, n_out, bias=has_bias), torch.randn(*size)
+    packed = PackedLinear(layer)
+    expected = (x.double()[..., None, :] * layer.weight.double()).sum(-1)
+    expected = expected + layer.bias.double() if has_bias else expected
+    with torch.inference_mode():
+        y = packed(x)
+        torch.testing.assert_close(y.double(), expected, atol=3e-5, rtol=1e-5)
+        for row, own in zip(x.view(-1, 48)[:13], y.view(-1, n_out), strict=False):
+            assert torch.equal(packed(row), own), "whatever the other rows"
+
+
+def test_the_fp32_product_of_every_processor_is_the_plain_formula(operators: object) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(3, 20, 16)
+    for rows in (1, 4, 6, 11, 16):
+        x = torch.randn(rows, 20)
+        expected = (x.double() @ weight.double().transpose(0, 1).flatten(1)).float()
+        y: Tensor = operators.float_product(x, weight)  # type: ignore[attr-defined]
+        torch.testing.assert_close(y, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_packed_model_predicts_the_same(kernels: Path) -> None:
+    torch.manual_seed(0)
+    model = GPT(gpt_config(vocab_size=64, context_length=32)).eval()
+    idx = torch.randint(64, (3, 20))
+    with torch.inference_mode():
+        expected = model(idx)
+        to_packed(model)
+        torch.testing.assert_close(model(idx), expected, atol=3e-5, rtol=1e-5)
+    assert not [part for part in model.modules() if isinstance(part, nn.Linear)]
+    exact = GPT(gpt_config(vocab_size=64, context_length=32)).double()
+    to_packed(exact)
+    assert isinstance(exact.lm_head, Linear), "in float64 there is no other way"
+
+
+# ---- the compiler ----------------------------------------------------------------------------------------------------
+
+
+def test_kernels_are_compiled_once(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path_factory.mktemp("sources") / "nothing.cpp"
+    source.write_text("int nothing;")
+    monkeypatch.setattr(build, "SOURCES", [source])
+    first = build_kernels(tmp_path, "x86-64", "textmill_once")
+    stamp = first.stat().st_mtime_ns
+    assert build_kernels(tmp_path, "x86-64", "textmill_once") == first and first.stat().st_mtime_ns == stamp
+    assert [path.name for path in tmp_path.iterdir()] == [first.name]
+
+
+@pytest.mark.parametrize(
+    ("compiler", "message"),
+    [
+        ("no-such-compiler", r"^no-such-compiler: cannot be run \(No such file or directory\); name a C\+\+ compiler"),
+        ("false", r"^the kernels could not be compiled by false: status 1; name another compiler by CXX$"),
+        (None, r"^no C\+\+ compiler was found; install one such as g\+\+, or name it by CXX$"),
+    ],
+)
+def test_a_compiler_that_fails_is_named_in_one_line(
+    compiler: str | None, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if compiler is None:
+        monkeypatch.delenv("CXX", raising=False)
+        monkeypatch.setattr(build.shutil, "which", lambda name: None)
+    else:
+        monkeypatch.setenv("CXX", compiler)
+    with pytest.raises(InputError, match=message):
+        build_kernels(tmp_path)
+    assert not list(tmp_path.iterdir())

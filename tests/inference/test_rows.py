@@ -1,0 +1,155 @@
+"""A decode step of many rows: by kernels, by PyTorch and compiled, against each row by the model itself."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from llm.config import GPTConfig
+from llm.inference import compiled, rows
+from llm.inference.compiled import CompiledDecoder, CompiledRows
+from llm.inference.generate import generate
+from llm.inference.int8 import to_int8
+from llm.inference.packed import to_packed
+from llm.inference.rows import Step, decode_rows, has_row_kernels, invariant_rows
+from llm.model.gpt import GPT
+from llm.model.kv_cache import KVCache
+from tests.inference.conftest import GPT2, MIXED, MODERN, NARROW, PROMPTS, make_model
+from tests.inference.test_compiled import plain_loop
+
+pytestmark = [
+    pytest.mark.skipif(shutil.which("g++") is None, reason="the kernels need g++"),
+    pytest.mark.usefixtures("kernels"),
+]
+every_config = pytest.mark.parametrize(
+    "config", [GPT2, MODERN, NARROW, MIXED], ids=["learned", "rotary", "sliding window", "several kinds of layers"]
+)
+LENGTHS, TOKENS = [3, 1, 9, 6], [7, 8, 9, 10]
+
+
+def single_model(config: GPTConfig) -> GPT:
+    return make_model(config).float()
+
+
+def caches_of(model: GPT) -> list[KVCache]:
+    """Return caches with prompts of different lengths."""
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for length in LENGTHS:
+        cache = KVCache(model.config, 1, length + 3)
+        with torch.inference_mode():
+            model(torch.randint(61, (1, length), generator=generator), cache)
+        found.append(cache)
+    return found
+
+
+def uncompiled_rows(model: GPT, monkeypatch: pytest.MonkeyPatch) -> CompiledRows:
+    """Return the plain Python of the compiled step."""
+
+    def compile_nothing(function: Any, **_: Any) -> Any:
+        def call(*arguments: Any) -> Any:
+            with monkeypatch.context() as tracing:
+                tracing.setattr(compiled, "while_loop", plain_loop)
+                return function(*arguments)
+
+        return call
+
+    with monkeypatch.context() as making:
+        making.setattr(torch, "compile", compile_nothing)
+        return CompiledRows(model)
+
+
+def check(model: GPT, step: Step | None, n_products: int = 0) -> None:
+    """Compare two steps of all rows with the model's own, in logits and caches."""
+    mine, plain = caches_of(model), caches_of(model)
+    for tokens in (TOKENS, TOKENS[::-1]):
+        logits = decode_rows(model, tokens, mine, n_products, step)
+        with torch.inference_mode():
+            expected = torch.cat([model(torch.tensor([[t]]), c)[:, 0] for t, c in zip(tokens, plain, strict=True)])
+        torch.testing.assert_close(logits, expected, atol=2e-4, rtol=1e-4)
+    for ours, theirs in zip(mine, plain, strict=True):
+        assert ours.length == theirs.length
+        torch.testing.assert_close(ours.keys, theirs.keys, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(ours.values, theirs.values, atol=1e-4, rtol=1e-4)
+
+
+@every_config
+@pytest.mark.parametrize("way", ["kernel", "PyTorch", "step"])
+def test_rows_are_each_by_itself(config: GPTConfig, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = single_model(config)
+    assert has_row_kernels(model) and not has_row_kernels(make_model(config))
+    if way == "PyTorch":
+        monkeypatch.setattr(rows, "has_row_kernels", lambda model: False)
+    step = uncompiled_rows(copy.deepcopy(model), monkeypatch) if way == "step" else None
+    check(model, step)
+    check(model, step, n_products=8)
+
+
+def test_a_single_row_takes_the_step_of_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = single_model(MODERN)
+    step = uncompiled_rows(copy.deepcopy(model), monkeypatch)
+    one, other = caches_of(model)[:1], caches_of(model)[:1]
+    logits = decode_rows(model, [5], one, step=step)
+    assert logits.shape == (1, 61)
+    torch.testing.assert_close(logits, decode_rows(model, [5], other), atol=2e-4, rtol=1e-4)
+
+
+def test_packed_weights_have_equal_bits_whatever_runs_beside_a_row() -> None:
+    model = single_model(MODERN)
+    to_packed(model)
+    caches = caches_of(model)
+    together = decode_rows(model, TOKENS, caches)
+    for row, cache in enumerate(caches_of(model)):
+        assert torch.equal(decode_rows(model, TOKENS[row : row + 1], [cache])[0], together[row])
+    assert invariant_rows(model, 8) == [1, 2, 4, 8]
+
+
+@every_config
+def test_a_batch_takes_the_compiled_step(config: GPTConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compare the logits of rows with padding in one cache."""
+    model = single_model(config)
+    monkeypatch.setattr(compiled, "_CompiledStep", lambda model: None)
+    decoder = CompiledDecoder(model)
+    decoder._decode_rows = uncompiled_rows(copy.deepcopy(model), monkeypatch)
+    pad = torch.tensor([2, 0, 1])
+    ours, theirs = (KVCache(config, 4, 9) for _ in range(2))
+    idx = torch.randint(61, (3, 4), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        for cache in (ours, theirs):
+            model(idx, cache, pad)
+        for tokens in ([5, 6, 7], [8, 9, 10]):
+            expected = model(torch.tensor(tokens)[:, None], theirs, pad)
+            found = decoder(torch.tensor(tokens)[:, None], ours, pad)
+            torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-4)
+    assert ours.length == theirs.length == 6
+
+
+def test_without_kernels_a_batch_runs_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(MODERN)  # in fp64
+    monkeypatch.setattr(compiled, "_CompiledStep", lambda model: model)
+    decoder = CompiledDecoder(model)
+    assert generate(decoder, PROMPTS[:3], max_new_tokens=9) == generate(model, PROMPTS[:3], max_new_tokens=9)
+    assert decoder._decode_rows is None
+
+
+@pytest.mark.slow
+def test_compiled_rows_are_the_models_own() -> None:
+    """Compile once for any number of rows, plain weights and rounded ones."""
+    for config in (GPT2, MIXED):
+        for quantize in (to_packed, to_int8):
+            model = single_model(config)
+            quantize(model)
+            plain = copy.deepcopy(model)
+            step = CompiledRows(model)
+            graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+            for n in (1, 2, 4):
+                ours, theirs = caches_of(plain)[:n], caches_of(plain)[:n]
+                found = decode_rows(model, TOKENS[:n], ours, step=step)
+                expected: Tensor = decode_rows(plain, TOKENS[:n], theirs)
+                torch.testing.assert_close(found, expected, atol=0.02, rtol=0.02)
+            assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs, "all was compiled at the call"
