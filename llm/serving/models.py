@@ -17,7 +17,6 @@ from llm.common.errors import InputError
 from llm.inference.compiled import CompiledRows
 from llm.inference.kernels.build import load_kernels
 from llm.inference.packed import to_packed
-from llm.inference.rows import has_row_kernels
 from llm.serving.engine import Engine, Limits
 from llm.serving.errors import ApiError
 from llm.serving.metrics import Metrics
@@ -83,21 +82,22 @@ class Models:
         return Served(name, source, model, engine)
 
     def _start(self, name: str, model: Model) -> Engine:
-        """Start the engine of a language model, with kernels of our own where a C++ compiler is at hand."""
-        gpt, step = model.gpt, None
-        try:
-            load_kernels()
-        except InputError as error:
-            log.info("serving without kernels of our own, which is slower: %s", error)
-        else:
-            to_packed(gpt)
-        if self.loading.compiled:
-            if not has_row_kernels(gpt):
-                raise InputError(f"{name}: --compile is for models in fp32 on a CPU with a C++ compiler")
+        """Start the engine of a language model, on a CPU with kernels of our own where a C++ compiler is at hand."""
+        gpt, step, compiled = model.gpt, None, self.loading.compiled
+        if compiled and gpt.tok_emb.weight.device.type != "cpu":
+            raise InputError(f"{name}: the step of many rows is compiled on a CPU only; leave --compile out")
+        if gpt.tok_emb.weight.device.type == "cpu":
+            try:
+                load_kernels()
+                to_packed(gpt)
+            except InputError as error:
+                if compiled:
+                    raise InputError(f"{name}: cannot be compiled: {error}") from None
+                log.info("serving without kernels of our own, which is slower: %s", error)
+        if compiled:
             log.info("compiling the step of a token")
             step = CompiledRows(gpt)
-        observe = self.metrics.observer(name)
-        engine = Engine(gpt, model.checkpoint.tokenizer, self.loading.limits, step, observe)
+        engine = Engine(gpt, model.checkpoint.tokenizer, self.loading.limits, step, self.metrics.observer(name))
         engine.start()
         return engine
 
