@@ -16,6 +16,7 @@ from llm.inference import compiled
 from llm.inference.compiled import CompiledDecoder
 from llm.inference.generate import generate, stream
 from llm.inference.int8 import to_int8
+from llm.inference.kernels.build import kernels_loaded
 from llm.inference.request import Decoder
 from llm.model.gpt import GPT
 from llm.model.kv_cache import KVCache
@@ -173,7 +174,9 @@ def test_several_models_are_compiled_in_one_process() -> None:
     decoders = [CompiledDecoder(model) for model in models]
     compilations = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert [texts(decoder) for decoder in decoders] == expected
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compilations, "all was compiled at the call"
+    batches = len(decoders) if kernels_loaded() else 0
+    found = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert found == compilations + batches, "at the call, and at the first batch"
 
 
 def test_a_compiler_that_fails_is_named_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
