@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -147,6 +148,7 @@ def test_transformers_is_compiled_if_possible(monkeypatch: pytest.MonkeyPatch) -
         make(shape)
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the kernels need g++")
 def test_our_decoding_is_compiled_if_possible(monkeypatch: pytest.MonkeyPatch) -> None:
     implementations = load_benchmark("generate").implementations
     ours = [make for name, make in implementations.items() if name.startswith(OURS) and "compiled" in name]

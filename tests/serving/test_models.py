@@ -1,4 +1,4 @@
-"""What a server makes of a model: kernels of our own, a compiled step, or neither."""
+"""Models of a server: with kernels of our own, with a compiled step, or with neither."""
 
 from __future__ import annotations
 
