@@ -13,6 +13,7 @@ from typing import Any
 from llm.bench.harness import machine, memory, versions
 from llm.common.errors import InputError
 from llm.common.markdown import table
+from llm.convert.cache import model_folder
 
 PROMPT, NEW = 32, 128  # tokens of the text that are read, and that are then written
 GGUF = {f"llama.cpp, {kind.upper()}": kind for kind in ("f32", "f16", "q8_0", "q4_1", "q4_0")}
@@ -25,6 +26,7 @@ OURS: dict[str, dict[str, Any]] = {
 
 def compare_precisions(model_dir: Path, text: str, new: int = NEW) -> dict[str, Any]:
     """Measure a model folder in every form, each in a process of its own."""
+    model_dir = model_folder(model_dir)  # of another tool's model, its import
     results = {name: apart(measure_ours, model_dir, rounding, text, new) for name, rounding in OURS.items()}
     with tempfile.TemporaryDirectory(prefix="bench-") as place:
         for name, kind in GGUF.items():
