@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compile",
         action="store_true",
-        help="compile the step of a token: twice as fast, after half a minute at the start; needs g++, on a CPU",
+        help="compile the step of a token: more tokens, after half a minute at the start; needs g++, on a CPU",
     )
     add = parser.add_argument_group("limits").add_argument
     for option, value, text in LIMITS:

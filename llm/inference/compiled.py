@@ -38,7 +38,7 @@ class CompiledDecoder:
 
     def __init__(self, gpt: GPT) -> None:
         self.gpt = gpt
-        self._decode = _CudaGraphStep(gpt) if gpt.tok_emb.weight.device.type == "cuda" else _CompiledStep(gpt)
+        self._decode: Any = (_CudaGraphStep if gpt.tok_emb.weight.device.type == "cuda" else _CompiledStep)(gpt)
         self._decode_rows: CompiledRows | None = None  # compiled for the first batch
 
     def __call__(self, idx: Tensor, cache: KVCache | None = None, pad: Tensor | None = None) -> Tensor:
@@ -57,7 +57,8 @@ class CompiledDecoder:
         """Return the logits [B, 1, V] of the next token [B, 1] of each row."""
         if not has_row_kernels(self.gpt):
             return self.gpt(idx, cache, pad)
-        self._decode_rows = self._decode_rows or CompiledRows(self.gpt)
+        if self._decode_rows is None:
+            self._decode_rows = CompiledRows(self.gpt, self._decode.weights)
         pads = idx.new_zeros(len(idx)) if pad is None else pad
         logits = self._decode_rows(idx, (cache.length - pads)[:, None], shared_cache_table(cache, pads.tolist()))
         cache.length += 1
@@ -73,8 +74,8 @@ class _CompiledStep:
     def __init__(self, model: GPT) -> None:
         first = model.blocks[0]
         assert isinstance(first, TransformerBlock)
-        block, weights = _DecodeBlock(first), _stack_weights(model.blocks)
-        self.decode = partial(_compile(_decode_one_token), model, block, weights)
+        self.weights = _stack_weights(model.blocks)
+        self.decode = partial(_compile(_decode_one_token), model, _DecodeBlock(first), self.weights)
         with _compiling(model):
             cache = new_kv_cache(model, 2, 5)  # two rows: with one, the stride of a layer would follow from S
             idx = torch.zeros(1, 1, dtype=torch.long, device=model.tok_emb.weight.device)
@@ -93,11 +94,12 @@ class CompiledRows:
     The kernels must be loaded and fit the model. Raises `InputError` where it cannot be compiled.
     """
 
-    def __init__(self, model: GPT) -> None:
+    def __init__(self, model: GPT, weights: dict[str, Tensor] | None = None) -> None:
+        """Compile the step; `weights` are the blocks' where another step has stacked them, so that both share them."""
         first = model.blocks[0]
         assert isinstance(first, TransformerBlock)
-        block, weights = _RowsBlock(first, layer_windows(model)), _stack_weights(model.blocks)
-        self.decode = partial(_compile(_decode_rows), model, block, weights)
+        block = _RowsBlock(first, layer_windows(model))
+        self.decode = partial(_compile(_decode_rows), model, block, weights or _stack_weights(model.blocks))
         with _compiling(model):
             idx, caches = torch.zeros(3, 1, dtype=torch.long), [new_kv_cache(model, 1, 2) for _ in range(3)]
             positions, table = torch.zeros_like(idx), cache_table(caches)

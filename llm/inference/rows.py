@@ -76,6 +76,8 @@ def shared_cache_table(cache: KVCache, pads: Sequence[int]) -> Tensor:
 
 
 def _place(cache: KVCache, row: int, begin: int) -> list[int]:
+    if cache.length >= cache.max_length:  # the kernel would write behind it
+        raise ValueError(f"the cache holds {cache.max_length} tokens, {cache.length + 1} were asked for")
     keys, values = cache.keys[0, row], cache.values[0, row]
     return [keys.data_ptr(), values.data_ptr(), cache.keys.stride(0), cache.keys.stride(2), begin, cache.length]
 

@@ -83,6 +83,7 @@ def check(model: GPT, step: Step | None, n_products: int = 0) -> None:
 def test_rows_are_each_by_itself(config: GPTConfig, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = single_model(config)
     assert has_row_kernels(model) and not has_row_kernels(make_model(config))
+    monkeypatch.setattr(rows, "_by_kernel" if way == "PyTorch" else "_one_by_one", None)  # the other way is not taken
     if way == "PyTorch":
         monkeypatch.setattr(rows, "has_row_kernels", lambda model: False)
     step = uncompiled_rows(copy.deepcopy(model), monkeypatch) if way == "step" else None
@@ -115,7 +116,8 @@ def test_a_batch_takes_the_compiled_step(config: GPTConfig, monkeypatch: pytest.
     model = single_model(config)
     monkeypatch.setattr(compiled, "_CompiledStep", lambda model: None)
     decoder = CompiledDecoder(model)
-    decoder._decode_rows = uncompiled_rows(copy.deepcopy(model), monkeypatch)
+    calls, step = [], uncompiled_rows(copy.deepcopy(model), monkeypatch)
+    decoder._decode_rows = lambda *inputs: calls.append(len(inputs[0])) or step(*inputs)  # type: ignore[assignment, func-returns-value]
     pad = torch.tensor([2, 0, 1])
     ours, theirs = (KVCache(config, 4, 9) for _ in range(2))
     idx = torch.randint(61, (3, 4), generator=torch.Generator().manual_seed(0))
@@ -126,7 +128,30 @@ def test_a_batch_takes_the_compiled_step(config: GPTConfig, monkeypatch: pytest.
             expected = model(torch.tensor(tokens)[:, None], theirs, pad)
             found = decoder(torch.tensor(tokens)[:, None], ours, pad)
             torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-4)
-    assert ours.length == theirs.length == 6
+    assert ours.length == theirs.length == 6 and calls == [3, 3]
+
+
+def test_a_full_cache_is_an_error() -> None:
+    """The kernel would write behind it."""
+    model, cache = single_model(MODERN), KVCache(MODERN, 1, 2)
+    for token in (5, 6):
+        decode_rows(model, [token], [cache])
+    with pytest.raises(ValueError, match="the cache holds 2 tokens, 3 were asked for"):
+        decode_rows(model, [7], [cache])
+
+
+def test_a_batch_and_a_row_share_the_stacked_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights trained in place reach both, and are in memory once."""
+    model, made = single_model(MODERN), []
+    monkeypatch.setattr(
+        torch, "compile", lambda function, **_: lambda *inputs: made.append(inputs[2]) or torch.zeros(3, 1)
+    )
+    decoder = CompiledDecoder(model)
+    with torch.inference_mode():
+        cache = KVCache(MODERN, 2, 4)
+        cache.length = 1
+        decoder(torch.tensor([[5], [6]]), cache)
+    assert len(made) == 3 and made[0] is made[1] is made[2]
 
 
 def test_without_kernels_a_batch_runs_the_model(monkeypatch: pytest.MonkeyPatch) -> None:

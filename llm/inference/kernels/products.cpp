@@ -46,17 +46,9 @@ inline Bytes load(const uint8_t* p) { return _mm512_loadu_si512(p); }
 inline Bytes low_half(Bytes b) { return _mm512_and_si512(b, _mm512_set1_epi8(15)); }
 inline Bytes high_half(Bytes b) { return low_half(_mm512_srli_epi16(b, 4)); }
 inline Sums no_sums() { return _mm512_setzero_si512(); }
-template <int BITS>
-inline Sums add_products(Sums sums, Bytes weights, int32_t inputs) {
-  const __m512i x = _mm512_set1_epi32(inputs);
-#if defined(__AVX512VNNI__)
-  return _mm512_dpbusd_epi32(sums, weights, x);
-#else
-  const Bytes low = BITS == 8 ? low_half(weights) : weights;  // at most 2 * 15 * 127 in a pair: no overflow
-  sums = _mm512_add_epi32(sums, _mm512_madd_epi16(_mm512_maddubs_epi16(low, x), _mm512_set1_epi16(1)));
-  if (BITS == 4) return sums;
-  return _mm512_add_epi32(sums, _mm512_madd_epi16(_mm512_maddubs_epi16(high_half(weights), x), _mm512_set1_epi16(16)));
-#endif
+inline Bytes spread(int32_t inputs) { return _mm512_set1_epi32(inputs); }
+inline Sums add_pairs(Sums sums, Bytes halves, Bytes x, int16_t factor) {
+  return _mm512_add_epi32(sums, _mm512_madd_epi16(_mm512_maddubs_epi16(halves, x), _mm512_set1_epi16(factor)));
 }
 inline Floats all(float number) { return _mm512_set1_ps(number); }
 inline Floats to_floats(Sums sums) { return _mm512_cvtepi32_ps(sums); }
@@ -76,13 +68,9 @@ inline Bytes load(const uint8_t* p) { return _mm256_loadu_si256((const __m256i*)
 inline Bytes low_half(Bytes b) { return _mm256_and_si256(b, _mm256_set1_epi8(15)); }
 inline Bytes high_half(Bytes b) { return low_half(_mm256_srli_epi16(b, 4)); }
 inline Sums no_sums() { return _mm256_setzero_si256(); }
-template <int BITS>
-inline Sums add_products(Sums sums, Bytes weights, int32_t inputs) {
-  const __m256i x = _mm256_set1_epi32(inputs);
-  const Bytes low = BITS == 8 ? low_half(weights) : weights;  // at most 2 * 15 * 127 in a pair: no overflow
-  sums = _mm256_add_epi32(sums, _mm256_madd_epi16(_mm256_maddubs_epi16(low, x), _mm256_set1_epi16(1)));
-  if (BITS == 4) return sums;
-  return _mm256_add_epi32(sums, _mm256_madd_epi16(_mm256_maddubs_epi16(high_half(weights), x), _mm256_set1_epi16(16)));
+inline Bytes spread(int32_t inputs) { return _mm256_set1_epi32(inputs); }
+inline Sums add_pairs(Sums sums, Bytes halves, Bytes x, int16_t factor) {
+  return _mm256_add_epi32(sums, _mm256_madd_epi16(_mm256_maddubs_epi16(halves, x), _mm256_set1_epi16(factor)));
 }
 inline Floats all(float number) { return _mm256_set1_ps(number); }
 inline Floats to_floats(Sums sums) { return _mm256_cvtepi32_ps(sums); }
@@ -102,12 +90,10 @@ inline Bytes load(const uint8_t* p) { Bytes b; std::memcpy(b.v, p, sizeof b.v); 
 inline Bytes low_half(Bytes b) { for (auto& v : b.v) v &= 15; return b; }
 inline Bytes high_half(Bytes b) { for (auto& v : b.v) v >>= 4; return b; }
 inline Sums no_sums() { return {}; }
-template <int BITS>
-inline Sums add_products(Sums sums, Bytes weights, int32_t inputs) {
-  int8_t x[4];
-  std::memcpy(x, &inputs, 4);
+inline Bytes spread(int32_t inputs) { Bytes b; for (int i = 0; i < LANES; i++) std::memcpy(b.v + 4 * i, &inputs, 4); return b; }
+inline Sums add_pairs(Sums sums, const Bytes& halves, const Bytes& x, int16_t factor) {
   for (int lane = 0; lane < LANES; lane++)
-    for (int i = 0; i < 4; i++) sums.v[lane] += weights.v[4 * lane + i] * x[i];
+    for (int i = 4 * lane; i < 4 * lane + 4; i++) sums.v[lane] += halves.v[i] * (int8_t)x.v[i] * factor;
   return sums;
 }
 inline Floats all(float number) { Floats f; for (auto& v : f.v) v = number; return f; }
@@ -118,6 +104,18 @@ inline Floats add_scaled(Floats sum, const Floats& a, float b) { for (int i = 0;
 inline Floats load_floats(const float* p) { Floats a; std::memcpy(a.v, p, sizeof a.v); return a; }
 inline void store(float* p, const Floats& a) { std::memcpy(p, a.v, sizeof a.v); }
 #endif
+
+// Add the products of weights, BITS wide, and 4 inputs. Pairs of products are summed in 16 bits, where those of halves of a
+// byte, at most 2 * 15 * 127, do not overflow.
+template <int BITS>
+inline Sums add_products(Sums sums, Bytes weights, int32_t inputs) {
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+  return _mm512_dpbusd_epi32(sums, weights, spread(inputs));
+#else
+  if constexpr (BITS == 4) return add_pairs(sums, weights, spread(inputs), 1);
+  return add_pairs(add_pairs(sums, low_half(weights), spread(inputs), 1), high_half(weights), spread(inputs), 16);
+#endif
+}
 
 constexpr int VECTORS = BLOCK / LANES;           // of a block's outputs
 constexpr int64_t ROWS = LANES == 16 ? 8 : 4;    // rows that share a read of the weights: as many as registers hold
