@@ -523,6 +523,8 @@ class TrainParams(Strict):
     optimizer: Literal["adamw", "muon"]
     lr: PositiveFloat
     muon_lr: PositiveFloat
+    muon_momentum: Probability
+    muon_iterations: Positive  # of Newton-Schulz
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)]
     warmup_steps: NonNegative
     schedule: Literal["cosine", "linear", "constant", "wsd"]

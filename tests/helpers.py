@@ -65,6 +65,8 @@ def train_params(**changes: Any) -> TrainParams:
         "optimizer": "adamw",
         "lr": 0.01,
         "muon_lr": 0.02,
+        "muon_momentum": 0.95,
+        "muon_iterations": 5,
         "min_lr_ratio": 0.1,
         "warmup_steps": 2,
         "schedule": "cosine",

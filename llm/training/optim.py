@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,7 +38,8 @@ def make_optimizers(model: nn.Module, params: TrainParams) -> list[torch.optim.O
     if groups := [group for group in groups if group["params"]]:
         optimizers.append(torch.optim.AdamW(groups, lr=params.lr, betas=(params.beta1, params.beta2), fused=True))
     if hidden:
-        optimizers.append(Muon([{"params": hidden, "peak_lr": params.muon_lr}], params.muon_lr, params.weight_decay))
+        settings = params.muon_lr, params.weight_decay, params.muon_momentum, params.muon_iterations
+        optimizers.append(Muon([{"params": hidden, "peak_lr": params.muon_lr}], *settings))
     return optimizers
 
 
@@ -56,8 +58,11 @@ class Muon(torch.optim.Optimizer):
     the ranks.
     """
 
-    def __init__(self, params: list[dict[str, Any]], lr: float, weight_decay: float, momentum: float = 0.95) -> None:
+    def __init__(
+        self, params: list[dict[str, Any]], lr: float, weight_decay: float, momentum: float, iterations: int
+    ) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        self.iterations = iterations
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -68,7 +73,7 @@ class Muon(torch.optim.Optimizer):
                     same_shape[p.shape].append(p)
             for shape, parameters in same_shape.items():
                 updates = torch.stack([self._momentum(p, group["momentum"]) for p in parameters])  # [n, rows, columns]
-                updates = distributed.sharded_map(orthogonalize, updates)
+                updates = distributed.sharded_map(partial(orthogonalize, iterations=self.iterations), updates)
                 # A wide matrix's orthogonal update is as strong as a square one's; a tall one's has to be scaled up.
                 scale = max(1.0, shape[0] / shape[1]) ** 0.5
                 for p, update in zip(parameters, updates, strict=True):
@@ -85,10 +90,11 @@ class Muon(torch.optim.Optimizer):
         return p.grad.lerp(state["mean"], momentum)
 
 
-def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
+def orthogonalize(matrices: Tensor, iterations: int = 5) -> Tensor:
     """Bring all singular values of [n, rows, columns] near 1 by a quintic Newton-Schulz iteration.
 
-    Its coefficients maximise the slope at zero, so that singular values end between about 0.7 and 1.2.
+    Its coefficients maximise the slope at zero. After three iterations singular values from 0.02 of the norm
+    on are between about 0.7 and 1.2; each further one takes in those down to a third of that.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     device = matrices.device.type
@@ -97,7 +103,7 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
     if tall:
         x = x.mT
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(steps):
+    for _ in range(iterations):
         gram = x @ x.mT  # [n, r, r], r the shorter side
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x.mT if tall else x

@@ -74,7 +74,7 @@ def step_of_muon(items: torch.Tensor) -> list[torch.nn.Parameter]:
     parameters = [torch.nn.Parameter(item.clone()) for item in items]
     for i, p in enumerate(parameters):
         p.grad = (p.detach() - 10 * i).sin()
-    Muon([{"params": parameters, "lr": 0.1}], 0.1, 0.0).step()
+    Muon([{"params": parameters, "lr": 0.1}], 0.1, 0.0, 0.95, 5).step()
     return parameters
 
 
