@@ -583,21 +583,29 @@ class DecisionParams(Strict):
     precision: Annotated[float, Field(gt=0, le=1)]
 
 
-class ClassifyParams(TrainParams):
+class FinetuneParams(TrainParams):
+    scratch_control: bool
+    scratch_lr: PositiveFloat
+    scratch_muon_lr: PositiveFloat
+
+    def from_scratch(self) -> Self:
+        """Return the params of the same training from random weights, with its own rates and all weights trained."""
+        return self.model_copy(update={"trainable": "all", "lr": self.scratch_lr, "muon_lr": self.scratch_muon_lr})
+
+
+class ClassifyParams(FinetuneParams):
     class_weights: Literal["none", "balanced"]
     max_length: Positive
-    scratch_control: bool
     calibrate: bool
     decision: DecisionParams
     unsure_below: Probability
 
 
-class InstructParams(TrainParams):
+class InstructParams(FinetuneParams):
     template: InstructTemplate
     mask_prompt: bool
     loss_on: Literal["all", "last"]  # of the answers in a conversation
     packing: bool
-    scratch_control: bool
 
 
 class EvaluateParams(Strict):

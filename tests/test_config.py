@@ -77,6 +77,13 @@ def test_a_training_has_the_shared_values_but_for_its_own() -> None:
     assert params.finetune_classify.lora == shipped.finetune_classify.lora
 
 
+def test_a_training_from_random_weights_has_its_own_rates_and_trains_everything() -> None:
+    rates = {"scratch_lr": 0.5, "scratch_muon_lr": 0.25}
+    section = parse_params(changed_params(finetune_instruct={"trainable": "lora", **rates})).finetune_instruct
+    changed = {"trainable": "all", "lr": 0.5, "muon_lr": 0.25}
+    assert section.from_scratch().model_dump() == section.model_dump() | changed
+
+
 def test_effective_params_are_those_of_full_sections() -> None:
     effective = effective_params(SHIPPED)
     assert effective["training"] == {} and effective_params(effective) == effective

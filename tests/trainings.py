@@ -63,7 +63,15 @@ def classify_params(**changes: Any) -> ClassifyParams:
     decision = {"rule": "none", "label": None, "false_alarm_cost": 1.0, "miss_cost": 1.0, "precision": 0.95}
     values = {"max_steps": 300, "batch_size": 16, "optimizer": "muon", "lr": 0.01, "muon_lr": 0.04, "warmup_steps": 10}
     values |= {"schedule": "linear", "min_lr_ratio": 0.05, "eval_interval": 100, "keep": "best"}
-    own = {"class_weights": "none", "max_length": 48, "scratch_control": False, "calibrate": True, "unsure_below": 0.0}
+    own = {
+        "class_weights": "none",
+        "max_length": 48,
+        "scratch_control": False,
+        "scratch_lr": 0.01,
+        "scratch_muon_lr": 0.04,
+        "calibrate": True,
+        "unsure_below": 0.0,
+    }
     return ClassifyParams.model_validate(train_params(**values).model_dump() | own | {"decision": decision} | changes)
 
 

@@ -54,10 +54,10 @@ MakeTask = Callable[[Run, Checkpoint], FinetuneTask]
 def finetune(run: Run, name: str, section: ClassifyParams | InstructParams, make_task: MakeTask) -> None:
     """Train `models/NAME`, with `scratch_control` also `models/NAME_scratch`, and write the stage's metrics."""
     baseline = f"{name}_scratch"
-    scratch = section.model_copy(update={"trainable": "all"})  # there is nothing in random weights to keep
 
     def train_baseline() -> dict[str, float]:
-        return train(run, baseline, scratch, make_task, from_base=False, seed=run.params.seed)[0].best_metrics
+        result, _ = train(run, baseline, section.from_scratch(), make_task, from_base=False, seed=run.params.seed)
+        return result.best_metrics
 
     if is_baseline():
         write_result(run, train_baseline())
@@ -89,8 +89,7 @@ def train_seeds(run: Run, name: str, section: ClassifyParams | InstructParams, m
     for number, seed in seeds.items():
         train(run, f"{folder}/{number}", section, make_task, from_base=True, seed=seed)
         if section.scratch_control:
-            scratch = section.model_copy(update={"trainable": "all"})
-            train(run, f"{folder}/{number}_scratch", scratch, make_task, from_base=False, seed=seed)
+            train(run, f"{folder}/{number}_scratch", section.from_scratch(), make_task, from_base=False, seed=seed)
     if distributed.rank() == 0:
         write_atomic(Path("models", folder, "seeds.json"), json.dumps(seeds) + "\n")
 

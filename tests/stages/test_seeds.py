@@ -17,15 +17,30 @@ def test_each_further_seed_trains_a_model_and_its_baseline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seeds: int
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    trained: list[tuple[str, bool, int]] = []
+    trained: list[tuple[str, str, bool, int]] = []
     monkeypatch.setattr(
-        finetune, "train", lambda run, name, *_, from_base, seed: trained.append((name, from_base, seed))
+        finetune,
+        "train",
+        lambda run, name, rates, _, from_base, seed: trained.append((name, str(rates), from_base, seed)),
     )
     params = SimpleNamespace(seed=123, evaluate=SimpleNamespace(seeds=seeds))
-    section: Any = SimpleNamespace(scratch_control=True, model_copy=lambda update: SimpleNamespace(**update))
+
+    class Section(str):
+        scratch_control = True
+
+        def from_scratch(self) -> str:
+            return "for random weights"
+
+    section: Any = Section("of the finetuning")
     run: Any = SimpleNamespace(params=params)
     finetune.train_seeds(run, "classifier", section, lambda run, base: None)  # type: ignore[arg-type, return-value]
-    names = [(f"classifier_seeds/{n}{suffix}", not suffix, 123 + n) for n in (1, 2) for suffix in ("", "_scratch")]
-    assert trained == (names if seeds == 3 else [])
+    assert trained == [
+        row
+        for n in range(1, seeds)
+        for row in (
+            (f"classifier_seeds/{n}", "of the finetuning", True, 123 + n),
+            (f"classifier_seeds/{n}_scratch", "for random weights", False, 123 + n),
+        )
+    ]
     written = json.loads((tmp_path / "models/classifier_seeds/seeds.json").read_text())
     assert written == ({"1": 124, "2": 125} if seeds == 3 else {})
