@@ -339,7 +339,7 @@ PARAMS: dict[str, Case] = {
         params(pretrain__optimizer="sgd"), "pretrain", r"optimizer: .*'adamw' or 'muon'.*found 'sgd'"
     ),
     "a schedule longer than the training": Case(
-        params(pretrain__schedule="wsd", pretrain__max_steps=320),
+        params(pretrain__schedule="wsd", pretrain__max_steps=320, pretrain__warmup_steps=30, pretrain__decay_steps=300),
         "pretrain",
         r"params\.yaml: pretrain: schedule wsd: warmup_steps 30 and decay_steps 300 together exceed max_steps 320;",
     ),
