@@ -178,34 +178,42 @@ def random_matrix(rows: int, columns: int, seed: int) -> Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def newton_schulz(matrix: Tensor) -> Tensor:
-    """Five quintic steps on the singular values themselves: U f(S) V^T, without an iteration on matrices."""
+def newton_schulz(matrix: Tensor, iterations: int) -> Tensor:
+    """Quintic steps on the singular values themselves: U f(S) V^T, without an iteration on matrices."""
     u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
     s = s / (matrix.square().sum().sqrt() + 1e-7)
-    for _ in range(5):
+    for _ in range(iterations):
         s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
     return u @ torch.diag(s) @ vt
 
 
-def test_muon_is_its_definition() -> None:
+@pytest.mark.parametrize("iterations", [3, 5])
+def test_muon_is_its_definition(iterations: int) -> None:
     """Nesterov momentum, orthogonalised, scaled for tall matrices, with decoupled weight decay; four steps."""
     shapes = [(6, 4), (4, 6), (5, 5), (6, 4), (3, 12)]
     lr, weight_decay, momentum = 0.1, 0.2, 0.9
     parameters = [torch.nn.Parameter(random_matrix(*shape, seed=i)) for i, shape in enumerate(shapes)]
     expected = [p.detach().clone() for p in parameters]
     means = [torch.zeros_like(p) for p in expected]
-    muon = Muon([{"params": parameters}], lr, weight_decay, momentum, iterations=5)
+    muon = Muon([{"params": parameters}], lr, weight_decay, momentum, iterations)
     for step in range(4):
         for i, p in enumerate(parameters):
             gradient = random_matrix(*shapes[i], seed=100 + 10 * step + i)
             p.grad = gradient.clone()
             means[i] = momentum * means[i] + (1 - momentum) * gradient
-            update = newton_schulz((1 - momentum) * gradient + momentum * means[i])
+            update = newton_schulz((1 - momentum) * gradient + momentum * means[i], iterations)
             scale = math.sqrt(max(1.0, shapes[i][0] / shapes[i][1]))
             expected[i] = expected[i] * (1 - lr * weight_decay) - lr * scale * update
         muon.step()
     for p, wanted in zip(parameters, expected, strict=True):
         torch.testing.assert_close(p.detach(), wanted, atol=1e-9, rtol=1e-9)
+
+
+def test_muon_has_the_momentum_and_iterations_of_the_params() -> None:
+    params = train_params(optimizer="muon", muon_momentum=0.5, muon_iterations=2)
+    *_, muon = make_optimizers(GPT(gpt_config()), params)
+    assert isinstance(muon, Muon)
+    assert (muon.param_groups[0]["momentum"], muon.iterations) == (0.5, 2)
 
 
 def test_muon_passes_over_parameters_without_a_gradient() -> None:
