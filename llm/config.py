@@ -584,6 +584,8 @@ class DecisionParams(Strict):
 
 
 class FinetuneParams(TrainParams):
+    """Params of a finetuning and of its control, the same training from random weights."""
+
     scratch_control: bool
     scratch_lr: PositiveFloat
     scratch_muon_lr: PositiveFloat

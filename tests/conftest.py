@@ -36,6 +36,8 @@ LONGEST = (
     "tests/test_pipeline.py",
     "tests/convert/test_hf.py",
     "tests/bench/test_bench.py",
+    "tests/test_examples.py",
+    "tests/test_private_data.py",
     "tests/stages/test_release.py",
     "tests/stages/test_registry.py",
     "tests/tokenizer/test_hf.py",

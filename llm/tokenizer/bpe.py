@@ -190,6 +190,8 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
         """Return the ids of each text."""
+        if threads == 1:
+            return [self.encode(text) for text in texts]
         with ThreadPoolExecutor(threads) as pool:  # tiktoken lets go of the interpreter lock while it encodes
             return list(pool.map(self.encode, texts))
 

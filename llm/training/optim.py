@@ -90,7 +90,7 @@ class Muon(torch.optim.Optimizer):
         return p.grad.lerp(state["mean"], momentum)
 
 
-def orthogonalize(matrices: Tensor, iterations: int = 5) -> Tensor:
+def orthogonalize(matrices: Tensor, iterations: int) -> Tensor:
     """Bring all singular values of [n, rows, columns] near 1 by a quintic Newton-Schulz iteration.
 
     Its coefficients maximise the slope at zero. After three iterations singular values from 0.02 of the norm

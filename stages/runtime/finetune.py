@@ -18,7 +18,7 @@ from llm.checkpoint.folder import Checkpoint, CheckpointConfig, load_checkpoint
 from llm.common import distributed
 from llm.common.device import pick_device
 from llm.common.files import write_atomic
-from llm.config import ClassifyParams, InstructParams
+from llm.config import FinetuneParams
 from llm.data.about import About
 from llm.data.batches import Batch, Collate, batches_by_length, example_batches
 from llm.data.examples import Example
@@ -51,7 +51,7 @@ class FinetuneTask:
 MakeTask = Callable[[Run, Checkpoint], FinetuneTask]
 
 
-def finetune(run: Run, name: str, section: ClassifyParams | InstructParams, make_task: MakeTask) -> None:
+def finetune(run: Run, name: str, section: FinetuneParams, make_task: MakeTask) -> None:
     """Train `models/NAME`, with `scratch_control` also `models/NAME_scratch`, and write the stage's metrics."""
     baseline = f"{name}_scratch"
 
@@ -82,7 +82,7 @@ def finetune(run: Run, name: str, section: ClassifyParams | InstructParams, make
         run.write_metrics(metrics)
 
 
-def train_seeds(run: Run, name: str, section: ClassifyParams | InstructParams, make_task: MakeTask) -> None:
+def train_seeds(run: Run, name: str, section: FinetuneParams, make_task: MakeTask) -> None:
     """Train `models/NAME_seeds/1` and further ones, each with a seed of its own, and their from-scratch baselines."""
     folder = f"{name}_seeds"
     seeds = {str(number): run.params.seed + number for number in range(1, run.params.evaluate.seeds)}
@@ -97,7 +97,7 @@ def train_seeds(run: Run, name: str, section: ClassifyParams | InstructParams, m
 def train(
     run: Run,
     name: str,
-    section: ClassifyParams | InstructParams,
+    section: FinetuneParams,
     make_task: MakeTask,
     *,
     from_base: bool,
