@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -283,7 +284,7 @@ def renamed(source: str, name: str) -> str:
 
 def requirements(code: Path) -> list[str]:
     """Return the installed versions of all packages that the model's code imports, as an index has them."""
-    distributions = importlib.metadata.packages_distributions()
+    distributions = packages_distributions()
     found: dict[str, str] = {}
     for module in third_party(code):
         names = distributions.get(module, [])
@@ -291,6 +292,11 @@ def requirements(code: Path) -> list[str]:
         if name is not None:
             found[name] = importlib.metadata.version(name).partition("+")[0]  # no index has the local label `+cpu`
     return [f"{name}=={version}" for name, version in sorted(found.items())]
+
+
+@cache
+def packages_distributions() -> Mapping[str, list[str]]:
+    return importlib.metadata.packages_distributions()
 
 
 def third_party(code: Path) -> set[str]:
@@ -303,7 +309,7 @@ def third_party(code: Path) -> set[str]:
         if path in seen:
             continue
         seen.add(path)
-        for name in imported_names(path):
+        for name in imported_names(path.read_bytes()):
             top, *inner = name.split(".")
             if top == PACKAGE:
                 for last in range(len(inner) + 1):
@@ -314,13 +320,16 @@ def third_party(code: Path) -> set[str]:
     return found
 
 
-def imported_names(path: Path) -> Iterator[str]:
-    """Yield the dotted names that a module imports, late ones too."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+@cache  # the models of a run come with the same code
+def imported_names(source: bytes) -> list[str]:
+    """Return the dotted names that a module imports, late ones too."""
+    found: list[str] = []
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
+    return found
 
 
 def metrics_of(name: str, values: Mapping[str, float]) -> dict[str, float]:
