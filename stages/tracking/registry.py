@@ -282,6 +282,9 @@ def renamed(source: str, name: str) -> str:
     return re.sub(rf"(?m)^(\s*)import {PACKAGE}(?=\.[\w.]+ as )", rf"\1import {name}", source)
 
 
+packages_distributions = cache(importlib.metadata.packages_distributions)  # reads the files of every package
+
+
 def requirements(code: Path) -> list[str]:
     """Return the installed versions of all packages that the model's code imports, as an index has them."""
     distributions = packages_distributions()
@@ -292,11 +295,6 @@ def requirements(code: Path) -> list[str]:
         if name is not None:
             found[name] = importlib.metadata.version(name).partition("+")[0]  # no index has the local label `+cpu`
     return [f"{name}=={version}" for name, version in sorted(found.items())]
-
-
-@cache
-def packages_distributions() -> Mapping[str, list[str]]:
-    return importlib.metadata.packages_distributions()
 
 
 def third_party(code: Path) -> set[str]:
@@ -321,7 +319,7 @@ def third_party(code: Path) -> set[str]:
 
 
 @cache  # the models of a run come with the same code
-def imported_names(source: bytes) -> list[str]:
+def imported_names(source: bytes) -> tuple[str, ...]:
     """Return the dotted names that a module imports, late ones too."""
     found: list[str] = []
     for node in ast.walk(ast.parse(source)):
@@ -329,7 +327,7 @@ def imported_names(source: bytes) -> list[str]:
             found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
             found += [f"{node.module}.{alias.name}" for alias in node.names]
-    return found
+    return tuple(found)
 
 
 def metrics_of(name: str, values: Mapping[str, float]) -> dict[str, float]:
