@@ -46,6 +46,7 @@ def load(
     device: str = "auto",
     int8: bool = False,
     int4: bool = False,
+    int8_cache: bool = False,
     compiled: bool = False,
     draft: str | Path | None = None,
 ) -> Model:
@@ -54,8 +55,9 @@ def load(
     `path` is a model folder, or another tool's model: a folder of transformers, a .gguf file or a hub name, which is
     imported into a cache at its first use (see `llm.convert.cache`).
 
-    `int8` rounds the weights to 8 bits, `int4` to 4. `compiled` compiles the decoding of a single row. `draft` is for
-    speculative decoding: a smaller model with the same tokenizer, or "prompt" to draft from the text so far.
+    `int8` rounds the weights to 8 bits, `int4` to 4; `int8_cache` keeps keys and values in 8 bits. `compiled` compiles
+    the decoding of a single row. `draft` is for speculative decoding: a smaller model with the same tokenizer, or
+    "prompt" to draft from the text so far.
 
     >>> import llm
     >>> model = llm.load("models/base", device="cpu")
@@ -71,6 +73,8 @@ def load(
     elif int4:
         load_kernels()
         to_int4(model.gpt)
+    if int8_cache:
+        model.gpt.int8_cache = True
     if draft == PROMPT:
         model.draft = PROMPT
     elif draft is not None:

@@ -54,9 +54,15 @@ def requests(shape: Shape) -> Requests:
 
 
 def generate_ours(
-    shape: Shape, int8: bool = False, int4: bool = False, packed: bool = False, compiled: bool = False
+    shape: Shape,
+    int8: bool = False,
+    int4: bool = False,
+    packed: bool = False,
+    int8_cache: bool = False,
+    compiled: bool = False,
 ) -> Workload:
     model = GPT(gpt_config(shape))
+    model.int8_cache = int8_cache
     if int8:
         to_int8(model)
     if int4 or packed:
@@ -197,11 +203,13 @@ def generate_llama_cpp(shape: Shape, weights: FileType) -> Workload:
 
 OURS_INT8 = f"{OURS}, int8"
 OURS_INT8_COMPILED = f"{OURS}, int8, compiled"
+OURS_INT8_CACHE = f"{OURS}, int8, int8 cache, compiled"
 OURS_INT4 = f"{OURS}, int4"
 OURS_INT4_COMPILED = f"{OURS}, int4, compiled"
 BYTES_PER_WEIGHT = {  # of the blocks and of the output layer; elsewhere fp32
     OURS_INT8: (1, 1),
     OURS_INT8_COMPILED: (1, 1),
+    OURS_INT8_CACHE: (1, 1),
     OURS_INT4: (20 / 32, 20 / 32),  # a group of 32 has a step and a minimum of two bytes each
     OURS_INT4_COMPILED: (20 / 32, 20 / 32),
     "llama.cpp, Q8_0": (34 / 32, 34 / 32),  # a block of 32 has a scale of two bytes
@@ -246,6 +254,7 @@ GENERATE = Benchmark(
         f"{OURS}, compiled": partial(generate_ours, compiled=True),
         OURS_INT8: partial(generate_ours, int8=True),
         OURS_INT8_COMPILED: partial(generate_ours, int8=True, compiled=True),
+        OURS_INT8_CACHE: partial(generate_ours, int8=True, int8_cache=True, compiled=True),
         OURS_INT4: partial(generate_ours, int4=True),
         OURS_INT4_COMPILED: partial(generate_ours, int4=True, compiled=True),
         "transformers": generate_transformers,

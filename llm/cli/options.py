@@ -65,6 +65,11 @@ def add_rounding(parser: Any) -> None:
     bits.add_argument("--int4", action="store_true", help="round them to 4 bits: faster still, less exact; needs g++")
 
 
+def add_int8_cache(parser: Any) -> None:
+    what = "keep keys and values in 8 bits: a quarter of the KV cache's memory, a little less exact"
+    parser.add_argument("--int8-cache", action="store_true", help=what)
+
+
 def add_decoding(parser: argparse.ArgumentParser) -> None:
     text = "Defaults are the model's generation settings; without them the likeliest token is taken."
     add = parser.add_argument_group("how the text is chosen", text).add_argument
@@ -88,8 +93,9 @@ def add_decoding(parser: argparse.ArgumentParser) -> None:
     speed = parser.add_argument_group("how fast it comes")
     add_device(speed)
     add_rounding(speed)
+    add_int8_cache(speed)
     speed.add_argument(
-        "--compile", action="store_true", help="compile decoding: half a minute at first, then much faster"
+        "--compile", action="store_true", help="compile decoding: half a minute at the first start, then much faster"
     )
     speed.add_argument(
         "--draft",
@@ -101,7 +107,8 @@ def add_decoding(parser: argparse.ArgumentParser) -> None:
 
 def load_options(args: argparse.Namespace) -> dict[str, Any]:
     """Return the arguments of `llm.load` that the options of `add_decoding` give."""
-    return {"device": args.device, "int8": args.int8, "int4": args.int4, "compiled": args.compile, "draft": args.draft}
+    names = ("device", "int8", "int4", "int8_cache", "draft")
+    return {"compiled": args.compile} | {name: getattr(args, name) for name in names}
 
 
 def decoding_options(args: argparse.Namespace, model: Model) -> dict[str, Any]:

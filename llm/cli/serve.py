@@ -9,7 +9,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from llm.cli.options import add_device, add_rounding
+from llm.cli.options import add_device, add_int8_cache, add_rounding
 from llm.common.errors import InputError
 
 SUMMARY = "answer over HTTP, in OpenAI's API, with a page"
@@ -41,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_device(parser)
     add_rounding(parser)
+    add_int8_cache(parser)
     parser.add_argument(
         "--compile",
         action="store_true",
@@ -103,7 +104,7 @@ def build(args: argparse.Namespace) -> Any:
 
     sizes = {name: getattr(args, name) for name in ("batch_size", "queue", "chunk", "cache_tokens")}
     limits = Limits(**sizes, deterministic=not args.no_deterministic)
-    models = Models(Loading(args.device, args.int8, args.int4, args.compile, limits), resolve)
+    models = Models(Loading(args.device, args.int8, args.int4, args.int8_cache, args.compile, limits), resolve)
     for source in args.models:
         models.add(source)
     for source in args.classifier:

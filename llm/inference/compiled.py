@@ -1,15 +1,13 @@
 """Compiled decoding: by PyTorch's compiler on a CPU, also of several rows; as a CUDA graph on a GPU.
 
-Shapes: M rows, S tokens in the cache with the new one, H n_heads, K n_kv_heads, G = H / K, D head_dim, V vocab_size.
+Shapes: M rows, S tokens in the cache with the new one, H n_heads, K n_kv_heads, G = H / K, D head_dim, V vocab_size;
+E numbers of a stored key or value (see `KVCache`).
 """
 
 from __future__ import annotations
 
-import contextlib
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -18,22 +16,22 @@ from torch import Tensor, nn
 from torch._higher_order_ops.while_loop import while_loop
 from torch.func import functional_call
 
-from llm.common.errors import InputError
+from llm.inference.aot import compile_ahead
 from llm.inference.prefill import new_kv_cache
 from llm.inference.request import eval_mode
 from llm.inference.rows import attend_rows, cache_table, has_row_kernels, layer_windows, shared_cache_table
 from llm.model.gpt import GPT, TransformerBlock
-from llm.model.kv_cache import KVCache
+from llm.model.kv_cache import KVCache, round_to_int8
 
 
 class CompiledDecoder:
     """A GPT with a compiled decode step, which `generate` and `stream` take in place of the GPT.
 
     The next token of a row is computed in one call, on a CPU with `load_kernels` those of a batch too: equal up to
-    rounding, and much faster. Prefill runs the model itself. Compiling takes up to half a minute on a CPU, less the
-    next time, as PyTorch keeps the code; a batch is compiled for when it first comes. On a CUDA device a graph is
-    captured for each KV cache. The model must then keep its layers, their dtype and their device, as nothing checks for
-    changes. Raises `InputError` where the model cannot be compiled.
+    rounding, and much faster. Prefill runs the model itself. Compiling takes up to half a minute on a CPU; the code
+    is kept for the next start (`compile_ahead`). A batch is compiled for when it first comes. On a CUDA device a graph
+    is captured for each KV cache. The model must then keep its layers, their dtype and their device, as nothing checks
+    for changes. Raises `InputError` where the model cannot be compiled.
     """
 
     def __init__(self, gpt: GPT) -> None:
@@ -49,6 +47,8 @@ class CompiledDecoder:
             return self.gpt(idx, cache, pad)
         if len(idx) > 1:
             return self._decode_batch(idx, cache, pad)
+        if cache.length + 1 == cache.max_length:  # the compiler takes the first tokens for another shape than all
+            return self.gpt(idx, cache, pad)
         logits = self._decode(idx, cache, idx.new_zeros(1) if pad is None else pad)
         cache.length += 1
         return logits
@@ -68,6 +68,56 @@ class CompiledDecoder:
 # ---- CPU: one compiled loop over the blocks --------------------------------------------------------------------------
 
 
+class _Step:
+    """A decode step as compiled code, which is given the model's weights with each call."""
+
+    def __init__(
+        self,
+        model: GPT,
+        step: partial[Tensor],
+        weights: dict[str, Tensor],
+        inputs: list[Tensor],
+        dynamic: list[dict[int, str]],
+    ) -> None:
+        """Compile `step(model, weights of all blocks, *inputs)`, whose inputs have dynamic dimensions by name."""
+        own = {name: part for name, part in _parameters_and_buffers(model).items() if not name.startswith("blocks.")}
+        self.weights = [*own.values(), *weights.values()]
+
+        def run(tensors: list[Tensor]) -> Tensor:
+            given = iter(tensors)
+            own_now = {f"model.{name}": next(given) for name in own}
+            weights_now = {name: next(given) for name in weights}
+            result: Tensor = functional_call(_WithModel(model, step), own_now, (weights_now, *given))
+            return result
+
+        about = f"{step.func.__name__} {model.config.model_dump_json()} {model.int8_cache} {list(own)} {list(weights)}"
+        with torch.inference_mode(), eval_mode(model):
+            for kind in model.kinds:  # which keeps frequencies: not those of the compiler, which have no numbers
+                model.cos_sin(kind, torch.zeros(1, dtype=torch.long))
+        with eval_mode(model):
+            unchanging: list[dict[int, str]] = [{} for _ in self.weights]
+            self.code = compile_ahead(run, [*self.weights, *inputs], [*unchanging, *dynamic], about)
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        return self.code([*self.weights, *inputs])
+
+
+class _WithModel(nn.Module):
+    """A step and its model, whose weights `functional_call` may replace."""
+
+    def __init__(self, model: GPT, step: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.model, self.step = model, step
+
+    def forward(self, *inputs: Any) -> Tensor:
+        return self.step(self.model, *inputs)
+
+
+def _parameters_and_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Return them by name, a shared one once."""
+    return dict(module.named_parameters()) | dict(module.named_buffers())
+
+
 class _CompiledStep:
     """The decode step of a single row, from the next token [1, 1] to logits [1, 1, V], as one compiled function."""
 
@@ -75,17 +125,18 @@ class _CompiledStep:
         first = model.blocks[0]
         assert isinstance(first, TransformerBlock)
         self.weights = _stack_weights(model.blocks)
-        self.decode = partial(_compile(_decode_one_token), model, _DecodeBlock(first), self.weights)
-        with _compiling(model):
-            cache = new_kv_cache(model, 2, 5)  # two rows: with one, the stride of a layer would follow from S
-            idx = torch.zeros(1, 1, dtype=torch.long, device=model.tok_emb.weight.device)
-            keys, values = cache.slice(0, 0, 3)
-            torch._dynamo.mark_dynamic(keys, 2)  # S is no constant
-            torch._dynamo.mark_dynamic(values, 2)
-            self.decode(idx, idx.new_zeros(1), keys, values)
+        self.places = torch.arange(model.config.context_length)
+        # Two rows: with one, the stride of a layer would follow from max_length. The compiler refuses inputs that share
+        # their memory, as the parts of an int8 cache do.
+        stored = _stored_parts(new_kv_cache(model, 3, 11))
+        parts = [torch.empty_strided(part.shape, part.stride(), dtype=part.dtype) for part in stored]
+        idx = torch.zeros(1, 1, dtype=torch.long)
+        dynamic = [{}, {}, {0: "tokens"}, *({1: "rows", 3: "max_length"} for _ in parts)]
+        step = partial(_decode_one_token, _DecodeBlock(first))
+        self.step = _Step(model, step, self.weights, [idx, idx.new_zeros(1), torch.arange(7), *parts], dynamic)
 
     def __call__(self, idx: Tensor, cache: KVCache, pad: Tensor) -> Tensor:
-        return self.decode(idx, pad, *cache.slice(0, 0, cache.length + 1))
+        return self.step(idx, pad, self.places[: cache.length + 1], *_stored_parts(cache))
 
 
 class CompiledRows:
@@ -98,43 +149,18 @@ class CompiledRows:
         """Compile the step; `weights` are the blocks' where another step has stacked them, so that both share them."""
         first = model.blocks[0]
         assert isinstance(first, TransformerBlock)
-        block = _RowsBlock(first, layer_windows(model))
-        self.decode = partial(_compile(_decode_rows), model, block, weights or _stack_weights(model.blocks))
-        with _compiling(model):
-            idx, caches = torch.zeros(3, 1, dtype=torch.long), [new_kv_cache(model, 1, 2) for _ in range(3)]
-            positions, table = torch.zeros_like(idx), cache_table(caches)
-            for part in (idx, positions, table):
-                torch._dynamo.mark_dynamic(part, 0)
-            self.decode(idx, positions, table)
+        step = partial(_decode_rows, _RowsBlock(first, layer_windows(model), model.int8_cache))
+        idx, table = torch.zeros(3, 1, dtype=torch.long), cache_table([new_kv_cache(model, 1, 2) for _ in range(2)])
+        dynamic = [{0: "rows"}, {0: "rows"}, {0: "caches"}]
+        inputs = [idx, torch.zeros_like(idx), table]
+        self.step = _Step(model, step, weights or _stack_weights(model.blocks), inputs, dynamic)
 
     def __call__(self, idx: Tensor, positions: Tensor, table: Tensor) -> Tensor:
         """Return the logits [M, V] of the next tokens [M, 1], at positions [M, 1], of caches in a table [B, 6]."""
         spare = max(0, 2 - len(idx))  # the compiler takes a number of 1 for a constant
         if spare:
             idx, positions = (F.pad(part, (0, 0, 0, spare)) for part in (idx, positions))
-        return self.decode(idx, positions, table)[: len(idx) - spare]
-
-
-@contextlib.contextmanager
-def _compiling(model: GPT) -> Iterator[None]:
-    """Turn the compiler's errors into an `InputError`."""
-    try:
-        with torch.inference_mode(), eval_mode(model), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".* `functools.lru_cache`")  # `rotary_frequencies` may be traced
-            yield
-    except RuntimeError as error:  # the compiler's many classes derive from it
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise InputError(f"the step could not be compiled, for which a C++ compiler is needed: {reason}") from error
-
-
-def _compile(function: Any) -> Any:
-    """Compile a copy of a function: PyTorch caches by code object, and other models need their own.
-
-    No guard checks the arguments at each step, for speed.
-    """
-    own = FunctionType(function.__code__.replace(), function.__globals__, closure=function.__closure__)
-    options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe, "cpp_wrapper": True}
-    return torch.compile(own, fullgraph=True, dynamic=False, options=options)
+        return self.step(idx, positions, table)[: len(idx) - spare]
 
 
 def _stack_weights(blocks: nn.ModuleList) -> dict[str, Tensor]:
@@ -148,6 +174,11 @@ def _stack_weights(blocks: nn.ModuleList) -> dict[str, Tensor]:
     return weights
 
 
+def _stored_parts(cache: KVCache) -> list[Tensor]:
+    """Return a cache's keys and values [layers, B, K, max_length, D]; of an int8 cache numbers, and scales [., 1]."""
+    return [*cache.split(cache.keys), *cache.split(cache.values)] if cache.int8 else [cache.keys, cache.values]
+
+
 class _DecodeBlock(nn.Module):
     """The first block's layers for a single row; the weights of any block are given with each call."""
 
@@ -155,48 +186,65 @@ class _DecodeBlock(nn.Module):
         super().__init__()
         self.block = block
 
-    def forward(
-        self, x: Tensor, cos_sin: tuple[Tensor, Tensor] | None, seen: Tensor, keys: Tensor, values: Tensor
-    ) -> Tensor:
+    def forward(self, x: Tensor, cos_sin: tuple[Tensor, Tensor] | None, seen: Tensor, parts: list[Tensor]) -> Tensor:
+        """Return the block's output of x [1, 1, C]; `parts` are its keys and values [K, S, D] or what stores them."""
         q, k, v = self.block.project_qkv(x, cos_sin)  # [1, H, 1, D], 2 x [1, K, 1, D]
-        keys[:, -1:], values[:, -1:] = k[0], v[0]
-        return self.block.finish(x, _attend_one_query(q, keys, values, seen))
+        half = len(parts) // 2
+        y = _attend_one_query(q, _with_last(parts[:half], k[0]), _with_last(parts[half:], v[0]), seen)
+        return self.block.finish(x, y)
+
+
+def _with_last(stored: list[Tensor], vectors: Tensor) -> Tensor:
+    """Store keys or values [K, 1, D] in the last place of a layer's; return all of them, [K, S, D]."""
+    new = round_to_int8(vectors) if len(stored) == 2 else (vectors,)
+    for part, new_part in zip(stored, new, strict=True):
+        part[:, -1:] = new_part
+    return (stored[0] * stored[1]).to(vectors.dtype) if len(stored) == 2 else stored[0]
 
 
 def _decode_one_token(
-    model: GPT, block: _DecodeBlock, weights: dict[str, Tensor], idx: Tensor, pad: Tensor, keys: Tensor, values: Tensor
+    block: _DecodeBlock,
+    model: GPT,
+    weights: dict[str, Tensor],
+    idx: Tensor,
+    pad: Tensor,
+    places: Tensor,
+    *parts: Tensor,
 ) -> Tensor:
     """Return the logits [1, 1, V] of a row's next token [1, 1]; the first `pad` [1] tokens of the row are padding.
 
-    `keys` and `values` [layers, K, S, D] are the cache's, with a place for the new token at the end.
+    `places` [S] counts the tokens with the new one; `parts` are the first row of a whole cache.
     """
-    layers, _, S, _ = keys.shape
-    positions = torch.arange(S - 1, S, device=idx.device)  # [1]
+    S = places.shape[0]
+    torch._check(parts[0].shape[3] >= S)
+    parts_seen = tuple(part[:, 0, :, :S] for part in parts)  # each [layers, K, S, D or 1]
+    positions = places[-1:]  # [1]
     seen = _by_layer(model, [model.mask(positions, S, pad, kind.window).flatten() for kind in model.kinds])  # each [S]
     positions = (positions - pad)[None]  # [1, 1]
     cos_sin = _angles_by_layer(model, positions)
 
     def run(own: dict[str, Tensor], x: Tensor, layer: Tensor, i: int) -> Tensor:
-        y: Tensor = functional_call(block, own, (x, cos_sin(i), seen(i), keys[i], values[i]))
+        y: Tensor = functional_call(block, own, (x, cos_sin(i), seen(i), [part[i] for part in parts_seen]))
         return y
 
+    layers = parts[0].shape[0]
     return model.lm_head(model.final_norm(_run_blocks(weights, layers, run, model.embed(idx, positions))))
 
 
 class _RowsBlock(nn.Module):
     """The first block's layers for several rows; the weights of any block are given with each call."""
 
-    def __init__(self, block: TransformerBlock, windows: Tensor) -> None:
+    def __init__(self, block: TransformerBlock, windows: Tensor, int8_cache: bool) -> None:
         super().__init__()
-        self.block, self.windows = block, windows
+        self.block, self.windows, self.int8_cache = block, windows, int8_cache
 
     def forward(self, x: Tensor, cos_sin: tuple[Tensor, Tensor] | None, table: Tensor, layer: Tensor) -> Tensor:
         q, k, v = self.block.project_qkv(x, cos_sin)  # [M, H, 1, D], 2 x [M, K, 1, D]
-        return self.block.finish(x, attend_rows(q, k, v, table, self.windows, layer))
+        return self.block.finish(x, attend_rows(q, k, v, table, self.windows, layer, self.int8_cache))
 
 
 def _decode_rows(
-    model: GPT, block: _RowsBlock, weights: dict[str, Tensor], idx: Tensor, positions: Tensor, table: Tensor
+    block: _RowsBlock, model: GPT, weights: dict[str, Tensor], idx: Tensor, positions: Tensor, table: Tensor
 ) -> Tensor:
     """Return the logits [M, V] of the next tokens [M, 1] of rows whose caches stand in a table [B, 6]."""
     cos_sin = _angles_by_layer(model, positions)
@@ -313,8 +361,9 @@ def _decode_at(model: GPT, idx: Tensor, pad: Tensor, position: Tensor, cache: KV
         assert isinstance(block, TransformerBlock)
         mask = masks[kind]
         q, k, v = block.project_qkv(x, angles[kind])  # [1, H, 1, D], 2 x [1, K, 1, D]
-        keys.index_copy_(1, position, k[0])
-        values.index_copy_(1, position, v[0])
-        y = F.scaled_dot_product_attention(q, keys[None], values[None], attn_mask=mask, enable_gqa=True)
+        keys.index_copy_(1, position, cache.encode(k[0]))
+        values.index_copy_(1, position, cache.encode(v[0]))
+        k, v = cache.decode(keys)[None], cache.decode(values)[None]  # 2 x [1, K, max_length, D]
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
         x = block.finish(x, y.transpose(1, 2).reshape(1, 1, -1))
     return model.lm_head(model.final_norm(x))

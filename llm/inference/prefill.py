@@ -20,12 +20,13 @@ class PrefixCache:
     """
 
     tokens: list[int] = field(default_factory=list)
-    keys: Tensor | None = None  # [layers, K, tokens, D]
+    keys: Tensor | None = None  # [layers, K, tokens, E], as they are stored
     values: Tensor | None = None
 
 
 def new_kv_cache(model: GPT, rows: int, capacity: int) -> KVCache:
-    return KVCache(model.config, rows, capacity, model.tok_emb.weight.device, model.tok_emb.weight.dtype)
+    weight = model.tok_emb.weight
+    return KVCache(model.config, rows, capacity, weight.device, weight.dtype, model.int8_cache)
 
 
 def prefill(

@@ -79,7 +79,8 @@ def _place(cache: KVCache, row: int, begin: int) -> list[int]:
     if cache.length >= cache.max_length:  # the kernel would write behind it
         raise ValueError(f"the cache holds {cache.max_length} tokens, {cache.length + 1} were asked for")
     keys, values = cache.keys[0, row], cache.values[0, row]
-    return [keys.data_ptr(), values.data_ptr(), cache.keys.stride(0), cache.keys.stride(2), begin, cache.length]
+    layer_stride, _, head_stride, *_ = (stride * keys.element_size() for stride in cache.keys.stride())
+    return [keys.data_ptr(), values.data_ptr(), layer_stride, head_stride, begin, cache.length]
 
 
 def layer_windows(model: GPT) -> Tensor:
@@ -87,17 +88,17 @@ def layer_windows(model: GPT) -> Tensor:
     return torch.tensor([model.kinds[kind].window or 0 for kind in model.kind_of_layer])
 
 
-def attend_rows(q: Tensor, k: Tensor, v: Tensor, table: Tensor, windows: Tensor, layer: Tensor) -> Tensor:
-    """Attend from all rows of a layer [] at once."""
+def attend_rows(q: Tensor, k: Tensor, v: Tensor, table: Tensor, windows: Tensor, layer: Tensor, int8: bool) -> Tensor:
+    """Attend from all rows of a layer [] at once, with caches of 8 bits or in fp32."""
     q, k, v = (part.squeeze(2).contiguous() for part in (q, k, v))  # [M, H, D], 2 x [M, K, D]
-    y: Tensor = torch.ops.textmill.attend_rows(q, k, v, table, windows, layer)
+    y: Tensor = torch.ops.textmill.attend_rows(q, k, v, table, windows, layer, int8)
     return y[:, None]
 
 
 def _by_kernel(model: GPT, caches: Sequence[KVCache]) -> Attend:
     table, windows = cache_table(caches), layer_windows(model)
     layers = torch.arange(len(windows))
-    return lambda attn, q, k, v: attend_rows(q, k, v, table, windows, layers[attn.layer])
+    return lambda attn, q, k, v: attend_rows(q, k, v, table, windows, layers[attn.layer], model.int8_cache)
 
 
 def _one_by_one(model: GPT, caches: Sequence[KVCache]) -> Attend:
@@ -163,6 +164,6 @@ def _logits(
 def _random_cache(model: GPT, length: int, generator: torch.Generator) -> KVCache:
     cache = new_kv_cache(model, 1, length + 1)
     for part in (cache.keys, cache.values):
-        part.copy_(torch.randn(part.shape, generator=generator))
+        part.copy_(cache.encode(torch.randn(*part.shape[:-1], cache.head_dim, generator=generator)))
     cache.length = length
     return cache

@@ -152,6 +152,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing = False  # in training, blocks store their inputs and recompute the rest
+        self.int8_cache = False  # its KV caches are in 8 bits
         self.tok_emb = nn.Embedding(config.vocab_size, config.emb_dim)
         if config.positions == "learned":
             self.pos_emb = nn.Embedding(config.context_length, config.emb_dim)

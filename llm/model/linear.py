@@ -38,7 +38,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if is_compiled_row(x):
         y = row_product(x, weight)
         return y if bias is None else y + bias
-    return product(x, weight, bias) if x.numel() <= FEW_ROWS * x.shape[-1] else F.linear(x, weight, bias)
+    few = not torch.compiler.is_compiling() and x.numel() <= FEW_ROWS * x.shape[-1]
+    return product(x, weight, bias) if few else F.linear(x, weight, bias)
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

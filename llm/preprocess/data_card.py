@@ -147,7 +147,7 @@ def counts_per_split(split: SplitRows, field: str) -> dict[str, dict[str, int]]:
 
 
 def describe_lengths(texts: Sequence[str], tokenizer: Tokenizer) -> Card:
-    tokens = [len(ids) for ids in tokenizer.encode_batch(texts)]
+    tokens = [len(tokenizer.encode(text)) for text in texts]
     n_bytes = sum(len(text.encode()) for text in texts)
     return {
         "characters": length_summary(np.array([len(text) for text in texts])),

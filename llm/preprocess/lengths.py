@@ -58,7 +58,7 @@ def context_length(params: Params) -> int | None:
 def count_messages(split: SplitRows, tokenizer: Tokenizer, limit: Limit) -> dict[str, TooLong]:
     counts = {}
     for name, rows in split.rows.items():
-        lengths = [len(ids) for ids in tokenizer.encode_batch([row.fields["text"] for row in rows])]
+        lengths = [len(tokenizer.encode(row.fields["text"])) for row in rows]
         counts[name] = TooLong(len(rows), sum(length > limit.tokens for length in lengths), 0)
     return counts
 

@@ -43,11 +43,12 @@ class Served:
 
 @dataclass
 class Loading:
-    """Options for loading models, and the limits of their engines."""
+    """Options for loading models, and the limits of their engines. Classifiers keep their weights as they are."""
 
     device: str = "auto"
     int8: bool = False
     int4: bool = False
+    int8_cache: bool = False
     compiled: bool = False
     limits: Limits = field(default_factory=Limits)
 
@@ -74,7 +75,10 @@ class Models:
 
     def _load(self, name: str, source: str, kinds: Sequence[str]) -> Served:
         loading = self.loading
-        model = load(self.resolve(source), device=loading.device, int8=loading.int8, int4=loading.int4)
+        options = (
+            {} if kinds == CLASSIFIER else {name: getattr(loading, name) for name in ("int8", "int4", "int8_cache")}
+        )
+        model = load(self.resolve(source), device=loading.device, **options)
         model.require(*kinds)
         engine = None
         if model.kind in GPT_KINDS:

@@ -19,7 +19,7 @@ class PrefixStore:
 
     def __init__(self, capacity: int, unit: int = 1) -> None:
         self.capacity, self.unit = capacity, unit
-        self.entries: OrderedDict[tuple[int, ...], tuple[Tensor, Tensor]] = OrderedDict()  # 2 x [layers, K, n, D]
+        self.entries: OrderedDict[tuple[int, ...], tuple[Tensor, Tensor]] = OrderedDict()  # 2 x [layers, K, n, E]
         self.n_tokens = 0
 
     def match(self, prompt: list[int]) -> tuple[int, tuple[int, ...] | None]:

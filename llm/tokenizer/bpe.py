@@ -12,7 +12,6 @@ import base64
 import json
 import unicodedata
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -187,13 +186,6 @@ class Tokenizer:
         if self.form.prefix == "prepend" and start:
             text = SPACE_MARK + text
         return unicodedata.normalize("NFC", text) if self.nfc else text
-
-    def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
-        """Return the ids of each text."""
-        if threads == 1:
-            return [self.encode(text) for text in texts]
-        with ThreadPoolExecutor(threads) as pool:  # tiktoken lets go of the interpreter lock while it encodes
-            return list(pool.map(self.encode, texts))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids; bytes that are no UTF-8, such as half a character, become U+FFFD."""

@@ -17,6 +17,7 @@ import errno
 import json
 import logging
 import math
+import os
 import re
 import shutil
 import signal
@@ -229,14 +230,22 @@ def state_folder(stage: str, fingerprint: str, keep: bool = False) -> Iterator[P
         with locked(folder / "lock") as holder:
             if holder is not None:
                 continue
+            succeeded = False
             try:
                 yield folder
-                if not keep:
-                    shutil.rmtree(folder)
+                succeeded = True
             finally:
-                if folder.exists() and {path.name for path in folder.iterdir()} <= {"lock", "journals"}:
-                    shutil.rmtree(folder)  # nothing was saved
+                names = {path.name for path in folder.iterdir()} if folder.is_dir() else None
+                if names is not None and (names <= {"lock", "journals"} or (succeeded and not keep)):
+                    _remove_held(folder)
             return
+
+
+def _remove_held(folder: Path) -> None:
+    """Remove a folder with its lock, at once for others: one that waits for it may then make it anew."""
+    removed = folder.with_name(f".{folder.name}.{os.getpid()}")
+    folder.rename(removed)
+    shutil.rmtree(removed)
 
 
 def main(stage: str, body: Body, execute: Callable[[str, Body], None] = run_stage) -> None:

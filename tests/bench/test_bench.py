@@ -155,8 +155,8 @@ def test_our_decoding_is_compiled_if_possible(monkeypatch: pytest.MonkeyPatch) -
     compiled: list[torch.nn.Module] = []
     monkeypatch.setattr("llm.bench.decoding.CompiledDecoder", lambda model: compiled.append(model) or model)
     shape = TINY._replace(batch=1, width=32, prompt=4, new=4)
-    assert [make(shape)() for make in ours] == [4, 4, 4, 4] and len(compiled) == 4
-    assert [make(shape._replace(batch=2))() for make in ours] == [sum(requests(shape._replace(batch=2)).new)] * 4
+    assert [make(shape)() for make in ours] == [4] * 5 and len(compiled) == 5
+    assert [make(shape._replace(batch=2))() for make in ours] == [sum(requests(shape._replace(batch=2)).new)] * 5
 
     def fails(model: torch.nn.Module) -> None:
         raise InputError("no compiler")

@@ -495,7 +495,8 @@ def test_draft_and_compilation_keep_greedy_text_and_int8_nearly_the_score(
     plain = cli("generate", folders.base, "--prompt", "One")
     for draft in (folders.base, "prompt"):
         assert cli("generate", folders.base, "--prompt", "One", "--draft", draft).out == plain.out
-    assert cli("generate", folders.base, "--prompt", "One", "--int8").out.startswith("One")
+    for option in ("--int8", "--int8-cache"):
+        assert cli("generate", folders.base, "--prompt", "One", option).out.startswith("One")
     compiled: list[object] = []
     monkeypatch.setattr("llm.inference.compiled.CompiledDecoder", lambda model: compiled.append(model) or model)
     found = cli("generate", folders.base, "--prompt", "One", "--draft", folders.base, "--compile")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,10 +14,12 @@ from torch import Tensor
 from llm.common.errors import InputError
 from llm.config import GPTConfig
 from llm.inference import compiled
+from llm.inference.aot import Code
 from llm.inference.compiled import CompiledDecoder
 from llm.inference.generate import generate, stream
 from llm.inference.int8 import to_int8
 from llm.inference.kernels.build import kernels_loaded
+from llm.inference.prefill import new_kv_cache
 from llm.inference.request import Decoder
 from llm.model.gpt import GPT
 from llm.model.kv_cache import KVCache
@@ -31,22 +34,21 @@ def uncompiled_decoder(model: GPT, monkeypatch: pytest.MonkeyPatch) -> tuple[Com
     """Return a decoder with the plain Python of its step, and a list of the cache lengths that it is called with."""
     lengths: list[int] = []
 
-    def compile_nothing(function: Any, **_: Any) -> Any:
-        def call(*arguments: Any) -> Any:
-            keys, values = arguments[-2:]
-            assert keys.shape == values.shape
-            lengths.append(keys.shape[2])
+    def compile_nothing(function: Code, tensors: list[Tensor], *_: Any) -> Code:
+        n_inputs = 3 + (4 if model.int8_cache else 2)
+
+        def call(given: list[Tensor]) -> Tensor:
+            assert len(given) == len(tensors)
+            lengths.append(len(given[-n_inputs:][2]))
             with monkeypatch.context() as tracing:
                 tracing.setattr(torch.compiler, "is_compiling", lambda: True)
                 tracing.setattr(compiled, "while_loop", plain_loop)
-                return function(*arguments)
+                return function(given)
 
         return call
 
-    monkeypatch.setattr(torch, "compile", compile_nothing)
-    decoder = CompiledDecoder(model)
-    lengths.clear()
-    return decoder, lengths
+    monkeypatch.setattr(compiled, "compile_ahead", compile_nothing)
+    return CompiledDecoder(model), lengths
 
 
 def graph_decoder(model: GPT, monkeypatch: pytest.MonkeyPatch) -> tuple[CompiledDecoder, list[int]]:
@@ -95,21 +97,24 @@ def test_only_single_rows_take_the_compiled_step(
 
 @every_config
 @every_step
+@pytest.mark.parametrize("int8_cache", [False, True], ids=["fp64", "int8"])
 @torch.no_grad()
 def test_compiled_logits_and_cache_equal_plain_ones(
-    make_decoder: Any, config: GPTConfig, monkeypatch: pytest.MonkeyPatch
+    make_decoder: Any, config: GPTConfig, int8_cache: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = make_model(config)
+    plain.int8_cache = int8_cache
     decoder, lengths = make_decoder(copy.deepcopy(plain), monkeypatch)
     for pad in (None, torch.tensor([2])):
-        caches = [KVCache(config, 1, 12, dtype=torch.float64) for _ in range(2)]
+        caches = [new_kv_cache(plain, 1, 12) for _ in range(2)]
         for tokens in ([7, 8, 9], [10], [11], [12], [13], [14]):
             idx = torch.tensor([tokens])
             expected, found = (each(idx, cache, pad) for each, cache in zip((plain, decoder), caches, strict=True))
             torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
         assert caches[1].length == caches[0].length == 8
-        torch.testing.assert_close(caches[1].keys, caches[0].keys, atol=1e-12, rtol=0)
-        torch.testing.assert_close(caches[1].values, caches[0].values, atol=1e-12, rtol=0)
+        for part in ("keys", "values"):
+            ours, theirs = (cache.decode(getattr(cache, part)) for cache in caches)
+            torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
     assert lengths == [4, 5, 6, 7, 8] * 2
     full = KVCache(config, 1, 3, dtype=torch.float64)
     decoder(torch.tensor([[7, 8, 9]]), full)
@@ -159,36 +164,45 @@ def test_trained_weights_reach_the_compiled_step(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the compiler needs g++")
 @pytest.mark.slow
-def test_several_models_are_compiled_in_one_process() -> None:
-    """Models of equal and of other sizes, for caches of any size and number of rows."""
+def test_several_models_are_compiled_in_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models of several forms, one of other weights that shares the code, and caches of any size and number of rows."""
 
     def texts(model: Decoder) -> list[list[list[int]]]:
         alone = [generate(model, PROMPTS[:1], max_new_tokens=n) for n in (10, 17, 40)]
         last = [generate(model, PROMPTS[:n], max_new_tokens=[2] * (n - 1) + [20]) for n in (2, 3)]  # goes on alone
         return alone + last
 
-    models = [make_model(config).float() for config in (GPT2, NARROW, MODERN)]
-    models.append(copy.deepcopy(models[-1]))
+    monkeypatch.setenv("LLM_CACHE", str(tmp_path))
+    models = [make_model(config).float() for config in (GPT2, GPT2, NARROW, MODERN)]
+    for parameter in models[1].parameters():
+        parameter.data *= 1.3
     to_int8(models[-1])
+    models[-1].int8_cache = True
     expected = [texts(model) for model in models]
     decoders = [CompiledDecoder(model) for model in models]
-    compilations = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert [texts(decoder) for decoder in decoders] == expected
-    batches = len(decoders) if kernels_loaded() else 0
-    found = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    assert found == compilations + batches, "at the call, and at the first batch"
+    forms = len(decoders) - 1
+    files = sorted((tmp_path / "compiled").iterdir())
+    assert len(files) == forms * (2 if kernels_loaded() else 1), "at the call, and at the first batch"
+
+    with monkeypatch.context() as loading:
+        loading.setattr(torch.export, "export", None)
+        assert texts(CompiledDecoder(models[-1])) == expected[-1], "from what was kept"
+    for path in files:
+        path.write_bytes(path.read_bytes()[:1000])
+    assert generate(CompiledDecoder(models[0]), PROMPTS[:1], max_new_tokens=10) == expected[0][0], "damaged: made again"
+    assert sum(path.stat().st_size > 1000 for path in files) == 1
 
 
-def test_a_compiler_that_fails_is_named_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    def failing(function: Any, **_: Any) -> Any:
-        def call(*_: Any) -> None:
-            raise RuntimeError("no g++ here\nand more")
+def test_a_compiler_that_fails_is_named_in_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def failing(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no g++ here\nand more")
 
-        return call
-
+    monkeypatch.setenv("LLM_CACHE", str(tmp_path))
     model = make_model(GPT2)
     expected = generate(model, PROMPTS[:1], max_new_tokens=5)
-    monkeypatch.setattr(torch, "compile", failing)
+    monkeypatch.setattr(torch.export, "export", failing)
     with pytest.raises(InputError, match=r"^the step could not be compiled, .* is needed: no g\+\+ here$"):
         CompiledDecoder(model)
     assert generate(model, PROMPTS[:1], max_new_tokens=5) == expected
+    assert not list((tmp_path / "compiled").iterdir())

@@ -15,7 +15,9 @@ from llm.inference.grouped import GROUP, GroupedLinear, round_to_4_bits
 from llm.inference.kernels import build
 from llm.inference.kernels.build import build_kernels
 from llm.inference.packed import PackedLinear, to_packed
+from llm.inference.rows import cache_table
 from llm.model.gpt import GPT
+from llm.model.kv_cache import KVCache
 from llm.model.linear import Linear
 from tests.helpers import gpt_config
 from tests.inference.test_grouped import rounded_product, weighted_error
@@ -46,12 +48,12 @@ def test_rows_attend_to_their_own_caches(operators: object, heads: int, kv_heads
     untouched = [part.clone() for part in (*keys, *values)]
     table = torch.tensor(
         [
-            [a.data_ptr(), b.data_ptr(), a.stride(0), a.stride(2), begin, n]
+            [a.data_ptr(), b.data_ptr(), 4 * a.stride(0), 4 * a.stride(2), begin, n]
             for a, b, begin, n in zip(keys, values, begins, lengths, strict=True)
         ]
     )
     for layer in (0, 1):
-        y = operators.attend_rows(q, k, v, table, windows, torch.tensor(layer))  # type: ignore[attr-defined]
+        y = operators.attend_rows(q, k, v, table, windows, torch.tensor(layer), False)  # type: ignore[attr-defined]
         assert not y[4:].any(), "rows without a cache"
         for row, (begin, n) in enumerate(zip(begins, lengths, strict=True)):
             first = max(begin, n + 1 - windows[layer]) if windows[layer] else begin
@@ -60,7 +62,7 @@ def test_rows_attend_to_their_own_caches(operators: object, heads: int, kv_heads
             plain = F.scaled_dot_product_attention(q[row][None, :, None], *seen, enable_gqa=True)
             torch.testing.assert_close(y[row], plain.flatten(), atol=2e-6, rtol=1e-5)
             alone = operators.attend_rows(  # type: ignore[attr-defined]
-                *(part[row : row + 1] for part in (q, k, v, table)), windows, torch.tensor(layer)
+                *(part[row : row + 1] for part in (q, k, v, table)), windows, torch.tensor(layer), False
             )
             assert torch.equal(alone[0], y[row]), "whatever the other rows"
     for before, after, n in zip(untouched, (*keys, *values), lengths * 2, strict=True):
@@ -68,12 +70,31 @@ def test_rows_attend_to_their_own_caches(operators: object, heads: int, kv_heads
         assert torch.equal(before, after), "the place of the new token alone"
 
 
+@pytest.mark.parametrize("head_dim", [64, 128, 6])
+def test_rows_store_the_bytes_of_an_int8_cache(operators: object, head_dim: int) -> None:
+    """Keys and values are large, tiny and zero; what was stored is read by the plain formula."""
+    config = gpt_config(n_heads=4, n_kv_heads=2, head_dim=head_dim)
+    generator = torch.Generator().manual_seed(0)
+    cache, plain = (KVCache(config, 1, 5, int8=True) for _ in range(2))
+    for length, size in enumerate((1.0, 1e4, 1e-20, 0.0, 1e-35)):
+        q, k, v = (torch.randn(1, heads, 1, head_dim, generator=generator) for heads in (4, 2, 2))
+        k, v = k * size, v * size
+        cache.length = plain.length = length
+        tensors = [part.squeeze(2) for part in (q, k, v)]
+        found = operators.attend_rows(*tensors, cache_table([cache]), torch.tensor([0, 0]), torch.tensor(1), True)  # type: ignore[attr-defined]
+        keys, values = plain.append(1, k, v)
+        expected = F.scaled_dot_product_attention(q, keys, values, enable_gqa=True)
+        torch.testing.assert_close(found.flatten(), expected.flatten(), atol=1e-6 * (1 + size), rtol=1e-5)
+    assert torch.equal(cache.keys, plain.keys) and torch.equal(cache.values, plain.values)
+    assert cache.keys[1].any() and not cache.keys[0].any(), "the other layer's are its own"
+
+
 def test_large_scores_do_not_overflow(operators: object) -> None:
     keys, values = torch.zeros(1, 1, 1, 4, 8), torch.randn(1, 1, 1, 4, 8)
     keys[..., 1, :] = 1e4
-    table = torch.tensor([[keys.data_ptr(), values.data_ptr(), keys.stride(0), keys.stride(2), 0, 3]])
+    table = torch.tensor([[keys.data_ptr(), values.data_ptr(), 4 * keys.stride(0), 4 * keys.stride(2), 0, 3]])
     q, k = torch.full((1, 1, 8), 1e3), torch.full((1, 1, 8), -1e4)
-    y = operators.attend_rows(q, k, k, table, torch.tensor([0]), torch.tensor(0))  # type: ignore[attr-defined]
+    y = operators.attend_rows(q, k, k, table, torch.tensor([0]), torch.tensor(0), False)  # type: ignore[attr-defined]
     assert torch.equal(y[0], values[0, 0, 0, 1])
 
 

@@ -12,10 +12,12 @@ from torch import Tensor
 
 from llm.config import GPTConfig
 from llm.inference import compiled, rows
+from llm.inference.aot import Code
 from llm.inference.compiled import CompiledDecoder, CompiledRows
 from llm.inference.generate import generate
 from llm.inference.int8 import to_int8
 from llm.inference.packed import to_packed
+from llm.inference.prefill import new_kv_cache
 from llm.inference.rows import Step, decode_rows, has_row_kernels, invariant_rows
 from llm.model.gpt import GPT
 from llm.model.kv_cache import KVCache
@@ -32,8 +34,13 @@ every_config = pytest.mark.parametrize(
 LENGTHS, TOKENS = [3, 1, 9, 6], [7, 8, 9, 10]
 
 
-def single_model(config: GPTConfig) -> GPT:
-    return make_model(config).float()
+every_cache = pytest.mark.parametrize("int8_cache", [False, True], ids=["fp32", "int8"])
+
+
+def single_model(config: GPTConfig, int8_cache: bool = False) -> GPT:
+    model = make_model(config).float()
+    model.int8_cache = int8_cache
+    return model
 
 
 def caches_of(model: GPT) -> list[KVCache]:
@@ -41,7 +48,7 @@ def caches_of(model: GPT) -> list[KVCache]:
     generator = torch.Generator().manual_seed(0)
     found = []
     for length in LENGTHS:
-        cache = KVCache(model.config, 1, length + 3)
+        cache = new_kv_cache(model, 1, length + 3)
         with torch.inference_mode():
             model(torch.randint(61, (1, length), generator=generator), cache)
         found.append(cache)
@@ -51,16 +58,16 @@ def caches_of(model: GPT) -> list[KVCache]:
 def uncompiled_rows(model: GPT, monkeypatch: pytest.MonkeyPatch) -> CompiledRows:
     """Return the plain Python of the compiled step."""
 
-    def compile_nothing(function: Any, **_: Any) -> Any:
-        def call(*arguments: Any) -> Any:
+    def compile_nothing(function: Code, *_: Any) -> Code:
+        def call(tensors: list[Tensor]) -> Tensor:
             with monkeypatch.context() as tracing:
                 tracing.setattr(compiled, "while_loop", plain_loop)
-                return function(*arguments)
+                return function(tensors)
 
         return call
 
     with monkeypatch.context() as making:
-        making.setattr(torch, "compile", compile_nothing)
+        making.setattr(compiled, "compile_ahead", compile_nothing)
         return CompiledRows(model)
 
 
@@ -74,14 +81,19 @@ def check(model: GPT, step: Step | None, n_products: int = 0) -> None:
         torch.testing.assert_close(logits, expected, atol=2e-4, rtol=1e-4)
     for ours, theirs in zip(mine, plain, strict=True):
         assert ours.length == theirs.length
-        torch.testing.assert_close(ours.keys, theirs.keys, atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(ours.values, theirs.values, atol=1e-4, rtol=1e-4)
+        for part in ("keys", "values"):
+            mine_now, plain_now = (cache.decode(getattr(cache, part)) for cache in (ours, theirs))
+            # Equal up to rounding; in 8 bits a number between two steps may go to either.
+            torch.testing.assert_close(mine_now, plain_now, atol=0.05 if ours.int8 else 1e-4, rtol=1e-4)
 
 
 @every_config
+@every_cache
 @pytest.mark.parametrize("way", ["kernel", "PyTorch", "step"])
-def test_rows_are_each_by_itself(config: GPTConfig, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = single_model(config)
+def test_rows_are_each_by_itself(
+    config: GPTConfig, int8_cache: bool, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = single_model(config, int8_cache)
     assert has_row_kernels(model) and not has_row_kernels(make_model(config))
     monkeypatch.setattr(rows, "_by_kernel" if way == "PyTorch" else "_one_by_one", None)  # the other way is not taken
     if way == "PyTorch":
@@ -100,8 +112,9 @@ def test_a_single_row_takes_the_step_of_several(monkeypatch: pytest.MonkeyPatch)
     torch.testing.assert_close(logits, decode_rows(model, [5], other), atol=2e-4, rtol=1e-4)
 
 
-def test_packed_weights_have_equal_bits_whatever_runs_beside_a_row() -> None:
-    model = single_model(MODERN)
+@every_cache
+def test_packed_weights_have_equal_bits_whatever_runs_beside_a_row(int8_cache: bool) -> None:
+    model = single_model(MODERN, int8_cache)
     to_packed(model)
     caches = caches_of(model)
     together = decode_rows(model, TOKENS, caches)
@@ -111,15 +124,16 @@ def test_packed_weights_have_equal_bits_whatever_runs_beside_a_row() -> None:
 
 
 @every_config
-def test_a_batch_takes_the_compiled_step(config: GPTConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+@every_cache
+def test_a_batch_takes_the_compiled_step(config: GPTConfig, int8_cache: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compare the logits of rows with padding in one cache."""
-    model = single_model(config)
+    model = single_model(config, int8_cache)
     monkeypatch.setattr(compiled, "_CompiledStep", lambda model: None)
     decoder = CompiledDecoder(model)
     calls, step = [], uncompiled_rows(copy.deepcopy(model), monkeypatch)
     decoder._decode_rows = lambda *inputs: calls.append(len(inputs[0])) or step(*inputs)  # type: ignore[assignment, func-returns-value]
     pad = torch.tensor([2, 0, 1])
-    ours, theirs = (KVCache(config, 4, 9) for _ in range(2))
+    ours, theirs = (new_kv_cache(model, 4, 9) for _ in range(2))
     idx = torch.randint(61, (3, 4), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         for cache in (ours, theirs):
@@ -143,15 +157,20 @@ def test_a_full_cache_is_an_error() -> None:
 def test_a_batch_and_a_row_share_the_stacked_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights trained in place reach both, and are in memory once."""
     model, made = single_model(MODERN), []
-    monkeypatch.setattr(
-        torch, "compile", lambda function, **_: lambda *inputs: made.append(inputs[2]) or torch.zeros(3, 1)
-    )
+
+    def compile_nothing(function: Code, tensors: list[Tensor], *_: Any) -> Code:
+        n_inputs = 3 if len(made) else 5
+        made.append(tensors[:-n_inputs])
+        return lambda _: torch.zeros(3, 1)
+
+    monkeypatch.setattr(compiled, "compile_ahead", compile_nothing)
     decoder = CompiledDecoder(model)
     with torch.inference_mode():
         cache = KVCache(MODERN, 2, 4)
         cache.length = 1
         decoder(torch.tensor([[5], [6]]), cache)
-    assert len(made) == 3 and made[0] is made[1] is made[2]
+    assert len(made) == 2 and len(made[0]) == len(made[1]) > 10
+    assert all(one is other for one, other in zip(*made, strict=True))
 
 
 def test_without_kernels_a_batch_runs_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,16 +184,13 @@ def test_without_kernels_a_batch_runs_the_model(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.slow
 def test_compiled_rows_are_the_models_own() -> None:
     """Compile once for any number of rows, plain weights and rounded ones."""
-    for config in (GPT2, MIXED):
-        for quantize in (to_packed, to_int8):
-            model = single_model(config)
-            quantize(model)
-            plain = copy.deepcopy(model)
-            step = CompiledRows(model)
-            graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-            for n in (1, 2, 4):
-                ours, theirs = caches_of(plain)[:n], caches_of(plain)[:n]
-                found = decode_rows(model, TOKENS[:n], ours, step=step)
-                expected: Tensor = decode_rows(plain, TOKENS[:n], theirs)
-                torch.testing.assert_close(found, expected, atol=0.02, rtol=0.02)
-            assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs, "all was compiled at the call"
+    for config, change, int8_cache in ((GPT2, to_packed, False), (MIXED, to_int8, True)):
+        model = single_model(config, int8_cache)
+        change(model)
+        plain = copy.deepcopy(model)
+        step = CompiledRows(model)
+        for n in (1, 2, 4):
+            ours, theirs = caches_of(plain)[:n], caches_of(plain)[:n]
+            found = decode_rows(model, TOKENS[:n], ours, step=step)
+            expected: Tensor = decode_rows(plain, TOKENS[:n], theirs)
+            torch.testing.assert_close(found, expected, atol=0.02, rtol=0.02)

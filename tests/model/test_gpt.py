@@ -301,6 +301,43 @@ def test_a_shifted_cache_gives_equal_logits() -> None:
         torch.testing.assert_close(logits, expected[:, 5:], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("head_dim", [8, 6, 2])
+def test_an_int8_cache_is_near_and_small(head_dim: int) -> None:
+    """Logits do not depend on the pieces that a text is read in: all read what was stored."""
+    model, idx = model_of(LLAMA_FORM, head_dim=head_dim).double(), ids(3, 16)
+    pad = torch.tensor([0, 2, 5])
+    with torch.no_grad():
+        plain = model(idx, KVCache(model.config, 3, 16, dtype=torch.float64), pad)
+        results = []
+        for pieces in ([16], [1] * 16, [7, 9]):
+            cache = KVCache(model.config, 4, 20, dtype=torch.float64, int8=True)
+            results.append(torch.cat([model(piece, cache, pad) for piece in idx.split(pieces, dim=1)], dim=1))
+            torch.testing.assert_close(results[-1], results[0], atol=1e-10, rtol=0)
+        assert not torch.equal(results[0], plain)
+        assert (results[0] - plain).std() < 0.02 * plain.std()
+        cache.reorder([2, 0])
+        cache.shift(3)
+        cache.write(3, 1, *cache.slice(1, 3, 19))
+        cache.shift(-1)
+        moved = [cache.slice(row, start, start + 16) for row, start in ((0, 2), (1, 2), (3, 0))]
+        fresh = KVCache(model.config, 4, 20, dtype=torch.float64, int8=True)
+        model(idx, fresh, pad)
+        for parts, row in zip(moved, (2, 0, 0), strict=True):
+            assert all(torch.equal(*pair) for pair in zip(parts, fresh.slice(row, 0, 16), strict=True))
+    numbers = KVCache(gpt_config(**LLAMA_FORM | {"head_dim": 64}), 1, 10, int8=True).keys
+    assert numbers.nbytes * 256 == KVCache(gpt_config(**LLAMA_FORM | {"head_dim": 64}), 1, 10).keys.nbytes * 68
+
+
+def test_the_error_of_an_int8_cache_is_half_a_step() -> None:
+    cache = KVCache(gpt_config(head_dim=64), 1, 1, int8=True)
+    vectors = (
+        torch.randn(5, 64, generator=torch.Generator().manual_seed(0)) * torch.tensor([[1e-3, 1, 1e4, 0, 1e-38]]).T
+    )
+    error = (cache.decode(cache.encode(vectors)) - vectors).abs()
+    assert (error <= vectors.abs().amax(-1, keepdim=True) * 0.5001 / 127 + 1e-30).all()
+    assert (error[:3].amax(-1) > vectors[:3].abs().amax(-1) * 0.4 / 127).all()
+
+
 def test_too_many_tokens_for_the_context_or_the_cache_are_refused() -> None:
     model = model_of({})
     with pytest.raises(ValueError, match="17 tokens exceed the context length 16"):

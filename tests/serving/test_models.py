@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 import llm
 from llm.common.errors import InputError
+from llm.inference.grouped import GroupedLinear
+from llm.inference.int8 import Int8Linear
 from llm.inference.packed import PackedLinear
 from llm.inference.rows import Step
-from llm.serving.models import Loading, Models
+from llm.serving.models import CLASSIFIER, Loading, Models
 from tests.serving.conftest import Client, finish
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="the kernels need g++")
@@ -58,6 +61,28 @@ def test_without_a_compiler_pytorch_serves(
     assert answer(models, [1, 2, 3]) == llm.inference.generate.generate(expected.gpt, [[1, 2, 3]], max_new_tokens=12)[0]
     with pytest.raises(InputError, match=r"^base: cannot be compiled: no C\+\+ compiler was found$"):
         Models(Loading("cpu", compiled=True)).add(str(place / "base"))
+
+
+def test_an_int8_cache_reaches_the_engine(place: Path) -> None:
+    models = Models(Loading("cpu", int8_cache=True))
+    models.add(str(place / "base"))
+    expected = llm.load(place / "base", device="cpu", int8_cache=True)
+    caches: list[torch.dtype] = []
+    models.engines["base"].prefixes.save = lambda tokens, cache: caches.append(cache.keys.dtype)  # type: ignore[method-assign]
+    assert answer(models, [1, 2, 3]) == llm.inference.generate.generate(expected.gpt, [[1, 2, 3]], max_new_tokens=12)[0]
+    assert set(caches) == {torch.int8}
+
+
+def test_roundings_are_of_language_models(place: Path) -> None:
+    """A classifier beside a rounded model is served as it is."""
+    models = Models(Loading("cpu", int8=True, int8_cache=True))
+    models.add(str(place / "base"))
+    models.add(str(place / "spam"), CLASSIFIER)
+    assert parts(models, GroupedLinear) or parts(models, Int8Linear)
+    assert models.get("spam").model.checkpoint.model.state_dict().keys() == (
+        llm.load(place / "spam", device="cpu").checkpoint.model.state_dict().keys()
+    )
+    models.close()
 
 
 @needs_compiler

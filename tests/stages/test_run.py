@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from llm.common.errors import InputError
 from llm.config import parse_params
 from stages.runtime.inputs import data_digests, fingerprint, flatten, read_inputs, read_yaml
-from stages.runtime.run import Run
+from stages.runtime.run import Run, state_folder
 from tests.conftest import ROOT
 from tests.forks import Ended, Fork, run_forked
 
@@ -205,6 +205,26 @@ def test_two_experiments_with_equal_inputs_do_not_share_a_state(place: Path, tmp
         first.communicate()
     held = next(path.parent for path in (place / ".work/demo").glob("*/lock"))
     assert done.stdout.strip() == f"{held}-1"
+
+
+def test_a_folder_that_another_experiment_made_anew_is_left_alone(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other one waits for the lock, and takes the folder's name in the moment of its removal."""
+    folder, rmtree = place / ".work/demo/abc", shutil.rmtree
+
+    def removed_late(path: Path) -> None:
+        assert not (folder / "lock").exists(), "the lock goes with the folder"
+        folder.mkdir()
+        (folder / "lock").write_text("1")
+        rmtree(path)
+
+    monkeypatch.setattr(shutil, "rmtree", removed_late)
+    for failure in (contextlib.nullcontext(), pytest.raises(ZeroDivisionError)):
+        with failure, state_folder("demo", "abc"):
+            if not isinstance(failure, contextlib.nullcontext):
+                raise ZeroDivisionError
+        assert [path.name for path in (place / ".work/demo").iterdir()] == ["abc"]
+        assert (folder / "lock").read_text() == "1"
+        rmtree(folder)
 
 
 # ---- signals ---------------------------------------------------------------------------------------------------------

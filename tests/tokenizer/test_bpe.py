@@ -127,13 +127,8 @@ def test_special_tokens_in_a_text_stay_text(tokenizer: Tokenizer, special: str) 
     ids = tokenizer.encode(f"a {special} b")
     assert not set(ids) & set(tokenizer.special_tokens.values())
     assert tokenizer.encode_array(f"a {special} b").tolist() == ids
-    assert tokenizer.encode_batch([f"a {special} b"]) == [ids]
     assert tokenizer.decode(ids) == f"a {special} b"
     assert tokenizer.decode([tokenizer.special_tokens[special]]) == special
-
-
-def test_encode_batch_keeps_the_order(tokenizer: Tokenizer) -> None:
-    assert tokenizer.encode_batch(TEXTS, threads=3) == [tokenizer.encode(text) for text in TEXTS]
 
 
 def test_training_is_the_same_with_any_number_of_threads(tmp_path: Path) -> None:

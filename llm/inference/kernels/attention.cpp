@@ -3,7 +3,8 @@
 // Linear layers multiply all rows at once; attention cannot, as caches differ in length and place. A row's result does
 // not depend on the other rows. llm/inference/rows.py has the plain formula.
 //
-// Shapes: M rows, B of them with a cache, H query heads, K key-value heads, D head_dim, S tokens that a row sees.
+// Shapes: M rows, B of them with a cache, H query heads, K key-value heads, D head_dim, S tokens that a row sees, E bytes
+// of a stored key or value.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -18,9 +19,11 @@ using torch::stable::Tensor;
 
 namespace {
 
+constexpr float SMALLEST = 1e-30f;  // a vector without a larger number is stored as zero
+
 struct Row {            // of the table, as rows.py writes it
-  int64_t keys, values;  // addresses of the cache's first number of this row
-  int64_t layer_stride, head_stride;  // numbers from a layer, and from a head, to the next
+  int64_t keys, values;  // addresses of the cache's first byte of this row
+  int64_t layer_stride, head_stride;  // bytes from a layer, and from a head, to the next
   int64_t begin, end;   // tokens seen: the new one is written behind the last, at `end`
 };
 
@@ -41,19 +44,42 @@ inline float exponential(float x) {
   return (p * r * r + r + 1.0f) * power;
 }
 
-// q and y [G, D]; keys and values [S, D]; weights is room for S numbers of each query. KNOWN is D where the compiler knows
+// ---- a cache in fp32, or in 8 bits as llm/model/kv_cache.py stores it: int8 numbers, and their scale in the last 4 bytes
+
+inline int64_t stored_bytes(bool int8, int64_t D) { return int8 ? (D + 3) / 4 * 4 + (int64_t)sizeof(float) : 4 * D; }
+
+inline float scale_of(const float*, int64_t) { return 1; }
+inline float scale_of(const int8_t* numbers, int64_t E) {
+  float scale;
+  std::memcpy(&scale, numbers + E - sizeof scale, sizeof scale);
+  return scale;
+}
+
+inline void store_vector(float* to, const float* from, int64_t D, int64_t) { std::memcpy(to, from, D * sizeof(float)); }
+inline void store_vector(int8_t* to, const float* from, int64_t D, int64_t E) {
+  float largest = 0;
+  for (int64_t d = 0; d < D; d++) largest = std::fabs(from[d]) > largest ? std::fabs(from[d]) : largest;
+  const float scale = largest > SMALLEST ? largest / 127 : 1;
+  for (int64_t d = 0; d < D; d++) to[d] = (int8_t)std::nearbyint(from[d] / scale);
+  std::memcpy(to + E - sizeof scale, &scale, sizeof scale);
+}
+
+// ---- attention -------------------------------------------------------------------------------------------------------
+
+// q and y [G, D]; keys and values [S, E]; weights is room for S numbers of each query. KNOWN is D where the compiler knows
 // it, for which it unrolls the loops, or 0.
-template <int64_t KNOWN>
-void attend(const float* q, const float* keys, const float* values, float* weights, float* y, int64_t G, int64_t S,
-            int64_t head_dim) {
+template <typename Number, int64_t KNOWN>
+void attend(const float* q, const char* keys, const char* values, float* weights, float* y, int64_t G, int64_t S,
+            int64_t head_dim, int64_t E) {
   const int64_t D = KNOWN ? KNOWN : head_dim;
   const float scale = 1 / std::sqrt((float)D);
   for (int64_t g = 0; g < G; g++)
     for (int64_t s = 0; s < S; s++) {
+      const auto* key = (const Number*)(keys + s * E);
       float sum = 0;
 #pragma omp simd reduction(+ : sum)
-      for (int64_t d = 0; d < D; d++) sum += q[g * D + d] * keys[s * D + d];
-      weights[g * S + s] = scale * sum;
+      for (int64_t d = 0; d < D; d++) sum += q[g * D + d] * key[d];
+      weights[g * S + s] = scale * sum * scale_of(key, E);
     }
   for (int64_t g = 0; g < G; g++) {
     float* own = weights + g * S;
@@ -72,18 +98,30 @@ void attend(const float* q, const float* keys, const float* values, float* weigh
     float sums[KNOWN ? KNOWN : 1] = {}, *to = KNOWN ? sums : y + g * D;
     if (!KNOWN) std::memset(to, 0, D * sizeof(float));
     for (int64_t s = 0; s < S; s++) {
-      const float weight = weights[g * S + s];
+      const auto* value = (const Number*)(values + s * E);
+      const float weight = weights[g * S + s] * scale_of(value, E);
 #pragma omp simd
-      for (int64_t d = 0; d < D; d++) to[d] += weight * values[s * D + d];
+      for (int64_t d = 0; d < D; d++) to[d] += weight * value[d];
     }
     if (KNOWN) std::memcpy(y + g * D, sums, D * sizeof(float));
   }
 }
 
+template <typename Number>
+auto attend_with(int64_t D) {
+  return D == 64 ? attend<Number, 64> : D == 128 ? attend<Number, 128> : attend<Number, 0>;
+}
+
+template <typename Number>
+void store(char* keys, char* values, const float* k, const float* v, int64_t D, int64_t E) {
+  store_vector((Number*)keys, k, D, E);
+  store_vector((Number*)values, v, D, E);
+}
+
 // q [M, H, D], k and v [M, K, D] fp32, table [B, 6] int64, to the attention output [M, H * D]. The keys and values of
 // the first B rows go to their caches; the output of the others is zero. `index` is the layer's; of each layer, `windows`
 // says how many tokens a row sees, or 0.
-Tensor attend_rows(Tensor q, Tensor k, Tensor v, Tensor table, Tensor windows, Tensor index) {
+Tensor attend_rows(Tensor q, Tensor k, Tensor v, Tensor table, Tensor windows, Tensor index, bool int8) {
   const int64_t layer = *(const int64_t*)index.data_ptr(), window = ((const int64_t*)windows.data_ptr())[layer];
   const int64_t M = q.size(0), H = q.size(1), D = q.size(2), K = k.size(1), B = table.size(0), G = H / K;
   Tensor y = torch::stable::new_empty(q, {M, H * D});
@@ -91,6 +129,9 @@ Tensor attend_rows(Tensor q, Tensor k, Tensor v, Tensor table, Tensor windows, T
   const auto *new_values = (const float*)v.data_ptr();
   const auto* rows = (const Row*)table.data_ptr();
   auto* results = (float*)y.data_ptr();
+  const int64_t E = stored_bytes(int8, D);
+  const auto compute = int8 ? attend_with<int8_t>(D) : attend_with<float>(D);
+  const auto store_new = int8 ? store<int8_t> : store<float>;
 #pragma omp parallel
   {
     std::vector<float> weights;
@@ -99,14 +140,12 @@ Tensor attend_rows(Tensor q, Tensor k, Tensor v, Tensor table, Tensor windows, T
       const int64_t b = task / K, head = task % K;
       const Row& row = rows[b];
       const int64_t place = layer * row.layer_stride + head * row.head_stride, S = row.end + 1;
-      float *keys = (float*)row.keys + place, *values = (float*)row.values + place;
-      std::memcpy(keys + row.end * D, new_keys + task * D, D * sizeof(float));
-      std::memcpy(values + row.end * D, new_values + task * D, D * sizeof(float));
+      char *keys = (char*)row.keys + place, *values = (char*)row.values + place;
+      store_new(keys + row.end * E, values + row.end * E, new_keys + task * D, new_values + task * D, D, E);
       const int64_t begin = window > 0 && S - window > row.begin ? S - window : row.begin;
       weights.resize(G * (S - begin));
       const int64_t first = (b * H + head * G) * D;
-      const auto compute = D == 64 ? attend<64> : D == 128 ? attend<128> : attend<0>;
-      compute(queries + first, keys + begin * D, values + begin * D, weights.data(), results + first, G, S - begin, D);
+      compute(queries + first, keys + begin * E, values + begin * E, weights.data(), results + first, G, S - begin, D, E);
     }
   }
   std::memset(results + B * H * D, 0, (M - B) * H * D * sizeof(float));
@@ -117,7 +156,7 @@ Tensor attend_rows(Tensor q, Tensor k, Tensor v, Tensor table, Tensor windows, T
 
 #define REGISTER(ns)                                                                                       \
   STABLE_TORCH_LIBRARY_FRAGMENT(ns, library) {                                                             \
-    library.def("attend_rows(Tensor q, Tensor k, Tensor v, Tensor table, Tensor windows, Tensor layer) -> Tensor"); \
+    library.def("attend_rows(Tensor q, Tensor k, Tensor v, Tensor table, Tensor windows, Tensor layer, bool int8) -> Tensor"); \
   }                                                                                                        \
   STABLE_TORCH_LIBRARY_IMPL(ns, CPU, library) { library.impl("attend_rows", TORCH_BOX(&attend_rows)); }
 REGISTER(LIBRARY)

@@ -47,20 +47,17 @@ def _like_product(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Ten
     return x.new_empty(x.shape[0], weight.shape[0] * BLOCK)
 
 
-def _like_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, windows: Tensor, layer: Tensor) -> Tensor:
+def _like_attention(
+    q: Tensor, k: Tensor, v: Tensor, table: Tensor, windows: Tensor, layer: Tensor, int8: bool
+) -> Tensor:
     return q.new_empty(q.shape[0], q.shape[1] * q.shape[2])
 
 
 def build_kernels(folder: Path, target: str = "native", library: str = "textmill") -> Path:
     """Return the library for a target of the compiler (`-march`), whose operators are PyTorch's under that name."""
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        raise InputError("no C++ compiler was found; install one such as g++, or name it by CXX")
-    command, torch_folder = [*shlex.split(compiler), *FLAGS], Path(torch.__file__).parent
-    command += [f"-march={target}", f"-DLIBRARY={library}"]
-    traits = _run([*command, "-dM", "-E", "-x", "c++", os.devnull])  # of the compiler and of this processor
+    command, torch_folder = [*_compiler(target), f"-DLIBRARY={library}"], Path(torch.__file__).parent
     texts = [path.read_text(encoding="utf-8") for path in SOURCES]
-    known = "\n".join([*texts, torch.__version__, platform.python_version(), traits])
+    known = "\n".join([*texts, torch.__version__, platform.python_version(), library, compiler_traits(target)])
     path = folder / f"kernels-{hashlib.sha256(known.encode()).hexdigest()[:16]}.so"
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
@@ -69,6 +66,21 @@ def build_kernels(folder: Path, target: str = "native", library: str = "textmill
         _run([*command, f"-I{torch_folder / 'include'}", *map(str, SOURCES), "-o", str(draft), *libraries])
         draft.replace(path)
     return path
+
+
+def compiler_traits(target: str = "native") -> str:
+    """Return what compiled code depends on: the compiler, its flags, and the instructions of this processor.
+
+    Raises `InputError` where there is no C++ compiler.
+    """
+    return _run([*_compiler(target), "-dM", "-E", "-x", "c++", os.devnull])
+
+
+def _compiler(target: str) -> list[str]:
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        raise InputError("no C++ compiler was found; install one such as g++, or name it by CXX")
+    return [*shlex.split(compiler), *FLAGS, f"-march={target}"]
 
 
 def _run(command: list[str]) -> str:
