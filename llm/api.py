@@ -22,7 +22,7 @@ from llm.inference.generate import generate, stream, stream_text
 from llm.inference.grouped import to_int4
 from llm.inference.int8 import to_int8
 from llm.inference.kernels.build import load_kernels
-from llm.inference.prefill import PrefixCache
+from llm.inference.prefill import PrefixCache, use_prompt_kernels
 from llm.inference.request import Decoder
 from llm.inference.sampling import GREEDY, Sampling, sampling_of
 from llm.inference.score import Score, score_tokens
@@ -85,6 +85,9 @@ def load(
     if compiled:
         from llm.inference.compiled import CompiledDecoder
 
+        if where.type == "cpu":
+            load_kernels()
+            use_prompt_kernels(model.gpt)
         log.info("compiling the step of a token")
         model.decoder = CompiledDecoder(model.gpt)
         if model.draft is not None and not isinstance(model.draft, str):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from llm.inference.importance import input_importance
 from llm.inference.kernels.build import BLOCK
+from llm.inference.prefill import use_prompt_kernels
 from llm.model.gpt import GPT
 from llm.model.linear import linear, replace_linears
 
@@ -129,3 +130,4 @@ def to_int4(model: GPT) -> None:
     """
     importance = input_importance(model)
     replace_linears(model, lambda layer: GroupedLinear(layer, 4, importance[layer]))
+    use_prompt_kernels(model)

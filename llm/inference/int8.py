@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from llm.common.errors import InputError
 from llm.inference.grouped import GroupedLinear
 from llm.inference.kernels.build import load_kernels
+from llm.inference.prefill import use_prompt_kernels
 from llm.model.gpt import GPT
 from llm.model.linear import linear, replace_linears
 
@@ -58,5 +59,6 @@ def to_int8(model: GPT) -> None:
             log.info("8 bits by PyTorch's kernel, which is slower: %s", error)
         else:
             replace_linears(model, lambda layer: GroupedLinear(layer, 8))
+            use_prompt_kernels(model)
             return
     replace_linears(model, Int8Linear)

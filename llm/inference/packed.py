@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llm.inference.kernels.build import BLOCK
+from llm.inference.prefill import use_prompt_kernels
+from llm.model.gpt import GPT
 from llm.model.linear import replace_linears
 
 
@@ -37,8 +39,8 @@ class PackedLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-def to_packed(model: nn.Module) -> None:
-    """Pack all linear layers in fp32 on a CPU, in place. Needs `load_kernels`.
+def to_packed(model: GPT) -> None:
+    """Pack all linear layers in fp32 on a CPU, in place, and use the kernels for prompts. Needs `load_kernels`.
 
     A tied head takes the memory of a second embedding.
     """
@@ -47,3 +49,4 @@ def to_packed(model: nn.Module) -> None:
         return layer.weight.device.type == "cpu" and layer.weight.dtype == torch.float32
 
     replace_linears(model, lambda layer: PackedLinear(layer) if packs(layer) else layer)
+    use_prompt_kernels(model)

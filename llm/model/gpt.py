@@ -12,6 +12,7 @@ D head_dim, F ffn_dim, V vocab_size.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import islice
 
 import torch
@@ -24,6 +25,10 @@ from llm.model.cpu_attention import causal_attention
 from llm.model.kv_cache import KVCache
 from llm.model.linear import Linear
 from llm.model.rotary import apply_rotary_emb, rotary_cos_sin
+
+# From queries [B, H, T, D], keys and values [B, K, S, D] and a mask [1 or B, 1, T, S], or None for the causal one, to
+# the attention output [B, T, H * D].
+PromptKernel = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
 class RMSNorm(nn.RMSNorm):
@@ -57,6 +62,7 @@ class CausalSelfAttention(nn.Module):
         self.config = config
         self.layer = layer
         self.dropout = 0.0
+        self.prompt_kernel: PromptKernel | None = None  # for more than one token without gradients
         kv_dim = config.n_kv_heads * config.head_dim
         self.q_proj = Linear(config.emb_dim, config.n_heads * config.head_dim, bias=config.qkv_bias)
         self.k_proj = Linear(config.emb_dim, kv_dim, bias=config.qkv_bias)
@@ -88,6 +94,8 @@ class CausalSelfAttention(nn.Module):
         B, _, T, _ = q.shape
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # [B, K, S, D]
+        if self.prompt_kernel is not None and T > 1 and not torch.is_grad_enabled():
+            return self.prompt_kernel(q, k, v, mask)
         causal, dropout = mask is None and T > 1, self.dropout if self.training else 0.0
         if causal and not dropout and q.device.type == "cpu" and q.dtype == torch.bfloat16:
             y = causal_attention(q, k, v)  # [B, H, T, D]

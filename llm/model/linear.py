@@ -1,17 +1,19 @@
 """Linear layers, `x @ weight.T + bias`: on a CPU by oneDNN, or compiled for a single row.
 
 PyTorch computes fp32 products with the BLAS that it was built with, usually MKL. For the few rows of decoding, MKL uses
-one core and leaves half of the memory bandwidth idle. On processors of other makers it is slower in training too
-(figures: docs/experiments.md). PyTorch contains oneDNN as well, and uses it for bf16 and in compiled code. oneDNN sums
-in another order. Long inputs without gradients therefore use the BLAS: after thirty layers, the logits of open weights
-still equal those of other implementations.
+one core and leaves half of the memory bandwidth idle. On processors of other makers it is slower in training too: it
+leaves their AVX-512 unused (figures: docs/experiments.md). PyTorch contains oneDNN as well, and uses it for bf16 and in
+compiled code. oneDNN sums in another order. Long inputs without gradients therefore use the BLAS: after thirty layers,
+the logits of open weights still equal those of other implementations.
 
-Shapes: I in_features, O out_features; a dot stands for any leading ones.
+Shapes: I in_features, O out_features, N rows; a dot stands for any leading ones.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,16 +23,19 @@ from torch.autograd.function import once_differentiable
 
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 FEW_ROWS = 16  # up to this many, the time is that of reading the weights
+LARGE = 256  # from this size on, a matrix is worth a call of its own
 
 
 class Linear(nn.Linear):
     """`nn.Linear` with the products of this module."""
 
+    prefers_onednn = False  # for long inputs without gradients too
+
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias, self.prefers_onednn)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, prefers_onednn: bool = False) -> Tensor:
     """Return `F.linear(x, weight, bias)` up to rounding: [., I] to [., O], differentiable in all three."""
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad) and _has_onednn(x, weight):
         y: Tensor = _Linear.apply(x, weight, bias)
@@ -38,8 +43,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if is_compiled_row(x):
         y = row_product(x, weight)
         return y if bias is None else y + bias
-    few = not torch.compiler.is_compiling() and x.numel() <= FEW_ROWS * x.shape[-1]
-    return product(x, weight, bias) if few else F.linear(x, weight, bias)
+    by_onednn = not torch.compiler.is_compiling() and (prefers_onednn or x.numel() <= FEW_ROWS * x.shape[-1])
+    return product(x, weight, bias) if by_onednn else F.linear(x, weight, bias)
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -48,6 +53,31 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return y
+
+
+def matrix_products(a: Tensor, b: Tensor) -> Tensor:
+    """Return the products [n, r, c] of matrices [n, r, k] and [n, k, c] without gradients, by what is faster here."""
+    if min(*a.shape[1:], b.shape[2]) < LARGE or not (_is_blas_slow() and _has_onednn(a, b)):
+        return a @ b
+    return torch.stack([product(x, y.mT) for x, y in zip(a, b, strict=True)])
+
+
+@cache
+def _is_blas_slow() -> bool:
+    """Tell whether the BLAS is MKL on another maker's processor with AVX-512, where it has half of oneDNN's speed."""
+    if not (torch.backends.mkl.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX512")):
+        return False
+    try:
+        return "GenuineIntel" not in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+
+
+def _weight_gradient(rows: Tensor, x: Tensor) -> Tensor:
+    """Return the gradient [O, I] of a weight, from that of the outputs [N, O] and the inputs [N, I]."""
+    if not _is_blas_slow():
+        return rows.T @ x  # oneDNN is no faster on transposed matrices
+    return product(x.T, rows.T).T if rows.shape[1] > x.shape[1] else product(rows.T, x.T)
 
 
 def _has_onednn(x: Tensor, weight: Tensor) -> bool:
@@ -85,7 +115,7 @@ class _Linear(torch.autograd.Function):
         rows = grad.reshape(-1, grad.shape[-1])  # [N, O]
         return (
             product(grad, weight.T) if wants_x else None,
-            rows.T @ x.reshape(-1, x.shape[-1]) if wants_weight else None,  # oneDNN is no faster on transposed matrices
+            _weight_gradient(rows, x.reshape(-1, x.shape[-1])) if wants_weight else None,
             rows.sum(0) if wants_bias else None,
         )
 

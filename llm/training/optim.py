@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from llm.common import distributed
 from llm.config import TrainParams
+from llm.model.linear import matrix_products
 
 
 def make_optimizers(model: nn.Module, params: TrainParams) -> list[torch.optim.Optimizer]:
@@ -93,17 +94,35 @@ class Muon(torch.optim.Optimizer):
 def orthogonalize(matrices: Tensor, iterations: int) -> Tensor:
     """Bring all singular values of [n, rows, columns] near 1 by a quintic Newton-Schulz iteration.
 
-    Its coefficients maximise the slope at zero. After three iterations singular values from 0.02 of the norm
-    on are between about 0.7 and 1.2; each further one takes in those down to a third of that.
+    After three iterations singular values from 0.02 of the norm on are between about 0.7 and 1.2; each further one
+    takes in those down to a third of that.
+
+    All polynomials of X X^T commute. For a matrix at least twice as long as wide they are therefore multiplied with
+    each other first, which are small, and with the matrix last.
     """
-    a, b, c = 3.4445, -4.7750, 2.0315
     device = matrices.device.type
     x = matrices.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else matrices
     tall = x.shape[1] > x.shape[2]
     if tall:
         x = x.mT
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(iterations):
-        gram = x @ x.mT  # [n, r, r], r the shorter side
-        x = a * x + (b * gram + c * gram @ gram) @ x
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # [n, r, s], r the shorter side
+    if x.shape[2] < 2 * x.shape[1]:
+        for _ in range(iterations):
+            x = matrix_products(_polynomial(matrix_products(x, x.mT)), x)
+    else:
+        gram = matrix_products(x, x.mT)  # [n, r, r]
+        factor = polynomial = _polynomial(gram)
+        for _ in range(iterations - 1):
+            gram = matrix_products(matrix_products(polynomial, gram), polynomial)
+            polynomial = _polynomial(gram)
+            factor = matrix_products(polynomial, factor)
+        x = matrix_products(factor, x)
     return x.mT if tall else x
+
+
+def _polynomial(gram: Tensor) -> Tensor:
+    """Return the factor [n, r, r] of an iteration; its coefficients maximise the slope at zero."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    result = b * gram + c * matrix_products(gram, gram)
+    result.diagonal(dim1=1, dim2=2).add_(a)
+    return result

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,11 +17,12 @@ from llm.inference.grouped import GROUP, GroupedLinear, round_to_4_bits
 from llm.inference.kernels import build
 from llm.inference.kernels.build import build_kernels
 from llm.inference.packed import PackedLinear, to_packed
+from llm.inference.prefill import use_prompt_kernels
 from llm.inference.rows import cache_table
 from llm.model.gpt import GPT
 from llm.model.kv_cache import KVCache
 from llm.model.linear import Linear
-from tests.helpers import gpt_config
+from tests.helpers import FORMS, gpt_config, randomize
 from tests.inference.test_grouped import rounded_product, weighted_error
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the kernels need g++")
@@ -96,6 +99,78 @@ def test_large_scores_do_not_overflow(operators: object) -> None:
     q, k = torch.full((1, 1, 8), 1e3), torch.full((1, 1, 8), -1e4)
     y = operators.attend_rows(q, k, k, table, torch.tensor([0]), torch.tensor(0), False)  # type: ignore[attr-defined]
     assert torch.equal(y[0], values[0, 0, 0, 1])
+
+
+# ---- attention of prompts --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "width", "tokens", "earlier"),
+    [(4, 4, 8, 5, 0), (9, 3, 64, 70, 0), (2, 1, 128, 33, 50), (6, 2, 20, 32, 7), (2, 2, 16, 2, 100)],
+)
+def test_prompts_attend_by_the_plain_formula(
+    operators: object, heads: int, kv_heads: int, width: int, tokens: int, earlier: int
+) -> None:
+    """Compare causal masks, sliding windows and padding, with keys and values that are views of a cache."""
+    torch.manual_seed(0)
+    n_keys = earlier + tokens
+    q = torch.randn(2, tokens, heads, width).transpose(1, 2)
+    k, v = (torch.randn(3, kv_heads, n_keys + 9, width)[:2, :, 4 : 4 + n_keys] for _ in range(2))
+    places, own = torch.arange(n_keys), torch.arange(earlier, n_keys)[:, None]
+    causal = (places <= own)[None, None]
+    window = causal & (places > own - 6)
+    pads = torch.tensor([0, n_keys - 1])  # the second row's first tokens are padding and see themselves
+    padded = causal & (places >= pads[:, None, None, None]) | (places == own)
+    for given, mask in ((torch.empty(0, dtype=torch.bool), causal), (window, window), (padded, padded)):
+        y: Tensor = operators.attend_prompt(q, k, v, given)  # type: ignore[attr-defined]
+        plain = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        torch.testing.assert_close(y, plain.transpose(1, 2).flatten(2), atol=3e-6, rtol=1e-5)
+        fewer = (
+            q[:, :, : tokens // 2],
+            k[:, :, : n_keys - tokens + tokens // 2],
+            v[:, :, : n_keys - tokens + tokens // 2],
+        )
+        shorter = given if given.numel() == 0 else given[:, :, : tokens // 2, : fewer[1].shape[2]].contiguous()
+        part: Tensor = operators.attend_prompt(*fewer, shorter)  # type: ignore[attr-defined]
+        assert torch.equal(part, y[:, : tokens // 2]), "whatever comes later"
+
+
+def test_large_scores_of_a_prompt_do_not_overflow(operators: object) -> None:
+    q, v = torch.full((1, 1, 3, 8), 1e3), torch.randn(1, 1, 3, 8)
+    k = torch.zeros(1, 1, 3, 8)
+    k[..., 0, :], k[..., 2, :] = -1e4, 1e4
+    y: Tensor = operators.attend_prompt(q, k, v, torch.empty(0, dtype=torch.bool))  # type: ignore[attr-defined]
+    assert torch.equal(y[0, 0], v[0, 0, 0])
+    torch.testing.assert_close(y[0, 1:], v[0, 0, 1:])
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
+@pytest.mark.parametrize("int8_cache", [False, True], ids=["fp32", "int8"])
+def test_a_model_reads_prompts_by_the_kernel(kernels: Path, form: dict[str, Any], int8_cache: bool) -> None:
+    """Compare whole prompts and chunks of them, with padding; with gradients the kernel has no part."""
+    model = randomize(GPT(gpt_config(**form))).eval()
+    assert isinstance(model, GPT)
+    idx, pad = torch.randint(61, (3, 16), generator=torch.Generator().manual_seed(0)), torch.tensor([0, 4, 9])
+
+    def logits(pieces: list[int]) -> Tensor:
+        cache = KVCache(model.config, 3, 16, int8=int8_cache)
+        return torch.cat([model(piece, cache, pad) for piece in idx.split(pieces, dim=1)], dim=1)
+
+    with torch.inference_mode():
+        expected = logits([16])
+        use_prompt_kernels(model)
+        for pieces in ([16], [7, 9], [1, 15]):
+            torch.testing.assert_close(logits(pieces), expected, atol=0.05 if int8_cache else 3e-5, rtol=1e-5)
+        torch.testing.assert_close(model(idx), copy.deepcopy(model).double()(idx).float(), atol=3e-5, rtol=1e-5)
+    for block in model.blocks:
+        block.attn.prompt_kernel = None if block.attn.prompt_kernel is None else fails  # type: ignore[union-attr, assignment]
+    with pytest.raises(AssertionError, match="the kernel"), torch.no_grad():
+        model(idx)
+    model(idx).sum().backward()
+
+
+def fails(*_: Tensor | None) -> Tensor:
+    raise AssertionError("the kernel has no gradients")
 
 
 # ---- products with weights of 4 and 8 bits ---------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llm.model.linear import FEW_ROWS, ONEDNN, Linear, linear, product
+from llm.model.linear import FEW_ROWS, ONEDNN, Linear, linear, matrix_products, product
 
 SIZES = [(1, 48), (5, 48), (90, 48), (2, 3, 48), (1, 1, 48), (4, 1, 7, 48), (48,), (0, 48)]
 
@@ -27,6 +27,14 @@ def with_gradients(x: Tensor, weight: Tensor, bias: Tensor | None, by_hand: bool
     return [y.detach(), *torch.autograd.grad(y, inputs, torch.linspace(-1, 2, y.numel()).view_as(y).to(y.dtype))]
 
 
+@pytest.fixture(params=[False, True], ids=["fast BLAS", "slow BLAS"])
+def slow_blas(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Let a BLAS be taken for a fast or a slow one."""
+    monkeypatch.setattr("llm.model.linear._is_blas_slow", lambda: request.param)
+    return bool(request.param)
+
+
+@pytest.mark.usefixtures("slow_blas")
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("has_bias", [True, False])
 def test_product_and_gradients_equal_the_plain_formula(size: tuple[int, ...], has_bias: bool) -> None:
@@ -37,6 +45,30 @@ def test_product_and_gradients_equal_the_plain_formula(size: tuple[int, ...], ha
     with torch.no_grad():
         for without_gradients in (linear(x, weight, bias), product(x, weight, bias)):
             torch.testing.assert_close(without_gradients.double(), expected[0], atol=3e-5, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("slow_blas")
+@pytest.mark.parametrize("shape", [(300, 40, 50), (2000, 130, 20)])
+def test_gradients_of_weights_of_every_form_equal_the_plain_formula(shape: tuple[int, int, int]) -> None:
+    n, n_in, n_out = shape
+    x, weight = random(n, n_in), random(n_out, n_in)
+    found, expected = with_gradients(x, weight, None, False), with_gradients(x, weight, None, True)
+    torch.testing.assert_close(found[2].double(), expected[2], atol=2e-3, rtol=1e-5)
+    swapped = with_gradients(random(n, n_out), random(n_in, n_out), None, False)
+    plain = with_gradients(random(n, n_out), random(n_in, n_out), None, True)
+    torch.testing.assert_close(swapped[2].double(), plain[2], atol=2e-3, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(3, 260, 270, 280), (2, 5, 6, 7)])
+def test_matrix_products_are_the_plain_ones(shape: tuple[int, int, int, int], slow_blas: bool) -> None:
+    n, rows, inner, columns = shape
+    a, b = random(n, rows, inner), random(n, inner, columns)
+    with torch.profiler.profile() as profile:
+        found = matrix_products(a, b)
+    torch.testing.assert_close(found.double(), a.double() @ b.double(), atol=3e-4, rtol=1e-5)
+    calls = sum(event.name == "mkldnn::_linear_pointwise" for event in profile.events())
+    assert calls == (n if slow_blas and ONEDNN and rows > 256 else 0)
+    assert torch.equal(matrix_products(a.double(), b.double()), a.double() @ b.double())
 
 
 @pytest.mark.skipif(not ONEDNN, reason="this PyTorch has no oneDNN")
@@ -63,6 +95,7 @@ def test_strided_inputs_give_the_plain_formula() -> None:
     assert linear(random(1, 48).expand(4, 48), weight).unique(dim=0).shape == (1, 31)
 
 
+@pytest.mark.usefixtures("slow_blas")
 def test_the_bits_do_not_depend_on_the_number_of_threads() -> None:
     x, weight, bias = random(300, 48), random(70, 48), random(70)
     threads = torch.get_num_threads()

@@ -1,25 +1,29 @@
-// The attention of one new token in each of several rows, every row with a KV cache of its own, on a CPU.
+// Attention on a CPU: of one new token in each of several rows, every row with a KV cache of its own, and of prompts.
 //
 // Linear layers multiply all rows at once; attention cannot, as caches differ in length and place. A row's result does
-// not depend on the other rows. llm/inference/rows.py has the plain formula.
+// not depend on the other rows, nor a token's of a prompt on the later ones. llm/inference/rows.py and the model's
+// `attend` have the plain formulas.
 //
 // Shapes: M rows, B of them with a cache, H query heads, K key-value heads, D head_dim, S tokens that a row sees, E bytes
-// of a stored key or value.
+// of a stored key or value. In prompts: T tokens behind S - T earlier ones.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cmath>
-#include <cstdint>
-#include <cstring>
 #include <vector>
+
+#include "vectors.h"
 
 using torch::stable::Tensor;
 
 namespace {
 
 constexpr float SMALLEST = 1e-30f;  // a vector without a larger number is stored as zero
+constexpr float UNSEEN = -3e38f;    // the score of a token that is not seen
+constexpr int64_t QUERIES = 32;     // of a prompt that are computed together
 
 struct Row {            // of the table, as rows.py writes it
   int64_t keys, values;  // addresses of the cache's first byte of this row
@@ -152,11 +156,126 @@ Tensor attend_rows(Tensor q, Tensor k, Tensor v, Tensor table, Tensor windows, T
   return y;
 }
 
+// ---- attention of prompts --------------------------------------------------------------------------------------------
+
+inline int64_t up_to_block(int64_t n) { return (n + BLOCK - 1) / BLOCK * BLOCK; }
+
+// The keys and values of a head as weights of products: keys [S / 16, D, 16] and values [D / 16, S, 16], both padded.
+struct Head {
+  std::vector<float> keys, values;
+
+  void pack(const float* k, const float* v, int64_t k_stride, int64_t v_stride, int64_t S, int64_t D) {
+    const int64_t padded_S = up_to_block(S), padded_D = up_to_block(D);
+    keys.assign(padded_S * D, 0);
+    values.assign(padded_D * padded_S, 0);
+    for (int64_t first = 0; first < S; first += BLOCK) {
+      float* block = keys.data() + first * D;
+      const int64_t n = std::min(BLOCK, S - first);
+      for (int64_t d = 0; d < D; d++)
+        for (int64_t s = 0; s < n; s++) block[d * BLOCK + s] = k[(first + s) * k_stride + d];
+    }
+    for (int64_t first = 0; first < D; first += BLOCK)
+      for (int64_t s = 0; s < S; s++)
+        std::memcpy(values.data() + (first / BLOCK * padded_S + s) * BLOCK, v + s * v_stride + first,
+                    std::min(BLOCK, D - first) * sizeof(float));
+  }
+};
+
+// y [N, 16 * blocks] = x [N, I] times weights of blocks.
+void multiply_blocks(const float* x, int64_t x_stride, int64_t N, int64_t I, const float* weight, int64_t block_stride,
+                     int64_t blocks, float* y, int64_t y_stride) {
+  int64_t block = 0;
+  for (; block + SIDE <= blocks; block += SIDE)
+    multiply_rows<SIDE>(x, x_stride, N, I, weight + block * block_stride, block_stride, y + block * BLOCK, y_stride);
+  for (; block < blocks; block++)
+    multiply_rows<1>(x, x_stride, N, I, weight + block * block_stride, block_stride, y + block * BLOCK, y_stride);
+}
+
+// The weights of a query from its scores, of which `seen` says the visible ones: e^(score - largest), and 0 for the others.
+// Returns their sum.
+float to_weights(float* scores, const bool* seen, int64_t n) {
+  float largest = UNSEEN, total = 0;
+#pragma omp simd reduction(max : largest)
+  for (int64_t s = 0; s < n; s++) {
+    scores[s] = seen[s] ? scores[s] : UNSEEN;
+    largest = scores[s] > largest ? scores[s] : largest;
+  }
+#pragma omp simd reduction(+ : total)
+  for (int64_t s = 0; s < n; s++) {
+    const float weight = exponential(scores[s] - largest);
+    scores[s] = scores[s] > UNSEEN ? weight : 0;
+    total += scores[s];
+  }
+  return total;
+}
+
+// q [B, H, T, D], k and v [B, K, S, D] fp32 whose vectors have no gaps, mask [B or 1, 1, T, S] or [0] for the causal one,
+// to the attention output [B, T, H * D].
+Tensor attend_prompt(Tensor q, Tensor k, Tensor v, Tensor mask) {
+  const int64_t B = q.size(0), H = q.size(1), T = q.size(2), D = q.size(3), K = k.size(1), S = k.size(2), G = H / K;
+  const int64_t padded_S = up_to_block(S), padded_D = up_to_block(D), parts = (T + QUERIES - 1) / QUERIES;
+  Tensor y = torch::stable::new_empty(q, {B, T, H * D});
+  const auto *queries = (const float*)q.data_ptr(), *keys = (const float*)k.data_ptr(), *values = (const float*)v.data_ptr();
+  const auto* masks = mask.numel() ? (const bool*)mask.data_ptr() : nullptr;
+  const int64_t mask_stride = masks && mask.size(0) > 1 ? T * S : 0;
+  auto* results = (float*)y.data_ptr();
+  const float scale = 1 / std::sqrt((float)D);
+  std::vector<Head> heads(B * K);
+#pragma omp parallel
+  {
+    std::vector<float> scaled(QUERIES * D), scores(QUERIES * padded_S), sums(QUERIES * padded_D), totals(QUERIES);
+    std::vector<char> visible(QUERIES * padded_S);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < B * K; i++) {
+      const int64_t b = i / K, head = i % K;
+      heads[i].pack(keys + b * k.stride(0) + head * k.stride(1), values + b * v.stride(0) + head * v.stride(1), k.stride(2),
+                    v.stride(2), S, D);
+    }
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t task = 0; task < B * H * parts; task++) {
+      const int64_t b = task / parts / H, head = task / parts % H, first = (parts - 1 - task % parts) * QUERIES;
+      const int64_t n = std::min(QUERIES, T - first);
+      auto* seen = (bool*)visible.data();
+      int64_t begin = S, end = 0;  // of what any of these queries sees
+      for (int64_t t = 0; t < n; t++) {
+        bool* own = seen + t * padded_S;
+        int64_t low = 0, high = masks ? S : S - T + first + t + 1;
+        if (masks) std::memcpy(own, masks + b * mask_stride + (first + t) * S, S);
+        else std::memset(own, 1, high);
+        std::memset(own + high, 0, padded_S - high);
+        while (low < high && !own[low]) low++;
+        while (high > low && !own[high - 1]) high--;
+        begin = std::min(begin, low), end = std::max(end, high);
+      }
+      begin = begin / BLOCK * BLOCK, end = up_to_block(end);
+      for (int64_t t = 0; t < n; t++) {
+        const float* query = queries + b * q.stride(0) + head * q.stride(1) + (first + t) * q.stride(2);
+        for (int64_t d = 0; d < D; d++) scaled[t * D + d] = scale * query[d];
+      }
+      const Head& own = heads[b * K + head / G];
+      const int64_t span = end - begin;
+      multiply_blocks(scaled.data(), D, n, D, own.keys.data() + begin * D, BLOCK * D, span / BLOCK, scores.data(), span);
+      for (int64_t t = 0; t < n; t++) totals[t] = to_weights(scores.data() + t * span, seen + t * padded_S + begin, span);
+      multiply_blocks(scores.data(), span, n, span, own.values.data() + begin * BLOCK, padded_S * BLOCK, padded_D / BLOCK,
+                      sums.data(), padded_D);
+      for (int64_t t = 0; t < n; t++) {
+        float* result = results + ((b * T + first + t) * H + head) * D;
+        for (int64_t d = 0; d < D; d++) result[d] = sums[t * padded_D + d] / totals[t];
+      }
+    }
+  }
+  return y;
+}
+
 }  // namespace
 
 #define REGISTER(ns)                                                                                       \
   STABLE_TORCH_LIBRARY_FRAGMENT(ns, library) {                                                             \
     library.def("attend_rows(Tensor q, Tensor k, Tensor v, Tensor table, Tensor windows, Tensor layer, bool int8) -> Tensor"); \
+    library.def("attend_prompt(Tensor q, Tensor k, Tensor v, Tensor mask) -> Tensor");                     \
   }                                                                                                        \
-  STABLE_TORCH_LIBRARY_IMPL(ns, CPU, library) { library.impl("attend_rows", TORCH_BOX(&attend_rows)); }
+  STABLE_TORCH_LIBRARY_IMPL(ns, CPU, library) {                                                            \
+    library.impl("attend_rows", TORCH_BOX(&attend_rows));                                                  \
+    library.impl("attend_prompt", TORCH_BOX(&attend_prompt));                                              \
+  }
 REGISTER(LIBRARY)

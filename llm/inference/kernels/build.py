@@ -20,7 +20,7 @@ from torch import Tensor
 from llm.common.cache import cache_root
 from llm.common.errors import InputError
 
-SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
+HEADERS, SOURCES = (sorted(Path(__file__).parent.glob(ending)) for ending in ("*.h", "*.cpp"))
 FLAGS = ("-O3", "-std=c++20", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno", "-fno-trapping-math",
          "-ffinite-math-only", "-fno-signed-zeros")  # fmt: skip
 BLOCK = 16  # outputs of a product that lie together
@@ -56,7 +56,7 @@ def _like_attention(
 def build_kernels(folder: Path, target: str = "native", library: str = "textmill") -> Path:
     """Return the library for a target of the compiler (`-march`), whose operators are PyTorch's under that name."""
     command, torch_folder = [*_compiler(target), f"-DLIBRARY={library}"], Path(torch.__file__).parent
-    texts = [path.read_text(encoding="utf-8") for path in SOURCES]
+    texts = [path.read_text(encoding="utf-8") for path in (*HEADERS, *SOURCES)]
     known = "\n".join([*texts, torch.__version__, platform.python_version(), library, compiler_traits(target)])
     path = folder / f"kernels-{hashlib.sha256(known.encode()).hexdigest()[:16]}.so"
     if not path.is_file():

@@ -10,100 +10,22 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Half.h>
 
 #include <cmath>
-#include <cstdint>
-#include <cstring>
 #include <vector>
 
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
+#include "vectors.h"
 
-using torch::headeronly::Half;
 using torch::stable::Tensor;
 
 namespace {
 
 constexpr int64_t GROUP = 32;           // inputs that share a scale
-constexpr int64_t BLOCK = 16;           // outputs that are computed together
 constexpr float ZERO = 128;             // the byte of a weight of 8 bits that is zero
 constexpr int64_t STEP = 8;             // inputs that are multiplied at once: twice 4
 constexpr float STRETCHES[] = {1.0f, 0.9f, 0.8f};  // of a group's range: where the search begins
 constexpr int64_t REFINEMENTS = 2;               // least-squares fits of step and minimum
 constexpr float SMALLEST_STEP = 0x1p-14f;
-
-// ---- vectors: weights of `LANES` outputs and 4 inputs as bytes, sums as integers, results as floats ------------------
-
-#if defined(__AVX512F__) && defined(__AVX512BW__)
-constexpr int LANES = 16;
-using Bytes = __m512i;
-using Sums = __m512i;
-using Floats = __m512;
-
-inline Bytes load(const uint8_t* p) { return _mm512_loadu_si512(p); }
-inline Bytes low_half(Bytes b) { return _mm512_and_si512(b, _mm512_set1_epi8(15)); }
-inline Bytes high_half(Bytes b) { return low_half(_mm512_srli_epi16(b, 4)); }
-inline Sums no_sums() { return _mm512_setzero_si512(); }
-inline Bytes spread(int32_t inputs) { return _mm512_set1_epi32(inputs); }
-inline Sums add_pairs(Sums sums, Bytes halves, Bytes x, int16_t factor) {
-  return _mm512_add_epi32(sums, _mm512_madd_epi16(_mm512_maddubs_epi16(halves, x), _mm512_set1_epi16(factor)));
-}
-inline Floats all(float number) { return _mm512_set1_ps(number); }
-inline Floats to_floats(Sums sums) { return _mm512_cvtepi32_ps(sums); }
-inline Floats load_halves(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
-inline Floats times(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
-inline Floats add_scaled(Floats sum, Floats a, float b) { return _mm512_fmadd_ps(a, _mm512_set1_ps(b), sum); }
-inline Floats load_floats(const float* p) { return _mm512_loadu_ps(p); }
-inline void store(float* p, Floats a) { _mm512_storeu_ps(p, a); }
-
-#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
-constexpr int LANES = 8;
-using Bytes = __m256i;
-using Sums = __m256i;
-using Floats = __m256;
-
-inline Bytes load(const uint8_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
-inline Bytes low_half(Bytes b) { return _mm256_and_si256(b, _mm256_set1_epi8(15)); }
-inline Bytes high_half(Bytes b) { return low_half(_mm256_srli_epi16(b, 4)); }
-inline Sums no_sums() { return _mm256_setzero_si256(); }
-inline Bytes spread(int32_t inputs) { return _mm256_set1_epi32(inputs); }
-inline Sums add_pairs(Sums sums, Bytes halves, Bytes x, int16_t factor) {
-  return _mm256_add_epi32(sums, _mm256_madd_epi16(_mm256_maddubs_epi16(halves, x), _mm256_set1_epi16(factor)));
-}
-inline Floats all(float number) { return _mm256_set1_ps(number); }
-inline Floats to_floats(Sums sums) { return _mm256_cvtepi32_ps(sums); }
-inline Floats load_halves(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
-inline Floats times(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
-inline Floats add_scaled(Floats sum, Floats a, float b) { return _mm256_fmadd_ps(a, _mm256_set1_ps(b), sum); }
-inline Floats load_floats(const float* p) { return _mm256_loadu_ps(p); }
-inline void store(float* p, Floats a) { _mm256_storeu_ps(p, a); }
-
-#else
-constexpr int LANES = 16;
-struct Bytes { uint8_t v[4 * LANES]; };
-struct Sums { int32_t v[LANES]; };
-struct Floats { float v[LANES]; };
-
-inline Bytes load(const uint8_t* p) { Bytes b; std::memcpy(b.v, p, sizeof b.v); return b; }
-inline Bytes low_half(Bytes b) { for (auto& v : b.v) v &= 15; return b; }
-inline Bytes high_half(Bytes b) { for (auto& v : b.v) v >>= 4; return b; }
-inline Sums no_sums() { return {}; }
-inline Bytes spread(int32_t inputs) { Bytes b; for (int i = 0; i < LANES; i++) std::memcpy(b.v + 4 * i, &inputs, 4); return b; }
-inline Sums add_pairs(Sums sums, const Bytes& halves, const Bytes& x, int16_t factor) {
-  for (int lane = 0; lane < LANES; lane++)
-    for (int i = 4 * lane; i < 4 * lane + 4; i++) sums.v[lane] += halves.v[i] * (int8_t)x.v[i] * factor;
-  return sums;
-}
-inline Floats all(float number) { Floats f; for (auto& v : f.v) v = number; return f; }
-inline Floats to_floats(Sums sums) { Floats f; for (int i = 0; i < LANES; i++) f.v[i] = sums.v[i]; return f; }
-inline Floats load_halves(const uint16_t* p) { Floats f; for (int i = 0; i < LANES; i++) f.v[i] = Half(p[i], Half::from_bits()); return f; }
-inline Floats times(Floats a, const Floats& b) { for (int i = 0; i < LANES; i++) a.v[i] *= b.v[i]; return a; }
-inline Floats add_scaled(Floats sum, const Floats& a, float b) { for (int i = 0; i < LANES; i++) sum.v[i] += a.v[i] * b; return sum; }
-inline Floats load_floats(const float* p) { Floats a; std::memcpy(a.v, p, sizeof a.v); return a; }
-inline void store(float* p, const Floats& a) { std::memcpy(p, a.v, sizeof a.v); }
-#endif
 
 // Add the products of weights, BITS wide, and 4 inputs. Pairs of products are summed in 16 bits, where those of halves of a
 // byte, at most 2 * 15 * 127, do not overflow.
@@ -116,11 +38,6 @@ inline Sums add_products(Sums sums, Bytes weights, int32_t inputs) {
   return add_pairs(add_pairs(sums, low_half(weights), spread(inputs), 1), high_half(weights), spread(inputs), 16);
 #endif
 }
-
-constexpr int VECTORS = BLOCK / LANES;           // of a block's outputs
-constexpr int64_t ROWS = LANES == 16 ? 8 : 4;    // rows that share a read of the weights: as many as registers hold
-constexpr int64_t SIDE = LANES == 16 ? 2 : 1;    // blocks of fp32 side by side, likewise
-constexpr int64_t AHEAD = 24;                    // inputs whose weights in fp32 are fetched before their use
 
 // ---- the product -----------------------------------------------------------------------------------------------------
 
@@ -219,31 +136,6 @@ Tensor int4_product(Tensor x, Tensor weight, Tensor scale) { return product<4>(x
 // The same with weight [O / 16, I * 16] and scale [O / 16, G, 16].
 Tensor int8_product(Tensor x, Tensor weight, Tensor scale) { return product<8>(x, weight, scale); }
 
-template <int M, int BLOCKS>  // M rows, and the outputs of BLOCKS blocks
-void multiply_fp32(const float* x, int64_t I, const float* weight, float* y, int64_t stride) {
-  Floats sums[M][BLOCKS * VECTORS];
-  for (auto& each : sums)
-    for (auto& sum : each) sum = all(0);
-  for (int64_t i = 0; i < I; i++) {
-    Floats weights[BLOCKS * VECTORS];
-    for (int v = 0; v < BLOCKS * VECTORS; v++)
-      weights[v] = load_floats(weight + v / VECTORS * I * BLOCK + i * BLOCK + v % VECTORS * LANES);
-    for (int b = 0; b < BLOCKS; b++) __builtin_prefetch(weight + (b * I + i + AHEAD) * BLOCK);
-    for (int m = 0; m < M; m++)
-      for (int v = 0; v < BLOCKS * VECTORS; v++) sums[m][v] = add_scaled(sums[m][v], weights[v], x[m * I + i]);
-  }
-  for (int m = 0; m < M; m++)
-    for (int v = 0; v < BLOCKS * VECTORS; v++) store(y + m * stride + v * LANES, sums[m][v]);
-}
-
-template <int BLOCKS>
-void multiply_rows(const float* x, int64_t N, int64_t I, const float* weight, float* y, int64_t stride) {
-  int64_t row = 0;
-  for (; row + ROWS <= N; row += ROWS) multiply_fp32<ROWS, BLOCKS>(x + row * I, I, weight, y + row * stride, stride);
-  for (; row + 4 <= N; row += 4) multiply_fp32<4, BLOCKS>(x + row * I, I, weight, y + row * stride, stride);
-  for (; row < N; row++) multiply_fp32<1, BLOCKS>(x + row * I, I, weight, y + row * stride, stride);
-}
-
 // x [N, I] and weight [O / 16, I, 16] fp32, to [N, O] fp32.
 Tensor float_product(Tensor x, Tensor weight) {
   const int64_t N = x.size(0), I = x.size(1), blocks = weight.size(0), O = blocks * BLOCK;
@@ -254,8 +146,8 @@ Tensor float_product(Tensor x, Tensor weight) {
   for (int64_t block = 0; block < blocks; block += SIDE) {
     const float* own = weights + block * I * BLOCK;
     float* to = results + block * BLOCK;
-    if (block + SIDE <= blocks) multiply_rows<SIDE>(rows, N, I, own, to, O);
-    else multiply_rows<1>(rows, N, I, own, to, O);
+    if (block + SIDE <= blocks) multiply_rows<SIDE>(rows, I, N, I, own, I * BLOCK, to, O);
+    else multiply_rows<1>(rows, I, N, I, own, I * BLOCK, to, O);
   }
   return y;
 }
