@@ -85,22 +85,29 @@ SECONDS_PER_SIZE = 0.25  # of matrix products
 
 
 def matrix_limit() -> float:
-    """Return the sustained rate of matrix products, at the best of some sizes, in FLOP/s: fp32, on a GPU bf16."""
+    """Return the sustained rate of matrix products, at the best of some sizes, in FLOP/s: fp32, on a GPU bf16.
+
+    On a CPU those of PyTorch's BLAS and of its oneDNN count, as either may be twice as fast as the other.
+    """
     import torch
+
+    from llm.model.linear import product
 
     on_gpu = torch.cuda.is_available()
     device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
     sizes = ((2048, 384, 1536), (2048, 1536, 384), (1024, 1024, 1024), (2048, 2048, 2048))
     rates = []
+    kinds: list[Callable[[Any, Any], Any]] = [torch.mm] if on_gpu else [torch.mm, lambda a, b: product(a, b.T)]
     for rows, inner, columns in ((16384, 768, 3072), (8192, 8192, 8192)) if on_gpu else sizes:
         a, b = (torch.randn(size, device=device, dtype=dtype) for size in ((rows, inner), (inner, columns)))
-        products, start = 0, time.perf_counter()
-        while (took := time.perf_counter() - start) < SECONDS_PER_SIZE:
-            torch.mm(a, b)
-            if on_gpu:
-                torch.cuda.synchronize()
-            products += 1
-        rates.append(2 * rows * inner * columns * products / took)
+        for multiply in kinds:
+            products, start = 0, time.perf_counter()
+            while (took := time.perf_counter() - start) < SECONDS_PER_SIZE:
+                multiply(a, b)
+                if on_gpu:
+                    torch.cuda.synchronize()
+                products += 1
+            rates.append(2 * rows * inner * columns * products / took)
     return max(rates)
 
 
