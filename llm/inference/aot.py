@@ -20,7 +20,8 @@ from llm.common.cache import cache_root
 from llm.common.errors import InputError
 from llm.inference.kernels.build import compiler_traits
 
-SOURCES = sorted(path for part in ("model", "inference") for path in (Path(__file__).parents[1] / part).glob("*.py"))
+FOLDERS = [Path(__file__).parents[1] / name for name in ("model", "inference")]
+SOURCES = [path for folder in FOLDERS for ending in ("py", "h", "cpp") for path in sorted(folder.rglob(f"*.{ending}"))]
 MOST = 2**31 - 1  # of a dynamic dimension
 Code = Callable[[list[Tensor]], Tensor]
 

@@ -126,14 +126,17 @@ class _CompiledStep:
         assert isinstance(first, TransformerBlock)
         self.weights = _stack_weights(model.blocks)
         self.places = torch.arange(model.config.context_length)
-        # Two rows: with one, the stride of a layer would follow from max_length. The compiler refuses inputs that share
-        # their memory, as the parts of an int8 cache do.
-        stored = _stored_parts(new_kv_cache(model, 3, 11))
+        # The compiler takes equal sizes for the same one, and refuses inputs that share their memory, as the parts of
+        # an int8 cache do.
+        config = model.config
+        others = {config.n_layers, config.n_heads, config.n_kv_heads, config.head_dim}
+        rows, tokens, max_length, *_ = (size for size in range(3, 11) if size not in others)
+        stored = _stored_parts(new_kv_cache(model, rows, max_length))
         parts = [torch.empty_strided(part.shape, part.stride(), dtype=part.dtype) for part in stored]
         idx = torch.zeros(1, 1, dtype=torch.long)
         dynamic = [{}, {}, {0: "tokens"}, *({1: "rows", 3: "max_length"} for _ in parts)]
         step = partial(_decode_one_token, _DecodeBlock(first))
-        self.step = _Step(model, step, self.weights, [idx, idx.new_zeros(1), torch.arange(7), *parts], dynamic)
+        self.step = _Step(model, step, self.weights, [idx, idx.new_zeros(1), torch.arange(tokens), *parts], dynamic)
 
     def __call__(self, idx: Tensor, cache: KVCache, pad: Tensor) -> Tensor:
         return self.step(idx, pad, self.places[: cache.length + 1], *_stored_parts(cache))

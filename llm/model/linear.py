@@ -77,7 +77,7 @@ def _weight_gradient(rows: Tensor, x: Tensor) -> Tensor:
     """Return the gradient [O, I] of a weight, from that of the outputs [N, O] and the inputs [N, I]."""
     if not _is_blas_slow():
         return rows.T @ x  # oneDNN is no faster on transposed matrices
-    return product(x.T, rows.T).T if rows.shape[1] > x.shape[1] else product(rows.T, x.T)
+    return product(x.T, rows.T).T.contiguous() if rows.shape[1] > x.shape[1] else product(rows.T, x.T)
 
 
 def _has_onednn(x: Tensor, weight: Tensor) -> bool:

@@ -23,6 +23,7 @@ from llm.inference.prefill import new_kv_cache
 from llm.inference.request import Decoder
 from llm.model.gpt import GPT
 from llm.model.kv_cache import KVCache
+from tests.helpers import gpt_config
 from tests.inference.conftest import GPT2, MIXED, MODERN, NARROW, PROMPTS, make_model
 
 every_config = pytest.mark.parametrize(
@@ -173,7 +174,9 @@ def test_several_models_are_compiled_in_one_process(tmp_path: Path, monkeypatch:
         return alone + last
 
     monkeypatch.setenv("LLM_CACHE", str(tmp_path))
-    models = [make_model(config).float() for config in (GPT2, GPT2, NARROW, MODERN)]
+    # Sizes that an example for the compiler could have too, if it did not avoid them.
+    three_to_five = gpt_config(**NARROW.model_dump() | {"n_layers": 3, "n_heads": 5, "n_kv_heads": 5})
+    models = [make_model(config).float() for config in (GPT2, GPT2, three_to_five, MODERN)]
     for parameter in models[1].parameters():
         parameter.data *= 1.3
     to_int8(models[-1])
