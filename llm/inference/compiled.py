@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch._higher_order_ops.while_loop import while_loop
 from torch.func import functional_call
 
+from llm.config import GPTConfig
 from llm.inference.aot import compile_ahead
 from llm.inference.prefill import new_kv_cache
 from llm.inference.request import eval_mode
@@ -126,11 +127,9 @@ class _CompiledStep:
         assert isinstance(first, TransformerBlock)
         self.weights = _stack_weights(model.blocks)
         self.places = torch.arange(model.config.context_length)
-        # The compiler takes equal sizes for the same one, and refuses inputs that share their memory, as the parts of
-        # an int8 cache do.
-        config = model.config
-        others = {config.n_layers, config.n_heads, config.n_kv_heads, config.head_dim}
-        rows, tokens, max_length, *_ = (size for size in range(3, 11) if size not in others)
+        # The compiler takes sizes and strides that are equal by chance for the same. It refuses inputs that share their
+        # memory, as the parts of an int8 cache do.
+        rows, tokens, max_length, *_ = _primes_apart(model.config)
         stored = _stored_parts(new_kv_cache(model, rows, max_length))
         parts = [torch.empty_strided(part.shape, part.stride(), dtype=part.dtype) for part in stored]
         idx = torch.zeros(1, 1, dtype=torch.long)
@@ -175,6 +174,13 @@ def _stack_weights(blocks: nn.ModuleList) -> dict[str, Tensor]:
         for state, part in zip(states, weights[name], strict=True):
             state[name].data = part
     return weights
+
+
+def _primes_apart(config: GPTConfig) -> list[int]:
+    """Return primes, ascending, that divide no size of a model."""
+    sizes = [size for size in config.model_dump().values() if isinstance(size, int) and size > 1]
+    primes = [p for p in range(11, 200) if all(p % d for d in range(2, p))]
+    return [p for p in primes if all(size % p for size in sizes)]
 
 
 def _stored_parts(cache: KVCache) -> list[Tensor]:
