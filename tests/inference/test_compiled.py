@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llm.common.errors import InputError
 from llm.config import GPTConfig
-from llm.inference import compiled
+from llm.inference import aot, compiled
 from llm.inference.aot import Code
 from llm.inference.compiled import CompiledDecoder
 from llm.inference.generate import generate, stream
@@ -161,6 +161,42 @@ def test_trained_weights_reach_the_compiled_step(monkeypatch: pytest.MonkeyPatch
     plain.load_state_dict(model.state_dict())
     found = generate(decoder, PROMPTS[:1], max_new_tokens=12)
     assert found == generate(plain, PROMPTS[:1], max_new_tokens=12) != before
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the name of kept code holds the compiler's")
+@pytest.mark.parametrize(
+    ("sizes", "int8_cache"),
+    [
+        ({"emb_dim": 576, "n_heads": 9, "n_kv_heads": 3, "head_dim": 64, "ffn_dim": 1536}, False),  # SmolLM2-135M's
+        ({"emb_dim": 128, "n_heads": 2, "n_kv_heads": 2, "head_dim": 64, "ffn_dim": 512, "n_layers": 4}, True),
+        ({"emb_dim": 704, "n_heads": 11, "n_kv_heads": 11, "head_dim": 64, "ffn_dim": 1408, "n_layers": 3}, False),
+    ],
+)
+def test_the_code_takes_caches_of_any_size(
+    sizes: dict[str, int], int8_cache: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What is compiled has checks of its inputs' sizes; sizes that are equal by chance would become such checks."""
+    programs, export = [], torch.export.export
+
+    def recorded(*arguments: Any, **options: Any) -> Any:
+        programs.append(export(*arguments, **options))
+        return programs[-1]
+
+    monkeypatch.setenv("LLM_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch.export, "export", recorded)
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", lambda _, package_path: Path(package_path).touch())
+    monkeypatch.setattr(aot, "_load", lambda _: None)
+    model = GPT(gpt_config(**MODERN.model_dump() | sizes | {"context_length": 64})).eval()
+    model.int8_cache = int8_cache
+    weights = compiled._CompiledStep(model).step.weights
+    run = programs[0].module()
+    for rows, length, max_length in ((2, 2, 5), (5, 30, 33), (3, 64, 100)):
+        cache, plain = new_kv_cache(model, rows, max_length), new_kv_cache(model, 1, max_length)
+        idx = torch.tensor([[7]])
+        cache.length = plain.length = length - 1
+        with torch.no_grad():
+            found = run([*weights, idx, torch.tensor([0]), torch.arange(length), *compiled._stored_parts(cache)])
+            torch.testing.assert_close(found, model(idx, plain), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the compiler needs g++")
