@@ -175,7 +175,7 @@ def test_trained_weights_reach_the_compiled_step(monkeypatch: pytest.MonkeyPatch
 def test_the_code_takes_caches_of_any_size(
     sizes: dict[str, int], int8_cache: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """What is compiled has checks of its inputs' sizes; sizes that are equal by chance would become such checks."""
+    """Run the checks of what is compiled; sizes of its example that are equal by chance would become such checks."""
     programs, export = [], torch.export.export
 
     def recorded(*arguments: Any, **options: Any) -> Any:
