@@ -20,19 +20,29 @@ from llm.config import GPTConfig
 from llm.inference.aot import compile_ahead
 from llm.inference.prefill import new_kv_cache
 from llm.inference.request import eval_mode
-from llm.inference.rows import attend_rows, cache_table, has_row_kernels, layer_windows, shared_cache_table
+from llm.inference.rows import (
+    attend_rows,
+    cache_table,
+    has_row_kernels,
+    layer_windows,
+    next_tokens_table,
+    shared_cache_table,
+)
 from llm.model.gpt import GPT, TransformerBlock
 from llm.model.kv_cache import KVCache, round_to_int8
+
+FEW_TOKENS = 16  # next tokens of a row, as speculative decoding verifies, up to which all are computed as rows
 
 
 class CompiledDecoder:
     """A GPT with a compiled decode step, which `generate` and `stream` take in place of the GPT.
 
-    The next token of a row is computed in one call, on a CPU with `load_kernels` those of a batch too: equal up to
-    rounding, and much faster. Prefill runs the model itself. Compiling takes up to half a minute on a CPU; the code
-    is kept for the next start (`compile_ahead`). A batch is compiled for when it first comes. On a CUDA device a graph
-    is captured for each KV cache. The model must then keep its layers, their dtype and their device, as nothing checks
-    for changes. Raises `InputError` where the model cannot be compiled.
+    The next token of a row is computed in one call, on a CPU with `load_kernels` those of a batch too, and a few tokens
+    of a row that a draft proposed: equal up to rounding, and much faster. Prefill runs the model itself. Compiling
+    takes up to half a minute on a CPU; the code is kept for the next start (`compile_ahead`). For several rows or
+    tokens it is compiled when they first come. On a CUDA device a graph is captured for each KV cache. The model must
+    then keep its layers, their dtype and their device, as nothing checks for changes. Raises `InputError` where the
+    model cannot be compiled.
     """
 
     def __init__(self, gpt: GPT) -> None:
@@ -42,28 +52,32 @@ class CompiledDecoder:
 
     def __call__(self, idx: Tensor, cache: KVCache | None = None, pad: Tensor | None = None) -> Tensor:
         """Return the logits [B, T, V], as `GPT.forward` does."""
+        B, T = idx.shape
         places = 0 if cache is None else min(cache.max_length, self.gpt.config.context_length)
-        # The compiler takes a length of 1 for a constant. A full cache is an error that the model raises.
-        if idx.shape[1] != 1 or torch.is_grad_enabled() or cache is None or not 1 <= cache.length < places:
+        # The compiler takes a length of 1 for a constant. Too many tokens are an error that the model raises.
+        if torch.is_grad_enabled() or cache is None or not 1 <= cache.length <= places - T:
             return self.gpt(idx, cache, pad)
-        if len(idx) > 1:
-            return self._decode_batch(idx, cache, pad)
+        if B > 1 or T > 1:
+            return self._decode_several(idx, cache, pad)
         if cache.length + 1 == cache.max_length:  # the compiler takes the first tokens for another shape than all
             return self.gpt(idx, cache, pad)
         logits = self._decode(idx, cache, idx.new_zeros(1) if pad is None else pad)
         cache.length += 1
         return logits
 
-    def _decode_batch(self, idx: Tensor, cache: KVCache, pad: Tensor | None) -> Tensor:
-        """Return the logits [B, 1, V] of the next token [B, 1] of each row."""
-        if not has_row_kernels(self.gpt):
+    def _decode_several(self, idx: Tensor, cache: KVCache, pad: Tensor | None) -> Tensor:
+        """Return the logits of the next token of each row, [B, 1, V], or of a few next tokens of one, [1, T, V]."""
+        B, T = idx.shape
+        if not has_row_kernels(self.gpt) or (B > 1 and T > 1) or T > FEW_TOKENS:
             return self.gpt(idx, cache, pad)
         if self._decode_rows is None:
             self._decode_rows = CompiledRows(self.gpt, self._decode.weights)
-        pads = idx.new_zeros(len(idx)) if pad is None else pad
-        logits = self._decode_rows(idx, (cache.length - pads)[:, None], shared_cache_table(cache, pads.tolist()))
-        cache.length += 1
-        return logits[:, None]
+        pads = idx.new_zeros(B) if pad is None else pad
+        positions = cache.length + torch.arange(T) - pads[:, None]  # [B, T], of which one is 1
+        table = shared_cache_table(cache, pads.tolist()) if T == 1 else next_tokens_table(cache, T, int(pads[0]))
+        logits = self._decode_rows(idx.view(-1, 1), positions.view(-1, 1), table)
+        cache.length += T
+        return logits.view(B, T, -1)
 
 
 # ---- CPU: one compiled loop over the blocks --------------------------------------------------------------------------

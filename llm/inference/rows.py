@@ -75,12 +75,18 @@ def shared_cache_table(cache: KVCache, pads: Sequence[int]) -> Tensor:
     return torch.tensor([_place(cache, row, pad) for row, pad in enumerate(pads)])
 
 
-def _place(cache: KVCache, row: int, begin: int) -> list[int]:
-    if cache.length >= cache.max_length:  # the kernel would write behind it
-        raise ValueError(f"the cache holds {cache.max_length} tokens, {cache.length + 1} were asked for")
+def next_tokens_table(cache: KVCache, tokens: int, pad: int) -> Tensor:
+    """Return the same of the next tokens of a cache's first row, each of them a row of the products."""
+    return torch.tensor([_place(cache, 0, pad, ahead) for ahead in range(tokens)])
+
+
+def _place(cache: KVCache, row: int, begin: int, ahead: int = 0) -> list[int]:
+    end = cache.length + ahead
+    if end >= cache.max_length:  # the kernel would write behind it
+        raise ValueError(f"the cache holds {cache.max_length} tokens, {end + 1} were asked for")
     keys, values = cache.keys[0, row], cache.values[0, row]
     layer_stride, _, head_stride, *_ = (stride * keys.element_size() for stride in cache.keys.stride())
-    return [keys.data_ptr(), values.data_ptr(), layer_stride, head_stride, begin, cache.length]
+    return [keys.data_ptr(), values.data_ptr(), layer_stride, head_stride, begin, end]
 
 
 def layer_windows(model: GPT) -> Tensor:

@@ -18,7 +18,7 @@ from llm.inference.kernels import build
 from llm.inference.kernels.build import build_kernels
 from llm.inference.packed import PackedLinear, to_packed
 from llm.inference.prefill import use_prompt_kernels
-from llm.inference.rows import cache_table
+from llm.inference.rows import cache_table, next_tokens_table
 from llm.model.gpt import GPT
 from llm.model.kv_cache import KVCache
 from llm.model.linear import Linear
@@ -71,6 +71,24 @@ def test_rows_attend_to_their_own_caches(operators: object, heads: int, kv_heads
     for before, after, n in zip(untouched, (*keys, *values), lengths * 2, strict=True):
         after[:, :, :, n] = before[:, :, :, n]
         assert torch.equal(before, after), "the place of the new token alone"
+
+
+def test_rows_of_one_cache_see_each_other(operators: object) -> None:
+    """Several next tokens of a row: each sees those before it, whichever thread stored them."""
+    generator = torch.Generator().manual_seed(0)
+    config = gpt_config(n_heads=8, n_kv_heads=8, head_dim=16)
+    for _ in range(20):
+        q, k, v = (torch.randn(7, 8, 16, generator=generator) for _ in range(3))
+        cache, plain = (KVCache(config, 1, 12) for _ in range(2))
+        cache.length = plain.length = 2
+        table = next_tokens_table(cache, 7, 1)
+        y = operators.attend_rows(q, k, v, table, torch.tensor([0]), torch.tensor(0), False)  # type: ignore[attr-defined]
+        keys, values = plain.append(0, *(part.transpose(0, 1)[None] for part in (k, v)))
+        mask = torch.arange(9) <= torch.arange(2, 9)[:, None]
+        mask[:, 0] = False
+        expected = F.scaled_dot_product_attention(q.transpose(0, 1)[None], keys, values, attn_mask=mask)
+        torch.testing.assert_close(y, expected.transpose(1, 2).flatten(2)[0], atol=2e-6, rtol=1e-5)
+        assert torch.equal(cache.keys, plain.keys) and torch.equal(cache.values, plain.values)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 6])

@@ -145,6 +145,32 @@ def test_a_batch_takes_the_compiled_step(config: GPTConfig, int8_cache: bool, mo
     assert ours.length == theirs.length == 6 and calls == [3, 3]
 
 
+@every_config
+@every_cache
+@pytest.mark.parametrize("pad", [None, torch.tensor([1])], ids=["whole", "padded"])
+def test_a_few_tokens_of_a_row_take_the_compiled_step(
+    config: GPTConfig, int8_cache: bool, pad: Tensor | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Speculative decoding verifies them so, and takes some of them back."""
+    model = single_model(config, int8_cache)
+    monkeypatch.setattr(compiled, "_CompiledStep", lambda model: None)
+    monkeypatch.setattr(compiled, "FEW_TOKENS", 3)
+    decoder = CompiledDecoder(model)
+    calls, step = [], uncompiled_rows(copy.deepcopy(model), monkeypatch)
+    decoder._decode_rows = lambda *inputs: calls.append(len(inputs[0])) or step(*inputs)  # type: ignore[assignment, func-returns-value]
+    ours, theirs = (new_kv_cache(model, 1, 12) for _ in range(2))
+    with torch.inference_mode():
+        for kept, tokens in ((0, [3, 1, 4]), (3, [1, 5, 9]), (4, [2, 6]), (6, [5, 3, 5, 8]), (9, [9, 7, 9])):
+            ours.length = theirs.length = kept
+            expected, found = (each(torch.tensor([tokens]), c, pad) for each, c in ((model, theirs), (decoder, ours)))
+            torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-4)
+            assert ours.length == theirs.length == kept + len(tokens)
+        assert calls == [3, 2, 3], "neither a prompt nor more tokens than a few"
+        ours.length = 11
+        with pytest.raises(ValueError, match="13 "):
+            decoder(torch.tensor([[5, 6]]), ours, pad)
+
+
 def test_a_full_cache_is_an_error() -> None:
     """The kernel would write behind it."""
     model, cache = single_model(MODERN), KVCache(MODERN, 1, 2)

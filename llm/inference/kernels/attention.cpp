@@ -123,8 +123,8 @@ void store(char* keys, char* values, const float* k, const float* v, int64_t D, 
 }
 
 // q [M, H, D], k and v [M, K, D] fp32, table [B, 6] int64, to the attention output [M, H * D]. The keys and values of
-// the first B rows go to their caches; the output of the others is zero. `index` is the layer's; of each layer, `windows`
-// says how many tokens a row sees, or 0.
+// the first B rows go to their caches, all before any row is computed: several rows may be tokens of one cache. The
+// output of the other rows is zero. `index` is the layer's; of each layer, `windows` says how many tokens a row sees, or 0.
 Tensor attend_rows(Tensor q, Tensor k, Tensor v, Tensor table, Tensor windows, Tensor index, bool int8) {
   const int64_t layer = *(const int64_t*)index.data_ptr(), window = ((const int64_t*)windows.data_ptr())[layer];
   const int64_t M = q.size(0), H = q.size(1), D = q.size(2), K = k.size(1), B = table.size(0), G = H / K;
@@ -138,14 +138,19 @@ Tensor attend_rows(Tensor q, Tensor k, Tensor v, Tensor table, Tensor windows, T
   const auto store_new = int8 ? store<int8_t> : store<float>;
 #pragma omp parallel
   {
+#pragma omp for schedule(static)
+    for (int64_t task = 0; task < B * K; task++) {
+      const Row& row = rows[task / K];
+      const int64_t place = layer * row.layer_stride + task % K * row.head_stride + row.end * E;
+      store_new((char*)row.keys + place, (char*)row.values + place, new_keys + task * D, new_values + task * D, D, E);
+    }
     std::vector<float> weights;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < B * K; task++) {
       const int64_t b = task / K, head = task % K;
       const Row& row = rows[b];
       const int64_t place = layer * row.layer_stride + head * row.head_stride, S = row.end + 1;
-      char *keys = (char*)row.keys + place, *values = (char*)row.values + place;
-      store_new(keys + row.end * E, values + row.end * E, new_keys + task * D, new_values + task * D, D, E);
+      const char *keys = (const char*)row.keys + place, *values = (const char*)row.values + place;
       const int64_t begin = window > 0 && S - window > row.begin ? S - window : row.begin;
       weights.resize(G * (S - begin));
       const int64_t first = (b * H + head * G) * D;
