@@ -83,16 +83,21 @@ def load(
             raise InputError(f"{draft}: the draft has another tokenizer than {path}; choose one that shares it")
         model.draft = small.gpt
     if compiled:
-        from llm.inference.compiled import CompiledDecoder
-
-        if where.type == "cpu":
-            load_kernels()
-            use_prompt_kernels(model.gpt)
         log.info("compiling the step of a token")
-        model.decoder = CompiledDecoder(model.gpt)
+        model.decoder = _compile_steps(model.gpt)
         if model.draft is not None and not isinstance(model.draft, str):
-            model.draft = CompiledDecoder(model.draft.gpt)
+            model.draft = _compile_steps(model.draft.gpt)
     return model
+
+
+def _compile_steps(gpt: GPT) -> Decoder:
+    """Return a model with compiled decode steps; on a CPU it also reads prompts by kernels."""
+    from llm.inference.compiled import CompiledDecoder
+
+    if gpt.tok_emb.weight.device.type == "cpu":
+        load_kernels()
+        use_prompt_kernels(gpt)
+    return CompiledDecoder(gpt)
 
 
 @dataclass

@@ -27,6 +27,7 @@ from llm.inference.grouped import to_int4
 from llm.inference.int8 import to_int8
 from llm.inference.kernels.build import load_kernels
 from llm.inference.packed import to_packed
+from llm.inference.prefill import use_prompt_kernels
 from llm.inference.request import Decoder
 from llm.model.gpt import GPT
 from llm.tokenizer.bpe import END_OF_TEXT, GPT2_PATTERN, Tokenizer
@@ -65,21 +66,19 @@ def generate_ours(
     model.int8_cache = int8_cache
     if int8:
         to_int8(model)
-    if int4 or packed:
-        try:
-            load_kernels()
-        except InputError as error:
-            raise Skipped(str(error)) from None
-    if int4:
-        to_int4(model)
-    if packed:
-        to_packed(model)
     decoder: Decoder = model
-    if compiled:
-        try:
+    try:
+        if int4 or packed or compiled:
+            load_kernels()
+        if int4:
+            to_int4(model)
+        if packed:
+            to_packed(model)
+        if compiled:
+            use_prompt_kernels(model)
             decoder = CompiledDecoder(model)
-        except InputError as error:
-            raise Skipped(str(error)) from None
+    except InputError as error:
+        raise Skipped(str(error)) from None
     prompts, new = requests(shape)
     return lambda: sum(map(len, generate(decoder, prompts, max_new_tokens=new)))
 
