@@ -75,7 +75,7 @@ def train_params(**changes: Any) -> TrainParams:
         "beta2": 0.95,
         "weight_decay": 0.1,
         "grad_clip": 1.0,
-        "precision": "auto",
+        "precision": "fp32",
         "dropout": 0.0,
         "trainable": "all",
         "last_blocks": 1,

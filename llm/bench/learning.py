@@ -3,7 +3,7 @@
 nanoGPT's recipe (github.com/karpathy/nanoGPT) is GPT-2's block and AdamW with a cosine schedule, at the best learning
 rate of a small sweep. Its final loss is the target. Ours, the block and the optimizers of `params.yaml`, trains until
 it reaches the target. Both are `GPT` and `fit` with the same number of parameters, and read the same batches.
-nanoGPT's trains in fp32 on a CPU. Where that has units for bf16, ours trains once more with autocast to bf16.
+nanoGPT's trains in fp32 on a CPU. Where ours trains with autocast to bf16 there, it trains once more in fp32.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from llm.tokenizer.bpe import Tokenizer
 from llm.training.fit import TrainingTask, fit
 from llm.training.hooks import NoHooks
 from llm.training.losses import lm_metrics, next_token_loss
-from llm.training.precision import has_bf16_units, uses_bf16_autocast
+from llm.training.precision import uses_bf16_autocast
 
 NANOGPT = "nanoGPT's recipe"
-OURS_IN_BF16 = f"{OURS}, bf16"
+OURS_IN_FP32 = f"{OURS}, fp32"
 FIRST_LR = 0.001  # of the sweep
 OUR_EVALUATIONS = 40  # in a training, which ends with the first that reaches the target
 THEIR_EVALUATIONS = 10  # of which the last counts
@@ -126,6 +126,8 @@ def nanogpt_recipe(sizes: TimeToLoss, params: Params, lr: float) -> Recipe:
         "weight_decay": 0.1,
         "grad_clip": 1.0,
     }
+    if pick_device(params.runtime.device).type == "cpu":
+        changes["precision"] = "fp32"
     return Recipe(form.gpt_config(), training_params(params, sizes.batch, changes, THEIR_EVALUATIONS))
 
 
@@ -314,8 +316,8 @@ def learn(sizes: TimeToLoss, params: Params) -> dict[str, Any]:
 def precisions(params: TrainParams, runtime: RuntimeParams) -> Mapping[str, str]:
     """Return our trainings, with the precision of each."""
     device = pick_device(runtime.device)
-    could_mix = device.type == "cpu" and has_bf16_units() and not uses_bf16_autocast(device, params)
-    return {OURS: params.precision} | ({OURS_IN_BF16: "bf16"} if could_mix else {})
+    mixed = device.type == "cpu" and uses_bf16_autocast(device, params)
+    return {OURS: params.precision} | ({OURS_IN_FP32: "fp32"} if mixed else {})
 
 
 # ---- the report ------------------------------------------------------------------------------------------------------

@@ -23,6 +23,16 @@ def device_kind(name: str) -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+def has_bf16_units(kind: str) -> bool:
+    """Return whether a kind of device computes bf16 products: CUDA, or a CPU with AVX512_BF16, AMX or ARM's units."""
+    import torch
+
+    if kind != "cpu":
+        return kind == "cuda"
+    found = torch.cpu.get_capabilities()
+    return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
 def pick_device(name: str) -> torch.device:
     """Return the device of that kind; raise `InputError` where this machine has none."""
     import torch

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from llm.common.device import has_bf16_units
 from llm.common.errors import InputError
 from llm.config import TrainParams
 
@@ -23,24 +24,18 @@ def autocast(device: torch.device, params: TrainParams) -> contextlib.AbstractCo
 
 
 def uses_bf16_autocast(device: torch.device, params: TrainParams) -> bool:
-    """Return whether products are computed in bf16: by default on CUDA, on request on a CPU.
+    """Return whether products are computed in bf16.
 
-    A CPU without bf16 units would take a hundred times as long: there it is an error.
+    A device without units for it would take a hundred times as long: there it is an error.
     """
-    precision = params.resolve_precision(device.type)
-    has_units = device.type == "cuda" or (precision == "bf16" and device.type == "cpu" and has_bf16_units())
-    if precision in ("bf16", "tf32") and not has_units:
+    has_units = has_bf16_units(device.type)
+    precision = params.resolve_precision(has_units)
+    if (precision == "bf16" and not has_units) or (precision == "tf32" and device.type != "cuda"):
         raise InputError(
             f"training.precision: {precision} was asked for, but this {device.type} device has no units for it; "
             "use auto or fp32"
         )
     return precision == "bf16"
-
-
-def has_bf16_units() -> bool:
-    """Return whether this CPU computes bf16 products: AVX512 or AMX on x86, or ARM's."""
-    found = torch.cpu.get_capabilities()
-    return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def base_dtype(device: torch.device, params: TrainParams) -> torch.dtype | None:

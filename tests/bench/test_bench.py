@@ -25,7 +25,7 @@ from llm.bench.harness import OURS, Cost, Skipped, compare, draw, load_benchmark
 from llm.bench.learning import (
     FIRST_LR,
     NANOGPT,
-    OURS_IN_BF16,
+    OURS_IN_FP32,
     TimeToLoss,
     TrainingResult,
     best_of_sweep,
@@ -455,7 +455,7 @@ def test_impossible_sizes_and_params_are_one_line(
 @pytest.fixture
 def time_to_loss(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> TimeToLoss:
     monkeypatch.setattr(learning, "matrix_limit", lambda: 1e11)  # which takes longer than the trainings
-    monkeypatch.setattr(learning, "has_bf16_units", lambda: False)
+    monkeypatch.setattr("llm.training.precision.has_bf16_units", lambda kind: False)
     text = tiny["tokenize"].text
     return TimeToLoss(steps=10, our_steps=100, layers=1, width=32, heads=2, vocab=300, context=16, batch=4, text=text)
 
@@ -514,11 +514,10 @@ def test_training_short_of_the_target_has_no_ratios(time_to_loss: TimeToLoss, pa
     assert f"{OURS}: did not get as far" in learning.markdown(found)
 
 
-def test_our_recipe_trains_in_bf16_too_on_a_cpu_with_units_for_it(
+def test_our_recipe_trains_in_bf16_and_in_fp32_on_a_cpu_with_units_for_it(
     time_to_loss: TimeToLoss, params: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(learning, "has_bf16_units", lambda: True)
-    monkeypatch.setattr("llm.training.precision.has_bf16_units", lambda: True)
+    monkeypatch.setattr("llm.training.precision.has_bf16_units", lambda kind: True)
     autocast: list[tuple[str, bool]] = []
     hidden = GPT.hidden_states
 
@@ -529,9 +528,9 @@ def test_our_recipe_trains_in_bf16_too_on_a_cpu_with_units_for_it(
 
     monkeypatch.setattr(GPT, "hidden_states", seen)
     found = learn(time_to_loss, params)
-    assert list(found["results"]) == [OURS, OURS_IN_BF16, NANOGPT]
+    assert list(found["results"]) == [OURS, OURS_IN_FP32, NANOGPT]
     assert {activation for activation, mixed in autocast if mixed} == {params.model.activation}, "nanoGPT's in fp32"
-    plain, mixed = (found["results"][name]["curve"] for name in (OURS, OURS_IN_BF16))
+    mixed, plain = (found["results"][name]["curve"] for name in (OURS, OURS_IN_FP32))
     assert mixed[1:] and mixed[1]["bpb"] != plain[1]["bpb"]
     assert mixed[1]["bpb"] == pytest.approx(plain[1]["bpb"], rel=0.01)
 

@@ -21,7 +21,7 @@ from tests.training.tiny import (
 
 @pytest.mark.parametrize("form", [GPT2_FORM, SHIPPED_FORM], ids=["gpt2", "shipped"])
 def test_products_in_bf16_train_as_those_in_fp32(form: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llm.training.precision.has_bf16_units", lambda: True)
+    monkeypatch.setattr("llm.training.precision.has_bf16_units", lambda kind: True)
     batches = [random_batch(seed) for seed in range(3)]
     seen: list[tuple[str, torch.dtype]] = []
 
@@ -39,8 +39,7 @@ def test_products_in_bf16_train_as_those_in_fp32(form: dict[str, Any], monkeypat
         assert all(p.dtype == torch.float32 for p in model.parameters())
         return [row["val/loss"] for row in result.history]
 
-    plain = losses("auto")
-    assert losses("fp32") == plain
+    plain = losses("fp32")
     assert {dtype for _, dtype in seen} == {torch.float32}
     seen.clear()
     mixed = losses("bf16")
@@ -48,11 +47,14 @@ def test_products_in_bf16_train_as_those_in_fp32(form: dict[str, Any], monkeypat
     assert mixed != plain
     assert mixed == pytest.approx(plain, rel=0.01)
     assert mixed[-1] < mixed[0] - 0.5
+    assert losses("auto") == mixed
+    monkeypatch.setattr("llm.training.precision.has_bf16_units", lambda kind: False)
+    assert losses("auto") == plain
 
 
 @pytest.mark.parametrize(("asked", "device"), [("bf16", "cpu"), ("bf16", "mps"), ("tf32", "cpu"), ("tf32", "mps")])
 def test_a_precision_without_units_for_it_is_an_error(asked: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llm.training.precision.has_bf16_units", lambda: asked == "tf32")
+    monkeypatch.setattr("llm.training.precision.has_bf16_units", lambda kind: False)
     with pytest.raises(
         InputError, match=rf"^training.precision: {asked} was .* this {device} device has no units for it"
     ):
@@ -70,19 +72,23 @@ def test_tf32_is_used_only_where_it_is_asked_for() -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "asked", "mixed"),
+    ("device", "units", "asked", "mixed"),
     [
-        ("cpu", "auto", False),
-        ("cuda", "auto", True),
-        ("mps", "auto", False),
-        ("cuda", "fp32", False),
-        ("cuda", "tf32", False),
-        ("cpu", "bf16", True),
+        ("cpu", True, "auto", True),
+        ("cpu", False, "auto", False),
+        ("cuda", True, "auto", True),
+        ("mps", False, "auto", False),
+        ("cpu", True, "fp32", False),
+        ("cuda", True, "fp32", False),
+        ("cuda", True, "tf32", False),
+        ("cpu", True, "bf16", True),
     ],
 )
 def test_under_bf16_autocast_a_base_keeps_its_dtype(
-    device: str, asked: str, mixed: bool, monkeypatch: pytest.MonkeyPatch
+    device: str, units: bool, asked: str, mixed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llm.training.precision.has_bf16_units", lambda: True)
+    monkeypatch.setattr(
+        "llm.training.precision.has_bf16_units", lambda kind: units if kind == "cpu" else kind == "cuda"
+    )
     found = base_dtype(torch.device(device), train_params(precision=asked))
     assert found == (None if mixed else torch.float32)
