@@ -93,3 +93,23 @@ def test_each_example_runs_by_its_command(tmp_path: Path) -> None:
     assert re.fullmatch(r"handbook, bits per byte: (\d+\.\d+) before, \1 after", lines[0])
     nothing = "0 of 28 (0.0-12.1 %; 0 more but for one word)"
     assert f"never asked, answered: {nothing} before, {nothing} after" in lines
+
+
+def test_little_text_trains_members_and_a_student(tmp_path: Path) -> None:
+    options = (
+        "--megabytes 0.2 --vocab 300 --layers 1 --width 64 --epochs 0.2 --members 2 --student-epochs 0.2 --baselines"
+    )
+    script = [sys.executable, ROOT / "examples/limited/train.py"]
+    done = subprocess.run(
+        [*script, ROOT / "data/sample/stories.txt", *options.split()],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    rows = dict(re.findall(r"^\| ([a-z0-9 -]+) \| (\d\.\d+) \|", done.stdout.lower(), re.MULTILINE))
+    names = ["n-gram model", "ppm", "one model", "its weights averaged", "ensemble of 2", "student of the ensemble"]
+    assert list(rows) == names
+    assert all(0.5 < float(bits) < 7 for bits in rows.values())
+    refused = subprocess.run([*script, tmp_path / "none.txt"], cwd=ROOT, capture_output=True, text=True)
+    assert refused.returncode == 1 and re.fullmatch(r"error: .*none.txt: not found; .*\n", refused.stderr)

@@ -53,13 +53,13 @@ class CompiledDecoder:
     def __call__(self, idx: Tensor, cache: KVCache | None = None, pad: Tensor | None = None) -> Tensor:
         """Return the logits [B, T, V], as `GPT.forward` does."""
         B, T = idx.shape
-        places = 0 if cache is None else min(cache.max_length, self.gpt.config.context_length)
+        room = 0 if cache is None else min(cache.max_length, self.gpt.config.context_length)
         # The compiler takes a length of 1 for a constant. Too many tokens are an error that the model raises.
-        if torch.is_grad_enabled() or cache is None or not 1 <= cache.length <= places - T:
+        if torch.is_grad_enabled() or cache is None or not 1 <= cache.length <= room - T:
             return self.gpt(idx, cache, pad)
         if B > 1 or T > 1:
             return self._decode_several(idx, cache, pad)
-        if cache.length + 1 == cache.max_length:  # the compiler takes the first tokens for another shape than all
+        if cache.length + 1 == cache.max_length:  # all of a cache has other strides than its first tokens: refused
             return self.gpt(idx, cache, pad)
         logits = self._decode(idx, cache, idx.new_zeros(1) if pad is None else pad)
         cache.length += 1
@@ -107,7 +107,7 @@ class _Step:
 
         about = f"{step.func.__name__} {model.config.model_dump_json()} {model.int8_cache} {list(own)} {list(weights)}"
         with torch.inference_mode(), eval_mode(model):
-            for kind in model.kinds:  # which keeps frequencies: not those of the compiler, which have no numbers
+            for kind in model.kinds:  # rotary_frequencies caches its result, which in tracing would have no values
                 model.cos_sin(kind, torch.zeros(1, dtype=torch.long))
         with eval_mode(model):
             unchanging: list[dict[int, str]] = [{} for _ in self.weights]
@@ -236,7 +236,8 @@ def _decode_one_token(
 ) -> Tensor:
     """Return the logits [1, 1, V] of a row's next token [1, 1]; the first `pad` [1] tokens of the row are padding.
 
-    `places` [S] counts the tokens with the new one; `parts` are the first row of a whole cache.
+    `places` is arange(S), with S tokens of which the new one is the last: compiled code reads S from its size. `parts`
+    are the first row of a whole cache.
     """
     S = places.shape[0]
     torch._check(parts[0].shape[3] >= S)
