@@ -68,7 +68,7 @@ class CompiledDecoder:
     def _decode_several(self, idx: Tensor, cache: KVCache, pad: Tensor | None) -> Tensor:
         """Return the logits of the next token of each row, [B, 1, V], or of a few next tokens of one, [1, T, V]."""
         B, T = idx.shape
-        if not has_row_kernels(self.gpt) or (B > 1 and T > 1) or T > FEW_TOKENS:
+        if not _has_fast_rows(self.gpt) or (B > 1 and T > 1) or T > FEW_TOKENS:
             return self.gpt(idx, cache, pad)
         if self._decode_rows is None:
             self._decode_rows = CompiledRows(self.gpt, self._decode.weights)
@@ -78,6 +78,16 @@ class CompiledDecoder:
         logits = self._decode_rows(idx.view(-1, 1), positions.view(-1, 1), table)
         cache.length += T
         return logits.view(B, T, -1)
+
+
+def _has_fast_rows(model: GPT) -> bool:
+    """Tell whether a compiled step of several rows is faster than the model: not with plain weights.
+
+    Compiled code multiplies these by the BLAS, the model by oneDNN (see `llm.model.linear`).
+    """
+    first = model.blocks[0]
+    assert isinstance(first, TransformerBlock)
+    return has_row_kernels(model) and not isinstance(first.attn.out_proj, nn.Linear)
 
 
 # ---- CPU: one compiled loop over the blocks --------------------------------------------------------------------------

@@ -128,6 +128,7 @@ def test_packed_weights_have_equal_bits_whatever_runs_beside_a_row(int8_cache: b
 def test_a_batch_takes_the_compiled_step(config: GPTConfig, int8_cache: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compare the logits of rows with padding in one cache."""
     model = single_model(config, int8_cache)
+    to_packed(model)
     monkeypatch.setattr(compiled, "_CompiledStep", lambda model: None)
     decoder = CompiledDecoder(model)
     calls, step = [], uncompiled_rows(copy.deepcopy(model), monkeypatch)
@@ -153,6 +154,7 @@ def test_a_few_tokens_of_a_row_take_the_compiled_step(
 ) -> None:
     """Speculative decoding verifies them so, and takes some of them back."""
     model = single_model(config, int8_cache)
+    to_packed(model)
     monkeypatch.setattr(compiled, "_CompiledStep", lambda model: None)
     monkeypatch.setattr(compiled, "FEW_TOKENS", 3)
     decoder = CompiledDecoder(model)
@@ -169,6 +171,20 @@ def test_a_few_tokens_of_a_row_take_the_compiled_step(
         ours.length = 11
         with pytest.raises(ValueError, match="13 "):
             decoder(torch.tensor([[5, 6]]), ours, pad)
+
+
+def test_plain_weights_stay_with_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their products of a few rows are faster there."""
+    model = single_model(MODERN)
+    monkeypatch.setattr(compiled, "_CompiledStep", lambda model: None)
+    monkeypatch.setattr(compiled, "CompiledRows", None)
+    decoder, caches = CompiledDecoder(model), [new_kv_cache(model, 2, 9) for _ in range(2)]
+    with torch.inference_mode():
+        for idx in (torch.tensor([[7, 8], [9, 7]]), torch.tensor([[5], [6]])):
+            assert torch.equal(*(each(idx, cache) for each, cache in zip((model, decoder), caches, strict=True)))
+        caches = [new_kv_cache(model, 1, 9) for _ in range(2)]
+        for idx in (torch.tensor([[7, 8]]), torch.tensor([[5, 6, 7]])):
+            assert torch.equal(*(each(idx, cache) for each, cache in zip((model, decoder), caches, strict=True)))
 
 
 def test_a_full_cache_is_an_error() -> None:
@@ -189,6 +205,7 @@ def test_a_batch_and_a_row_share_the_stacked_weights(monkeypatch: pytest.MonkeyP
         made.append(tensors[:-n_inputs])
         return lambda _: torch.zeros(3, 1)
 
+    to_packed(model)
     monkeypatch.setattr(compiled, "compile_ahead", compile_nothing)
     decoder = CompiledDecoder(model)
     with torch.inference_mode():
