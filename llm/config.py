@@ -533,7 +533,7 @@ class TrainParams(Strict):
     beta2: Probability
     weight_decay: NonNegativeFloat
     grad_clip: NonNegativeFloat
-    precision: Literal["auto", "fp32", "tf32", "bf16"]  # of matrix products; auto: bf16 where there are units
+    precision: Literal["auto", "fp32", "tf32", "bf16"]  # of matrix products; auto: bf16 where it is fast
     dropout: Probability
     trainable: Literal["head", "last_blocks", "lora", "all"]  # head: of a classifier
     last_blocks: NonNegative
@@ -551,10 +551,10 @@ class TrainParams(Strict):
             )
         return self
 
-    def resolve_precision(self, bf16_units: bool) -> Literal["fp32", "tf32", "bf16"]:
-        """Return the precision of matrix products, on a device with or without units for bf16."""
+    def resolve_precision(self, fast_in_bf16: bool) -> Literal["fp32", "tf32", "bf16"]:
+        """Return the precision of matrix products, on a device that is or is not fast in bf16."""
         if self.precision == "auto":
-            return "bf16" if bf16_units else "fp32"
+            return "bf16" if fast_in_bf16 else "fp32"
         return self.precision
 
     @property

@@ -19,7 +19,6 @@ from llm.audit.leakage import Audit
 from llm.checkpoint.folder import Checkpoint, load_checkpoint
 from llm.common.device import pick_device
 from llm.common.files import write_atomic
-from llm.config import DataParams
 from llm.data.examples import read_quotable, read_too_long
 from llm.evaluation import seeds
 from llm.evaluation.base.base_model import BaseResult, evaluate_base
@@ -78,13 +77,8 @@ def evaluate(run: Run) -> None:
         instruct = evaluate_instruct(order, template, TOKENS / "instructions", section)
         audit = audit_tokens(TOKENS, base_folder.tokenizer, section)
         spreads = spread_of_seeds(run, tables.headlines(base, classifiers, instruct), device)
-    results = Results(base, classifiers, instruct, audit, inside, spreads)
     with run.phase("saving"):
-        write_metrics(run, results)
-    for name in ("base", "classifier", "instruct"):  # which takes MLflow seconds, while the reports are written
-        optional(f"registration of {name}", partial(run.register, f"llm-{name}", MODELS / name))
-    with run.phase("saving"):
-        write_reports(results, params.data)
+        write_reports(run, Results(base, classifiers, instruct, audit, inside, spreads))
     for line in [*report.headlines(base, classifiers, instruct, spreads), *NEXT]:
         logger.info(line)
     for path in (REPORTS / "report.html", REPORTS / "report.md", FIGURES):
@@ -117,20 +111,17 @@ class Results(NamedTuple):
     spreads: Mapping[str, seeds.Spread]
 
 
-def write_metrics(run: Run, results: Results) -> None:
-    base, classifiers, instruct, audit, _, spreads = results
+def write_reports(run: Run, results: Results) -> None:
+    base, classifiers, instruct, audit, inside, spreads = results
+    quotable = read_quotable(TOKENS)
     clean = clean_headlines(audit, base, classifiers, instruct)
     run.write_metrics(
         tables.metrics(base, classifiers, instruct) | leakage.metrics(audit, clean) | tables.seed_metrics(spreads)
     )
     headlines = rounded(tables.headlines(base, classifiers, instruct))
     write_atomic(REPORTS / "metrics" / "headlines.json", json.dumps(headlines, indent=2) + "\n")
-
-
-def write_reports(results: Results, sources: DataParams) -> None:
-    base, classifiers, instruct, audit, inside, spreads = results
-    quotable = read_quotable(TOKENS)
-    clean = clean_headlines(audit, base, classifiers, instruct)
+    for name in ("base", "classifier", "instruct"):  # which takes MLflow seconds, while the rest is written
+        optional(f"registration of {name}", partial(run.register, f"llm-{name}", MODELS / name))
     for name, content in tables.plot_files(base, classifiers, instruct).items():
         write_atomic(REPORTS / "plots" / name, content)
     for name, content in tables.predictions(base, classifiers, instruct).items():
@@ -157,7 +148,7 @@ def write_reports(results: Results, sources: DataParams) -> None:
 
     def write_report() -> None:
         drawn = [path.name for path in FIGURES.glob("*.png")]
-        text = report.markdown(base, classifiers, instruct, sources.model_dump(), drawn, quotable, spreads)
+        text = report.markdown(base, classifiers, instruct, run.params.data.model_dump(), drawn, quotable, spreads)
         text += "\n" + "\n".join(leakage.section(audit, clean, quotable))
         more = report.seeds_section(spreads) + too_long_section(read_too_long(TOKENS))
         write_atomic(REPORTS / "report.md", f"{text}\n{more}{TIME_LINE}\n")

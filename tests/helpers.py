@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -121,3 +122,8 @@ def qwen_tokenizer() -> Tokenizer:
     [pattern] = [known.pattern for known in PRE_TOKENIZERS if "qwen2" in known.gguf_names]
     trained = tiny_tokenizer()
     return Tokenizer(trained.ranks, pattern, trained.special_tokens, nfc=True)
+
+
+def set_bf16_units(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """Let the CPU have these units of PyTorch's names alone."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(names, True))

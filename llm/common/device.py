@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     import torch
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
+X86_BF16 = ("avx512_bf16", "amx_bf16")
 
 
 def device_kind(name: str) -> str:
@@ -23,14 +24,22 @@ def device_kind(name: str) -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def has_bf16_units(kind: str) -> bool:
-    """Return whether a kind of device computes bf16 products: CUDA, or a CPU with AVX512_BF16, AMX or ARM's units."""
+def has_bf16_units(kind: str, *names: str) -> bool:
+    """Return whether a kind of device computes bf16 products: CUDA, or a CPU with AVX512_BF16, AMX or ARM's units.
+
+    With `names` of a CPU's units, these alone count.
+    """
     import torch
 
     if kind != "cpu":
         return kind == "cuda"
     found = torch.cpu.get_capabilities()
-    return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return any(found.get(name, False) for name in names or (*X86_BF16, "bf16"))
+
+
+def is_fast_in_bf16(kind: str) -> bool:
+    """Return whether training in bf16 is known to be faster: on CUDA and on x86 with units for it."""
+    return has_bf16_units(kind, *X86_BF16)
 
 
 def pick_device(name: str) -> torch.device:

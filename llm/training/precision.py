@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from llm.common.device import has_bf16_units
+from llm.common.device import has_bf16_units, is_fast_in_bf16
 from llm.common.errors import InputError
 from llm.config import TrainParams
 
@@ -28,9 +28,8 @@ def uses_bf16_autocast(device: torch.device, params: TrainParams) -> bool:
 
     A device without units for it would take a hundred times as long: there it is an error.
     """
-    has_units = has_bf16_units(device.type)
-    precision = params.resolve_precision(has_units)
-    if (precision == "bf16" and not has_units) or (precision == "tf32" and device.type != "cuda"):
+    precision = params.resolve_precision(is_fast_in_bf16(device.type))
+    if (precision == "bf16" and not has_bf16_units(device.type)) or (precision == "tf32" and device.type != "cuda"):
         raise InputError(
             f"training.precision: {precision} was asked for, but this {device.type} device has no units for it; "
             "use auto or fp32"

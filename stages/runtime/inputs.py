@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from llm.common.device import device_kind, has_bf16_units
+from llm.common.device import device_kind, is_fast_in_bf16
 from llm.common.digests import file_md5, folder_md5, path_md5
 from llm.common.errors import InputError
 from llm.config import Params, TrainParams, effective_params
@@ -111,7 +111,7 @@ def environment(stage: str, params: Params) -> dict[str, str]:
     if "torch" in sys.modules:
         found["device"] = device = device_kind(params.runtime.device)
         if isinstance(section, TrainParams):
-            found["precision"] = section.resolve_precision(has_bf16_units(device))
+            found["precision"] = section.resolve_precision(is_fast_in_bf16(device))
             found["processes"] = os.environ.get("WORLD_SIZE") or os.environ.get("LLM_NPROC") or "1"
     return found
 

@@ -49,6 +49,7 @@ from llm.common.errors import DivergenceError, InputError
 from llm.config import GPTConfig, Params
 from llm.model.gpt import GPT
 from llm.tokenizer.bpe import Tokenizer
+from tests.helpers import set_bf16_units
 
 STORY = "The cat sat on the mat, number {}. 'Who's there?', it said;\n\nnobody was: \u00e9t\u00e9 2026.  Done."
 TINY = Shape(layers=2, width=16, heads=2, vocab=50, context=16, batch=2, prompt=4, new=4)
@@ -455,7 +456,7 @@ def test_impossible_sizes_and_params_are_one_line(
 @pytest.fixture
 def time_to_loss(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> TimeToLoss:
     monkeypatch.setattr(learning, "matrix_limit", lambda: 1e11)  # which takes longer than the trainings
-    monkeypatch.setattr("llm.training.precision.has_bf16_units", lambda kind: False)
+    set_bf16_units(monkeypatch)
     text = tiny["tokenize"].text
     return TimeToLoss(steps=10, our_steps=100, layers=1, width=32, heads=2, vocab=300, context=16, batch=4, text=text)
 
@@ -517,7 +518,7 @@ def test_training_short_of_the_target_has_no_ratios(time_to_loss: TimeToLoss, pa
 def test_our_recipe_trains_in_bf16_and_in_fp32_on_a_cpu_with_units_for_it(
     time_to_loss: TimeToLoss, params: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llm.training.precision.has_bf16_units", lambda kind: True)
+    set_bf16_units(monkeypatch, "avx512_bf16")
     autocast: list[tuple[str, bool]] = []
     hidden = GPT.hidden_states
 

@@ -19,7 +19,7 @@ from llm.model.gpt import GPT
 from llm.training.fit import FitResult
 from llm.training.freeze import cache_frozen_activations, freeze, frozen_blocks, trained_parameters
 from llm.training.losses import label_loss, mean_loss, next_token_loss
-from tests.helpers import GPT2_FORM, SHIPPED_FORM, randomize, train_params
+from tests.helpers import GPT2_FORM, SHIPPED_FORM, randomize, set_bf16_units, train_params
 from tests.training.tiny import (
     assert_same_bits,
     gradients_of_step,
@@ -87,7 +87,7 @@ def test_an_impossible_choice_of_trained_parameters_is_an_error() -> None:
 @pytest.mark.parametrize("trainable", ["head", "last_blocks", "lora", "all"])
 def test_a_bf16_base_stays_bf16_where_nothing_is_trained(trainable: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With products in bf16; what is trained is fp32, learns, and everything else keeps its bits."""
-    monkeypatch.setattr("llm.training.precision.has_bf16_units", lambda kind: True)
+    set_bf16_units(monkeypatch, "avx512_bf16")
     gpt = new_gpt(**SHIPPED_FORM).to(torch.bfloat16)
     model = GPTClassifier(gpt, 3) if trainable == "head" else gpt
     loss: Any = label_loss if trainable == "head" else next_token_loss
@@ -276,7 +276,7 @@ def test_activations_that_exceed_the_memory_limit_are_not_cached(
 
 def test_activations_of_a_bf16_base_are_cached_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     """With products in bf16."""
-    monkeypatch.setattr("llm.training.precision.has_bf16_units", lambda kind: True)
+    set_bf16_units(monkeypatch, "avx512_bf16")
     model = new_gpt(**SHIPPED_FORM | {"n_layers": 3}).to(torch.bfloat16)
     params = train_params(trainable="last_blocks", precision="bf16")
     freeze(model, params)

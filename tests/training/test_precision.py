@@ -11,7 +11,7 @@ from llm.common.errors import InputError
 from llm.model.gpt import RMSNorm
 from llm.model.linear import Linear
 from llm.training.precision import autocast, base_dtype
-from tests.helpers import GPT2_FORM, SHIPPED_FORM, train_params
+from tests.helpers import GPT2_FORM, SHIPPED_FORM, set_bf16_units, train_params
 from tests.training.tiny import (
     new_gpt,
     random_batch,
@@ -21,7 +21,7 @@ from tests.training.tiny import (
 
 @pytest.mark.parametrize("form", [GPT2_FORM, SHIPPED_FORM], ids=["gpt2", "shipped"])
 def test_products_in_bf16_train_as_those_in_fp32(form: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llm.training.precision.has_bf16_units", lambda kind: True)
+    set_bf16_units(monkeypatch, "avx512_bf16")
     batches = [random_batch(seed) for seed in range(3)]
     seen: list[tuple[str, torch.dtype]] = []
 
@@ -48,13 +48,13 @@ def test_products_in_bf16_train_as_those_in_fp32(form: dict[str, Any], monkeypat
     assert mixed == pytest.approx(plain, rel=0.01)
     assert mixed[-1] < mixed[0] - 0.5
     assert losses("auto") == mixed
-    monkeypatch.setattr("llm.training.precision.has_bf16_units", lambda kind: False)
+    set_bf16_units(monkeypatch)
     assert losses("auto") == plain
 
 
 @pytest.mark.parametrize(("asked", "device"), [("bf16", "cpu"), ("bf16", "mps"), ("tf32", "cpu"), ("tf32", "mps")])
 def test_a_precision_without_units_for_it_is_an_error(asked: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llm.training.precision.has_bf16_units", lambda kind: False)
+    set_bf16_units(monkeypatch)
     with pytest.raises(
         InputError, match=rf"^training.precision: {asked} was .* this {device} device has no units for it"
     ):
@@ -74,21 +74,21 @@ def test_tf32_is_used_only_where_it_is_asked_for() -> None:
 @pytest.mark.parametrize(
     ("device", "units", "asked", "mixed"),
     [
-        ("cpu", True, "auto", True),
-        ("cpu", False, "auto", False),
-        ("cuda", True, "auto", True),
-        ("mps", False, "auto", False),
-        ("cpu", True, "fp32", False),
-        ("cuda", True, "fp32", False),
-        ("cuda", True, "tf32", False),
-        ("cpu", True, "bf16", True),
+        ("cpu", "avx512_bf16", "auto", True),
+        ("cpu", "amx_bf16", "auto", True),
+        ("cpu", "bf16", "auto", False),  # ARM's, which were not tried
+        ("cpu", "bf16", "bf16", True),
+        ("cpu", "avx2", "auto", False),
+        ("cpu", "avx512_bf16", "fp32", False),
+        ("cuda", "avx2", "auto", True),
+        ("cuda", "avx512_bf16", "fp32", False),
+        ("cuda", "avx512_bf16", "tf32", False),
+        ("mps", "avx512_bf16", "auto", False),
     ],
 )
 def test_under_bf16_autocast_a_base_keeps_its_dtype(
-    device: str, units: bool, asked: str, mixed: bool, monkeypatch: pytest.MonkeyPatch
+    device: str, units: str, asked: str, mixed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "llm.training.precision.has_bf16_units", lambda kind: units if kind == "cpu" else kind == "cuda"
-    )
+    set_bf16_units(monkeypatch, units)
     found = base_dtype(torch.device(device), train_params(precision=asked))
     assert found == (None if mixed else torch.float32)
