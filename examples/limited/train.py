@@ -27,11 +27,12 @@ from llm.bench.tokenizing import read_documents
 from llm.common.errors import InputError
 from llm.config import GPTConfig, Params, PretrainParams, parse_params
 from llm.data.batches import Batch, held_out_windows, window_batches
-from llm.data.shards import TokenShards
+from llm.data.shards import TokenShards, bits_per_byte
 from llm.evaluation.baselines import NGram, ppm_bytes
 from llm.inference.score import token_nats
 from llm.model.gpt import GPT
 from llm.preprocess.chunks import cut_chunks
+from llm.preprocess.encode import token_dtype
 from llm.tokenizer.bpe import Tokenizer
 from llm.training.fit import TrainingTask, fit
 from llm.training.losses import lm_metrics, next_token_loss
@@ -39,6 +40,7 @@ from llm.training.losses import lm_metrics, next_token_loss
 SECTION_CHARS = 10_000
 HELD_OUT = 0.05  # of the text, for val and again for test
 MEGABYTE = 1_000_000
+HEAD_DIM = 64
 AVERAGED = 0.99  # how much of the averaged weights a step keeps
 
 
@@ -46,7 +48,8 @@ class Tokens(TokenShards):
     """The tokens of one split, in memory."""
 
     def __init__(self, texts: list[str], tokenizer: Tokenizer) -> None:
-        ids = [np.array([*tokenizer.encode(text), tokenizer.eot], dtype=np.uint16) for text in texts]
+        dtype = token_dtype(tokenizer.vocab_size)
+        ids = [np.array([*tokenizer.encode(text), tokenizer.eot], dtype=dtype) for text in texts]
         self.texts = texts
         self.shards = [np.concatenate(ids)]  # type: ignore[list-item]
         self.n_tokens, self.n_bytes = len(self.shards[0]), sum(len(text.encode()) for text in texts)
@@ -72,6 +75,8 @@ def split_text(path: Path, megabytes: float, vocab_size: int, seed: int) -> Spli
             break
         taken.append(text)
         n_bytes += len(text.encode())
+    if not taken:
+        raise InputError(f"{path}: has no section of at most {megabytes} MB to train on; take more text or megabytes")
     tokenizer = Tokenizer.train(taken, vocab_size)
     return Split(Tokens(taken, tokenizer), Tokens(val, tokenizer), Tokens(test, tokenizer), tokenizer.vocab_size)
 
@@ -83,7 +88,6 @@ class Average:
     """The running mean of a model's weights, which lags some hundred steps behind."""
 
     def __init__(self, model: GPT) -> None:
-        self.model = model
         self.mean = copy.deepcopy(model)
 
     def __call__(self, model: GPT, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -147,7 +151,7 @@ def bits(models: list[GPT], tokens: Tokens) -> float:
     """Return the bits per byte of the models' mean prediction."""
     nats = np.stack([token_nats(model, tokens) for model in models])  # [K, N]
     mixed = np.log(len(models)) - np.logaddexp.reduce(-nats, axis=0)  # [N]
-    return float(mixed.sum() / np.log(2) / tokens.n_bytes)
+    return bits_per_byte(float(mixed.sum()), tokens.n_bytes)
 
 
 # ---- the run ---------------------------------------------------------------------------------------------------------
@@ -171,6 +175,11 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.8, help="of the teachers in the student's loss")
     parser.add_argument("--baselines", action="store_true", help="an n-gram model and PPM too")
     args = parser.parse_args()
+    if args.width < HEAD_DIM or args.width % HEAD_DIM or args.members < 1:
+        raise InputError(
+            f"expected a --width that is a multiple of {HEAD_DIM} and --members of at least 1, got {args.width} and "
+            f"{args.members}"
+        )
 
     start = time.perf_counter()
     run = parse_params(yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8")))
@@ -179,15 +188,15 @@ def main() -> None:
         "vocab_size": split.vocab_size,
         "n_layers": args.layers,
         "emb_dim": args.width,
-        "n_heads": args.width // 64,
-        "n_kv_heads": args.width // 64,
-        "head_dim": 64,
+        "n_heads": args.width // HEAD_DIM,
+        "n_kv_heads": args.width // HEAD_DIM,
+        "head_dim": HEAD_DIM,
         "ffn_dim": 4 * args.width,
     }
     config = GPTConfig(**form)
 
     def plan(epochs: float, dropout: float) -> PretrainParams:
-        steps = round(epochs * split.train.n_tokens / (args.batch * config.context_length))
+        steps = max(1, round(epochs * split.train.n_tokens / (args.batch * config.context_length)))
         changes = {"max_steps": steps, "eval_interval": max(1, steps // 12), "warmup_steps": max(1, steps // 20)}
         changes |= {"batch_size": args.batch, "lr": args.lr, "muon_lr": args.muon_lr, "dropout": dropout}
         return run.pretrain.model_copy(update={**changes, "weight_decay": args.weight_decay, "schedule": "linear"})
@@ -203,7 +212,7 @@ def main() -> None:
     if args.baselines:
         read = [split.train.read(0, split.train.n_tokens), split.test.read(0, split.test.n_tokens)]
         nats = NGram(read[0], run.evaluate.ngram_order, split.vocab_size).nats(read[1])
-        show("n-gram model", float(nats.sum()) / np.log(2) / split.test.n_bytes)
+        show("n-gram model", bits_per_byte(float(nats.sum()), split.test.n_bytes))
         train_text, test_text = ("\0".join(tokens.texts).encode() for tokens in (split.train, split.test))
         show("PPM", 8 * ppm_bytes(train_text, test_text) / split.test.n_bytes)
 
