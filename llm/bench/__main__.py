@@ -9,5 +9,7 @@ import sys
 if __name__ == "__main__":
     from llm.bench.harness import load_benchmark, serve
 
+    if len(sys.argv) != 2 or not sys.argv[1].startswith("["):
+        sys.exit("llm.bench is the process of one implementation: run `python -m llm bench --help`")
     kind, name, sizes = json.loads(sys.argv[1])
     serve(load_benchmark(kind), name, sizes)

@@ -14,6 +14,10 @@ from llm.common import distributed
 from llm.config import TrainParams
 from llm.model.linear import matrix_products
 
+# The first iterations of Muon, whose polynomials are multiplied before the matrix. Each makes rounding errors of X X^T
+# up to twelve times as large: in bf16 those of five iterations outgrow the update, and sooner where X was iterated.
+MULTIPLIED = 3
+
 
 def make_optimizers(model: nn.Module, params: TrainParams) -> list[torch.optim.Optimizer]:
     """Return an AdamW, and with `optimizer: muon` also a Muon for the matrices inside the blocks.
@@ -97,8 +101,8 @@ def orthogonalize(matrices: Tensor, iterations: int) -> Tensor:
     After three iterations singular values from 0.02 of the norm on are between about 0.7 and 1.2; each further one
     takes in those down to a third of that.
 
-    All polynomials of X X^T commute. For a matrix at least twice as long as wide they are therefore multiplied with
-    each other first, which are small, and with the matrix last.
+    All polynomials of X X^T commute. For a matrix at least twice as long as wide the first are therefore multiplied
+    with each other, which are small, and with the matrix last.
     """
     device = matrices.device.type
     x = matrices.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else matrices
@@ -106,18 +110,23 @@ def orthogonalize(matrices: Tensor, iterations: int) -> Tensor:
     if tall:
         x = x.mT
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # [n, r, s], r the shorter side
-    if x.shape[2] < 2 * x.shape[1]:
-        for _ in range(iterations):
-            x = matrix_products(_polynomial(matrix_products(x, x.mT)), x)
-    else:
-        gram = matrix_products(x, x.mT)  # [n, r, r]
-        factor = polynomial = _polynomial(gram)
-        for _ in range(iterations - 1):
-            gram = matrix_products(matrix_products(polynomial, gram), polynomial)
-            polynomial = _polynomial(gram)
-            factor = matrix_products(polynomial, factor)
-        x = matrix_products(factor, x)
+    at_once = min(iterations, MULTIPLIED) if x.shape[2] >= 2 * x.shape[1] else 0
+    if at_once:
+        x = _iterate(x, at_once)
+    for _ in range(iterations - at_once):
+        x = _iterate(x, 1)
     return x.mT if tall else x
+
+
+def _iterate(x: Tensor, iterations: int) -> Tensor:
+    """Return the matrices [n, r, s] after some iterations, whose polynomials are multiplied before them."""
+    gram = matrix_products(x, x.mT)  # [n, r, r]
+    factor = polynomial = _polynomial(gram)
+    for _ in range(iterations - 1):
+        gram = matrix_products(matrix_products(polynomial, gram), polynomial)
+        polynomial = _polynomial(gram)
+        factor = matrix_products(polynomial, factor)
+    return matrix_products(factor, x)
 
 
 def _polynomial(gram: Tensor) -> Tensor:

@@ -273,3 +273,15 @@ def test_muon_iterates_in_the_dtype_of_the_products() -> None:
         mixed = orthogonalize(matrices, iterations=5)
     assert (plain.dtype, mixed.dtype) == (torch.float32, torch.bfloat16)
     torch.testing.assert_close(mixed.float(), plain, atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize("iterations", [3, 5, 10])
+@pytest.mark.parametrize("shape", [(64, 256), (256, 64), (64, 64)])
+def test_rounding_errors_of_bf16_do_not_outgrow_an_update(shape: tuple[int, int], iterations: int) -> None:
+    u, s, vt = torch.linalg.svd(torch.randn(shape, generator=torch.Generator().manual_seed(0)), full_matrices=False)
+    matrix = (u * torch.logspace(0, -3, len(s)) @ vt)[None]  # as gradients are: few directions have most of it
+    plain = orthogonalize(matrix, iterations)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = orthogonalize(matrix, iterations).float()
+    assert torch.linalg.svdvals(mixed).max() < 1.25
+    assert torch.cosine_similarity(mixed.flatten(), plain.flatten(), dim=0) > 0.97
