@@ -6,6 +6,7 @@ import json
 import math
 import random
 import shutil
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -759,3 +760,11 @@ def test_one_model_in_every_precision(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_a_precision_that_the_form_does_not_have_is_told() -> None:
     found = {"results": {"llama.cpp, F16": {"skipped": "no architecture"}}}
     assert "| llama.cpp, F16 | skipped: no architecture | - | - | - |" in precisions.markdown(found)
+
+
+def test_the_process_of_a_worker_names_the_command_for_people() -> None:
+    done = subprocess.run([sys.executable, "-m", "llm.bench", "--help"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        "llm.bench is the process of one implementation: run `python -m llm bench --help`"
+    ]
