@@ -90,7 +90,8 @@ def _run(command: list[str]) -> str:
     except OSError as error:
         raise InputError(f"{command[0]}: cannot be run ({error.strerror}); name a C++ compiler by CXX") from None
     if done.returncode:
-        errors = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
+        lines = done.stderr.splitlines()
+        errors = [line for line in lines if "cannot find" in line or "error" in line] or lines
         reason = errors[0] if errors else f"status {done.returncode}"
         raise InputError(f"the kernels could not be compiled by {command[0]}: {reason}; name another compiler by CXX")
     return done.stdout

@@ -12,6 +12,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cmath>
+#include <type_traits>
 #include <vector>
 
 #include "vectors.h"
@@ -20,41 +21,38 @@ using torch::stable::Tensor;
 
 namespace {
 
-constexpr int64_t GROUP = 32;           // inputs that share a scale
-constexpr float ZERO = 128;             // the byte of a weight of 8 bits that is zero
-constexpr int64_t STEP = 8;             // inputs that are multiplied at once: twice 4
+constexpr int64_t GROUP = 32;                    // inputs that share a scale
+constexpr int32_t ZERO = 128;                    // the byte of a weight of 8 bits that is zero
 constexpr float STRETCHES[] = {1.0f, 0.9f, 0.8f};  // of a group's range: where the search begins
 constexpr int64_t REFINEMENTS = 2;               // least-squares fits of step and minimum
 constexpr float SMALLEST_STEP = 0x1p-14f;
 
-// Add the products of weights, BITS wide, and 4 inputs. Pairs of products are summed in 16 bits, where those of halves of a
-// byte, at most 2 * 15 * 127, do not overflow.
-template <int BITS>
-inline Sums add_products(Sums sums, Bytes weights, int32_t inputs) {
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
-  return _mm512_dpbusd_epi32(sums, weights, spread(inputs));
-#else
-  if constexpr (BITS == 4) return add_pairs(sums, weights, spread(inputs), 1);
-  return add_pairs(add_pairs(sums, low_half(weights), spread(inputs), 1), high_half(weights), spread(inputs), 16);
-#endif
-}
-
 // ---- the product -----------------------------------------------------------------------------------------------------
 
+#if defined(SUMS_OF_FOUR)
+template <int BITS>
+using Number = int8_t;
+#else
+template <int BITS>
+using Number = std::conditional_t<BITS == 8, int16_t, int8_t>;
+#endif
+
+template <int BITS>
 struct Inputs {  // rounded to 8 bits
   int64_t I, G;
-  std::vector<int8_t> numbers;  // [N, I]
-  std::vector<float> scales;    // [N, G]
-  std::vector<float> totals;    // [N, G], the sum of a group's rounded inputs
+  std::vector<Number<BITS>> numbers;  // [N, I]; of each four in 16 bits the two with even places come first
+  std::vector<float> scales;          // [N, G]
+  std::vector<int32_t> totals;        // [N, G], the sum of a group's numbers; with 8 bits times -ZERO, as weights have it added
 };
 
-Inputs round_inputs(const float* x, int64_t N, int64_t I) {
+template <int BITS>
+Inputs<BITS> round_inputs(const float* x, int64_t N, int64_t I) {
   const int64_t G = I / GROUP;
-  Inputs found{I, G, std::vector<int8_t>(N * I), std::vector<float>(N * G), std::vector<float>(N * G)};
+  Inputs<BITS> found{I, G, std::vector<Number<BITS>>(N * I), std::vector<float>(N * G), std::vector<int32_t>(N * G)};
 #pragma omp parallel for if (N > 1)
   for (int64_t group = 0; group < N * G; group++) {
     const float* from = x + group * GROUP;
-    int8_t* to = found.numbers.data() + group * GROUP;
+    Number<BITS>* to = found.numbers.data() + group * GROUP;
     float largest = 0;
     for (int64_t i = 0; i < GROUP; i++) {
       const float size = std::fabs(from[i]);
@@ -63,46 +61,100 @@ Inputs round_inputs(const float* x, int64_t N, int64_t I) {
     const float inverse = largest > 0 ? 127 / largest : 0;
     int32_t total = 0;
     for (int64_t i = 0; i < GROUP; i++) {
-      const int32_t number = (int32_t)std::nearbyint(from[i] * inverse);
-      to[i] = (int8_t)number;
+      const auto number = (Number<BITS>)std::nearbyint(from[i] * inverse);
+      to[sizeof number == 1 ? i : i / 4 * 4 + i % 2 * 2 + i / 2 % 2] = number;
       total += number;
     }
     found.scales[group] = largest / 127;
-    found.totals[group] = found.scales[group] * total;
+    found.totals[group] = BITS == 8 ? -ZERO * total : total;
   }
   return found;
 }
 
+// Add the products of a group's weights, for the outputs of a block, and the inputs of M rows, which are `stride` apart.
+#if defined(SUMS_OF_FOUR)
+template <int BITS, int M>
+inline void add_group(Sums (&sums)[M][VECTORS], const uint8_t* weight, const int8_t* inputs, int64_t stride) {
+#pragma GCC unroll 1
+  for (int64_t i = 0; i < GROUP; i += 32 / BITS, weight += 4 * BLOCK) {
+    for (int v = 0; v < VECTORS; v++) {
+      const Bytes both = load(weight + v * 4 * LANES);  // with 4 bits, 4 inputs in low halves and 4 in high ones
+      for (int m = 0; m < M; m++) {
+        const int8_t* own = inputs + m * stride + i;
+        sums[m][v] = add_fours(sums[m][v], BITS == 8 ? both : low_half(both), spread(own));
+        if constexpr (BITS == 4) sums[m][v] = add_fours(sums[m][v], high_half(both), spread(own + 4));
+        hold(sums[m][v]);
+      }
+    }
+  }
+}
+#else
+template <bool HIGH, int M>
+inline void add_halves(Twos (&twos)[M][VECTORS], const uint8_t* weight, const int8_t* inputs, int64_t stride) {
+#pragma GCC unroll 1
+  for (int64_t i = HIGH ? 4 : 0; i < GROUP; i += 8, weight += 4 * BLOCK) {
+    Bytes halves[VECTORS];
+    for (int v = 0; v < VECTORS; v++) {
+      const Bytes both = load(weight + v * 4 * LANES);
+      halves[v] = HIGH ? high_half(both) : low_half(both);
+    }
+    for (int m = 0; m < M; m++) {
+      for (int v = 0; v < VECTORS; v++) {
+        twos[m][v] = add_twos(twos[m][v], halves[v], spread(inputs + m * stride + i));
+        hold(twos[m][v]);
+      }
+    }
+  }
+}
+
+template <int BITS, int M>
+inline void add_group(Sums (&sums)[M][VECTORS], const uint8_t* weight, const Number<BITS>* inputs, int64_t stride) {
+  if constexpr (BITS == 4) {
+    Twos twos[M][VECTORS];  // a group's fit in 16 bits: they are at most 16 * 15 * 127
+    for (auto& each : twos)
+      for (auto& two : each) two = no_twos();
+    add_halves<false>(twos, weight, inputs, stride);
+    add_halves<true>(twos, weight, inputs, stride);
+    for (int m = 0; m < M; m++)
+      for (int v = 0; v < VECTORS; v++) sums[m][v] = add_products(sums[m][v], twos[m][v], ones());
+  } else {
+#pragma GCC unroll 1
+    for (int64_t i = 0; i < GROUP; i += 4, weight += 4 * BLOCK) {
+      Twos even[VECTORS], odd[VECTORS];
+      for (int v = 0; v < VECTORS; v++) {
+        const Bytes both = load(weight + v * 4 * LANES);
+        even[v] = even_bytes(both), odd[v] = odd_bytes(both);
+      }
+      for (int m = 0; m < M; m++) {
+        const int16_t* own = inputs + m * stride + i;
+        for (int v = 0; v < VECTORS; v++) sums[m][v] = add_products(sums[m][v], even[v], spread(own));
+        for (int v = 0; v < VECTORS; v++) sums[m][v] = add_products(sums[m][v], odd[v], spread(own + 2)), hold(sums[m][v]);
+      }
+    }
+  }
+}
+#endif
+
 template <int BITS, int M>  // rows from `row` on, and the outputs of a block
-void multiply(const Inputs& x, int64_t row, const uint8_t* weight, const uint16_t* scale, float* y, int64_t stride) {
+void multiply(const Inputs<BITS>& x, int64_t row, const uint8_t* weight, const uint16_t* scale, float* y, int64_t stride) {
   Floats results[M][VECTORS];
   for (auto& each : results)
     for (auto& result : each) result = all(0);
   for (int64_t g = 0; g < x.G; g++) {
     Sums sums[M][VECTORS];
-    for (auto& each : sums)
-      for (auto& sum : each) sum = no_sums();
-    for (int64_t i = g * GROUP; i < (g + 1) * GROUP; i += STEP, weight += BLOCK * STEP * BITS / 8) {
-      for (int v = 0; v < VECTORS; v++) {
-        const Bytes both = load(weight + v * 4 * LANES);  // with 4 bits, 4 inputs in low halves and 4 in high ones
-        const Bytes first = BITS == 8 ? both : low_half(both);
-        const Bytes second = BITS == 8 ? load(weight + (VECTORS + v) * 4 * LANES) : high_half(both);
-        for (int m = 0; m < M; m++) {
-          int32_t inputs[2];
-          std::memcpy(inputs, x.numbers.data() + (row + m) * x.I + i, sizeof inputs);
-          sums[m][v] = add_products<BITS>(add_products<BITS>(sums[m][v], first, inputs[0]), second, inputs[1]);
-        }
-      }
-    }
+    for (int m = 0; m < M; m++)
+      for (auto& sum : sums[m]) sum = all_sums(BITS == 8 ? x.totals[(row + m) * x.G + g] : 0);
+    add_group<BITS, M>(sums, weight, x.numbers.data() + row * x.I + g * GROUP, x.I);
     for (int v = 0; v < VECTORS; v++) {
       const Floats step = load_halves(scale + v * LANES);
-      const Floats minimum = BITS == 8 ? times(step, all(-ZERO)) : load_halves(scale + BLOCK + v * LANES);
       for (int m = 0; m < M; m++) {
         const int64_t group = (row + m) * x.G + g;
-        results[m][v] = add_scaled(results[m][v], times(to_floats(sums[m][v]), step), x.scales[group]);
-        results[m][v] = add_scaled(results[m][v], minimum, x.totals[group]);
+        Floats product = times(to_floats(sums[m][v]), step);
+        if constexpr (BITS == 4) product = add_scaled(product, load_halves(scale + BLOCK + v * LANES), x.totals[group]);
+        results[m][v] = add_scaled(results[m][v], product, x.scales[group]);
       }
     }
+    weight += GROUP * BLOCK * BITS / 8;
     scale += (BITS == 8 ? 1 : 2) * BLOCK;
   }
   for (int m = 0; m < M; m++)
@@ -113,7 +165,7 @@ template <int BITS>
 Tensor product(const Tensor& x, const Tensor& weight, const Tensor& scale) {
   const int64_t N = x.size(0), I = x.size(1), blocks = weight.size(0), O = blocks * BLOCK;
   Tensor y = torch::stable::new_empty(x, {N, O});
-  const Inputs inputs = round_inputs((const float*)x.data_ptr(), N, I);
+  const Inputs<BITS> inputs = round_inputs<BITS>((const float*)x.data_ptr(), N, I);
   const auto* weights = (const uint8_t*)weight.data_ptr();
   const auto* scales = (const uint16_t*)scale.data_ptr();
   auto* results = (float*)y.data_ptr();
