@@ -47,7 +47,8 @@ class CompiledDecoder:
 
     def __init__(self, gpt: GPT) -> None:
         self.gpt = gpt
-        self._decode: Any = (_CudaGraphStep if gpt.tok_emb.weight.device.type == "cuda" else _CompiledStep)(gpt)
+        on_cpu = _KernelStep if has_row_kernels(gpt) else _CompiledStep
+        self._decode: Any = (_CudaGraphStep if gpt.tok_emb.weight.device.type == "cuda" else on_cpu)(gpt)
         self._decode_rows: CompiledRows | None = None  # compiled for the first batch
 
     def __call__(self, idx: Tensor, cache: KVCache | None = None, pad: Tensor | None = None) -> Tensor:
@@ -55,11 +56,13 @@ class CompiledDecoder:
         B, T = idx.shape
         room = 0 if cache is None else min(cache.max_length, self.gpt.config.context_length)
         # The compiler takes a length of 1 for a constant. Too many tokens are an error that the model raises.
-        if torch.is_grad_enabled() or cache is None or not 1 <= cache.length <= room - T:
+        fits = cache is not None and 1 <= cache.length <= room - T and cache.int8 == self.gpt.int8_cache
+        if torch.is_grad_enabled() or cache is None or not fits:
             return self.gpt(idx, cache, pad)
         if B > 1 or T > 1:
             return self._decode_several(idx, cache, pad)
-        if cache.length + 1 == cache.max_length:  # all of a cache has other strides than its first tokens: refused
+        whole = cache.length + 1 == cache.max_length  # has other strides than its first tokens: refused
+        if whole and isinstance(self._decode, _CompiledStep):
             return self.gpt(idx, cache, pad)
         logits = self._decode(idx, cache, idx.new_zeros(1) if pad is None else pad)
         cache.length += 1
@@ -106,6 +109,7 @@ class _Step:
     ) -> None:
         """Compile `step(model, weights of all blocks, *inputs)`, whose inputs have dynamic dimensions by name."""
         own = {name: part for name, part in _parameters_and_buffers(model).items() if not name.startswith("blocks.")}
+        self.weights_of_blocks = weights
         self.weights = [*own.values(), *weights.values()]
 
         def run(tensors: list[Tensor]) -> Tensor:
@@ -165,6 +169,18 @@ class _CompiledStep:
         return self.step(idx, pad, self.places[: cache.length + 1], *_stored_parts(cache))
 
 
+class _KernelStep:
+    """The same by the kernel for attention, which is faster than compiled sums the longer the cache is."""
+
+    def __init__(self, model: GPT) -> None:
+        self.step = _compile_rows(model, torch.zeros(1, 1, dtype=torch.long), 1, [{}, {}, {}])
+        self.weights = self.step.weights_of_blocks
+
+    def __call__(self, idx: Tensor, cache: KVCache, pad: Tensor) -> Tensor:
+        table = shared_cache_table(cache, pad.tolist())
+        return self.step(idx, (cache.length - pad)[None], table)[:, None]
+
+
 class CompiledRows:
     """The decode step of several rows with a KV cache each, for `decode_rows`, as one compiled function.
 
@@ -173,13 +189,8 @@ class CompiledRows:
 
     def __init__(self, model: GPT, weights: dict[str, Tensor] | None = None) -> None:
         """Compile the step; `weights` are the blocks' where another step has stacked them, so that both share them."""
-        first = model.blocks[0]
-        assert isinstance(first, TransformerBlock)
-        step = partial(_decode_rows, _RowsBlock(first, layer_windows(model), model.int8_cache))
-        idx, table = torch.zeros(3, 1, dtype=torch.long), cache_table([new_kv_cache(model, 1, 2) for _ in range(2)])
         dynamic = [{0: "rows"}, {0: "rows"}, {0: "caches"}]
-        inputs = [idx, torch.zeros_like(idx), table]
-        self.step = _Step(model, step, weights or _stack_weights(model.blocks), inputs, dynamic)
+        self.step = _compile_rows(model, torch.zeros(3, 1, dtype=torch.long), 2, dynamic, weights)
 
     def __call__(self, idx: Tensor, positions: Tensor, table: Tensor) -> Tensor:
         """Return the logits [M, V] of the next tokens [M, 1], at positions [M, 1], of caches in a table [B, 6]."""
@@ -187,6 +198,17 @@ class CompiledRows:
         if spare:
             idx, positions = (F.pad(part, (0, 0, 0, spare)) for part in (idx, positions))
         return self.step(idx, positions, table)[: len(idx) - spare]
+
+
+def _compile_rows(
+    model: GPT, idx: Tensor, caches: int, dynamic: list[dict[int, str]], weights: dict[str, Tensor] | None = None
+) -> _Step:
+    """Compile `_decode_rows`, given an example of next tokens and how many of them have a cache."""
+    first = model.blocks[0]
+    assert isinstance(first, TransformerBlock)
+    step = partial(_decode_rows, _RowsBlock(first, layer_windows(model), model.int8_cache))
+    table = cache_table([new_kv_cache(model, 1, 2) for _ in range(caches)])
+    return _Step(model, step, weights or _stack_weights(model.blocks), [idx, torch.zeros_like(idx), table], dynamic)
 
 
 def _stack_weights(blocks: nn.ModuleList) -> dict[str, Tensor]:

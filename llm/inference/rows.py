@@ -84,6 +84,8 @@ def _place(cache: KVCache, row: int, begin: int, ahead: int = 0) -> list[int]:
     end = cache.length + ahead
     if end >= cache.max_length:  # the kernel would write behind it
         raise ValueError(f"the cache holds {cache.max_length} tokens, {end + 1} were asked for")
+    if not cache.int8 and cache.keys.dtype != torch.float32:
+        raise ValueError(f"the kernel for attention takes a cache in fp32 or of 8 bits, not {cache.keys.dtype}")
     keys, values = cache.keys[0, row], cache.values[0, row]
     layer_stride, _, head_stride, *_ = (stride * keys.element_size() for stride in cache.keys.stride())
     return [keys.data_ptr(), values.data_ptr(), layer_stride, head_stride, begin, end]

@@ -18,7 +18,6 @@ from llm.inference.aot import Code
 from llm.inference.compiled import CompiledDecoder
 from llm.inference.generate import generate, stream
 from llm.inference.int8 import to_int8
-from llm.inference.kernels.build import kernels_loaded
 from llm.inference.prefill import new_kv_cache
 from llm.inference.request import Decoder
 from llm.model.gpt import GPT
@@ -201,8 +200,13 @@ def test_the_code_takes_caches_of_any_size(
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the compiler needs g++")
 @pytest.mark.slow
-def test_several_models_are_compiled_in_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("by_kernel", [True, False], ids=["kernel", "loops"])
+def test_several_models_are_compiled_in_one_process(
+    by_kernel: bool, tmp_path: Path, kernels: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Models of several forms, one of other weights that shares the code, and caches of any size and number of rows."""
+    if not by_kernel:
+        monkeypatch.setattr(compiled, "has_row_kernels", lambda model: False)
 
     def texts(model: Decoder) -> list[list[list[int]]]:
         alone = [generate(model, PROMPTS[:1], max_new_tokens=n) for n in (10, 17, 40)]
@@ -224,7 +228,7 @@ def test_several_models_are_compiled_in_one_process(tmp_path: Path, monkeypatch:
     files = sorted((tmp_path / "compiled").iterdir())
     several = sum(compiled._has_fast_rows(model) for model in models)
     assert len(files) == forms + several, "at the call, and at the first batch"
-    assert several == (1 if kernels_loaded() else 0)
+    assert several == by_kernel
 
     with monkeypatch.context() as loading:
         loading.setattr(torch.export, "export", None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -55,8 +56,8 @@ def caches_of(model: GPT) -> list[KVCache]:
     return found
 
 
-def uncompiled_rows(model: GPT, monkeypatch: pytest.MonkeyPatch) -> CompiledRows:
-    """Return the plain Python of the compiled step."""
+def uncompiled(monkeypatch: pytest.MonkeyPatch, make: Callable[[GPT], Any], model: GPT) -> Any:
+    """Return what `make` makes of the model, with the plain Python of its compiled step."""
 
     def compile_nothing(function: Code, *_: Any) -> Code:
         def call(tensors: list[Tensor]) -> Tensor:
@@ -68,7 +69,12 @@ def uncompiled_rows(model: GPT, monkeypatch: pytest.MonkeyPatch) -> CompiledRows
 
     with monkeypatch.context() as making:
         making.setattr(compiled, "compile_ahead", compile_nothing)
-        return CompiledRows(model)
+        return make(model)
+
+
+def uncompiled_rows(model: GPT, monkeypatch: pytest.MonkeyPatch) -> CompiledRows:
+    step: CompiledRows = uncompiled(monkeypatch, CompiledRows, model)
+    return step
 
 
 def check(model: GPT, step: Step | None, n_products: int = 0) -> None:
@@ -103,6 +109,52 @@ def test_rows_are_each_by_itself(
     check(model, step, n_products=8)
 
 
+@every_config
+@every_cache
+def test_a_single_row_takes_the_kernels_step(
+    config: GPTConfig, int8_cache: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compare logits and caches with the model's, up to the cache's last place, with padding too."""
+    plain, n_calls = single_model(config, int8_cache), 0
+    decoder = uncompiled(monkeypatch, CompiledDecoder, copy.deepcopy(plain))
+    assert isinstance(decoder._decode, compiled._KernelStep)
+    step = decoder._decode.step
+
+    def counted(*inputs: Tensor) -> Tensor:
+        nonlocal n_calls
+        n_calls += 1
+        found: Tensor = step(*inputs)
+        return found
+
+    decoder._decode.step = counted
+    for pad in (None, torch.tensor([2])):
+        caches = [new_kv_cache(plain, 2, 8) for _ in range(2)]  # of whose two rows the first is used
+        with torch.inference_mode():
+            for tokens in ([7, 8, 9], [10], [11], [12], [13], [14]):
+                idx = torch.tensor([tokens])
+                expected, found = (each(idx, cache, pad) for each, cache in zip((plain, decoder), caches, strict=True))
+                torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-4)
+            with pytest.raises(ValueError, match="the cache holds 8 tokens, 9 were asked for"):
+                decoder(torch.tensor([[15]]), caches[1], pad)
+        assert caches[1].length == caches[0].length == 8
+        keys, plain_keys = (cache.decode(cache.keys[:, :1]) for cache in caches)
+        torch.testing.assert_close(keys, plain_keys, atol=0.05 if int8_cache else 1e-4, rtol=1e-4)
+    assert n_calls == 10
+
+
+def test_a_cache_of_another_kind_does_not_reach_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would take the bytes for other numbers."""
+    model = single_model(MODERN)
+    decoder = uncompiled(monkeypatch, CompiledDecoder, copy.deepcopy(model))
+    decoder._decode = None
+    caches = [KVCache(MODERN, 1, 9, int8=True) for _ in range(2)]
+    with torch.inference_mode():
+        for idx in (torch.tensor([[7, 8]]), torch.tensor([[5]])):
+            assert torch.equal(*(each(idx, cache) for each, cache in zip((model, decoder), caches, strict=True)))
+    with pytest.raises(ValueError, match=r"takes a cache in fp32 or of 8 bits, not torch\.float64"):
+        decode_rows(model, [7], [KVCache(MODERN, 1, 2, dtype=torch.float64)])
+
+
 def test_a_single_row_takes_the_step_of_several(monkeypatch: pytest.MonkeyPatch) -> None:
     model = single_model(MODERN)
     step = uncompiled_rows(copy.deepcopy(model), monkeypatch)
@@ -129,7 +181,7 @@ def test_a_batch_takes_the_compiled_step(config: GPTConfig, int8_cache: bool, mo
     """Compare the logits of rows with padding in one cache."""
     model = single_model(config, int8_cache)
     to_packed(model)
-    monkeypatch.setattr(compiled, "_CompiledStep", lambda model: None)
+    monkeypatch.setattr(compiled, "_KernelStep", lambda model: None)
     decoder = CompiledDecoder(model)
     calls, step = [], uncompiled_rows(copy.deepcopy(model), monkeypatch)
     decoder._decode_rows = lambda *inputs: calls.append(len(inputs[0])) or step(*inputs)  # type: ignore[assignment, func-returns-value]
@@ -155,7 +207,7 @@ def test_a_few_tokens_of_a_row_take_the_compiled_step(
     """Speculative decoding verifies them so, and takes some of them back."""
     model = single_model(config, int8_cache)
     to_packed(model)
-    monkeypatch.setattr(compiled, "_CompiledStep", lambda model: None)
+    monkeypatch.setattr(compiled, "_KernelStep", lambda model: None)
     monkeypatch.setattr(compiled, "FEW_TOKENS", 3)
     decoder = CompiledDecoder(model)
     calls, step = [], uncompiled_rows(copy.deepcopy(model), monkeypatch)
@@ -176,7 +228,7 @@ def test_a_few_tokens_of_a_row_take_the_compiled_step(
 def test_plain_weights_stay_with_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Their products of a few rows are faster there."""
     model = single_model(MODERN)
-    monkeypatch.setattr(compiled, "_CompiledStep", lambda model: None)
+    monkeypatch.setattr(compiled, "_KernelStep", lambda model: None)
     monkeypatch.setattr(compiled, "CompiledRows", None)
     decoder, caches = CompiledDecoder(model), [new_kv_cache(model, 2, 9) for _ in range(2)]
     with torch.inference_mode():
@@ -201,8 +253,7 @@ def test_a_batch_and_a_row_share_the_stacked_weights(monkeypatch: pytest.MonkeyP
     model, made = single_model(MODERN), []
 
     def compile_nothing(function: Code, tensors: list[Tensor], *_: Any) -> Code:
-        n_inputs = 3 if len(made) else 5
-        made.append(tensors[:-n_inputs])
+        made.append(tensors[:-3])
         return lambda _: torch.zeros(3, 1)
 
     to_packed(model)

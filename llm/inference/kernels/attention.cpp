@@ -23,6 +23,7 @@ namespace {
 
 constexpr float SMALLEST = 1e-30f;  // a vector without a larger number is stored as zero
 constexpr float UNSEEN = -3e38f;    // the score of a token that is not seen
+constexpr int64_t PART = 128;       // tokens of a row that one core attends to at once
 constexpr int64_t QUERIES = 32;     // of a prompt that are computed together
 
 struct Row {            // of the table, as rows.py writes it
@@ -70,33 +71,33 @@ inline void store_vector(int8_t* to, const float* from, int64_t D, int64_t E) {
 
 // ---- attention -------------------------------------------------------------------------------------------------------
 
-// q and y [G, D]; keys and values [S, E]; weights is room for S numbers of each query. KNOWN is D where the compiler knows
-// it, for which it unrolls the loops, or 0.
+// q [G, D]; keys and values [S, E]; weights is room for S numbers of each query. y [G, D] is the sum of the values, each
+// times e^(score - largest score), whose sum is `total` [G]. KNOWN is D where the compiler knows it, for which it unrolls
+// the loops, or 0.
 template <typename Number, int64_t KNOWN>
-void attend(const float* q, const char* keys, const char* values, float* weights, float* y, int64_t G, int64_t S,
-            int64_t head_dim, int64_t E) {
+void attend(const float* q, const char* keys, const char* values, float* weights, float* y, float* largest, float* total,
+            int64_t G, int64_t S, int64_t head_dim, int64_t E) {
   const int64_t D = KNOWN ? KNOWN : head_dim;
   const float scale = 1 / std::sqrt((float)D);
-  for (int64_t g = 0; g < G; g++)
-    for (int64_t s = 0; s < S; s++) {
-      const auto* key = (const Number*)(keys + s * E);
+  for (int64_t s = 0; s < S; s++) {
+    const auto* key = (const Number*)(keys + s * E);
+    for (int64_t g = 0; g < G; g++) {
       float sum = 0;
 #pragma omp simd reduction(+ : sum)
       for (int64_t d = 0; d < D; d++) sum += q[g * D + d] * key[d];
       weights[g * S + s] = scale * sum * scale_of(key, E);
     }
+  }
   for (int64_t g = 0; g < G; g++) {
-    float* own = weights + g * S;
-    float largest = own[0], total = 0;
-#pragma omp simd reduction(max : largest)
-    for (int64_t s = 0; s < S; s++) largest = own[s] > largest ? own[s] : largest;
-#pragma omp simd reduction(+ : total)
+    float *own = weights + g * S, most = own[0], all = 0;
+#pragma omp simd reduction(max : most)
+    for (int64_t s = 0; s < S; s++) most = own[s] > most ? own[s] : most;
+#pragma omp simd reduction(+ : all)
     for (int64_t s = 0; s < S; s++) {
-      own[s] = exponential(own[s] - largest);
-      total += own[s];
+      own[s] = exponential(own[s] - most);
+      all += own[s];
     }
-    const float inverse = 1 / total;
-    for (int64_t s = 0; s < S; s++) own[s] *= inverse;
+    largest[g] = most, total[g] = all;
   }
   for (int64_t g = 0; g < G; g++) {
     float sums[KNOWN ? KNOWN : 1] = {}, *to = KNOWN ? sums : y + g * D;
@@ -109,6 +110,20 @@ void attend(const float* q, const char* keys, const char* values, float* weights
     }
     if (KNOWN) std::memcpy(y + g * D, sums, D * sizeof(float));
   }
+}
+
+// The attention output y [D] of a query, from those of parts of its tokens as `attend` leaves them, `stride` apart.
+void join_parts(const float* parts, const float* largest, const float* total, int64_t count, int64_t stride, int64_t D,
+                float* y) {
+  float most = largest[0], all = 0;
+  for (int64_t i = 1; i < count; i++) most = std::max(most, largest[i * stride]);
+  std::memset(y, 0, D * sizeof(float));
+  for (int64_t i = 0; i < count; i++) {
+    const float weight = exponential(largest[i * stride] - most);
+    all += weight * total[i * stride];
+    for (int64_t d = 0; d < D; d++) y[d] += weight * parts[i * stride * D + d];
+  }
+  for (int64_t d = 0; d < D; d++) y[d] /= all;
 }
 
 template <typename Number>
@@ -136,6 +151,17 @@ Tensor attend_rows(Tensor q, Tensor k, Tensor v, Tensor table, Tensor windows, T
   const int64_t E = stored_bytes(int8, D);
   const auto compute = int8 ? attend_with<int8_t>(D) : attend_with<float>(D);
   const auto store_new = int8 ? store<int8_t> : store<float>;
+  // A row's tokens are cut into parts, so that few heads keep all cores busy; where, depends on that row alone.
+  std::vector<int64_t> begins(B), first_part(B + 1, 0);
+  for (int64_t b = 0; b < B; b++) {
+    const int64_t S = rows[b].end + 1;
+    begins[b] = window > 0 && S - window > rows[b].begin ? S - window : rows[b].begin;
+    first_part[b + 1] = first_part[b] + (S - begins[b] + PART - 1) / PART;
+  }
+  const int64_t parts = first_part[B];
+  std::vector<int64_t> row_of(parts);
+  for (int64_t b = 0; b < B; b++) std::fill(row_of.begin() + first_part[b], row_of.begin() + first_part[b + 1], b);
+  std::vector<float> sums(parts * H * D), largest(parts * H), totals(parts * H);  // [part, H, D], 2 x [part, H]
 #pragma omp parallel
   {
 #pragma omp for schedule(static)
@@ -144,17 +170,21 @@ Tensor attend_rows(Tensor q, Tensor k, Tensor v, Tensor table, Tensor windows, T
       const int64_t place = layer * row.layer_stride + task % K * row.head_stride + row.end * E;
       store_new((char*)row.keys + place, (char*)row.values + place, new_keys + task * D, new_values + task * D, D, E);
     }
-    std::vector<float> weights;
+    std::vector<float> weights(G * PART);
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t task = 0; task < B * K; task++) {
-      const int64_t b = task / K, head = task % K;
+    for (int64_t task = 0; task < parts * K; task++) {
+      const int64_t part = task / K, head = task % K, b = row_of[part];
       const Row& row = rows[b];
-      const int64_t place = layer * row.layer_stride + head * row.head_stride, S = row.end + 1;
-      const char *keys = (const char*)row.keys + place, *values = (const char*)row.values + place;
-      const int64_t begin = window > 0 && S - window > row.begin ? S - window : row.begin;
-      weights.resize(G * (S - begin));
-      const int64_t first = (b * H + head * G) * D;
-      compute(queries + first, keys + begin * E, values + begin * E, weights.data(), results + first, G, S - begin, D, E);
+      const int64_t begin = begins[b] + (part - first_part[b]) * PART, end = std::min(begin + PART, row.end + 1);
+      const int64_t place = layer * row.layer_stride + head * row.head_stride + begin * E, to = part * H + head * G;
+      compute(queries + (b * H + head * G) * D, (const char*)row.keys + place, (const char*)row.values + place,
+              weights.data(), sums.data() + to * D, largest.data() + to, totals.data() + to, G, end - begin, D, E);
+    }
+#pragma omp for schedule(static)
+    for (int64_t task = 0; task < B * H; task++) {
+      const int64_t b = task / H, first = first_part[b] * H + task % H;
+      join_parts(sums.data() + first * D, largest.data() + first, totals.data() + first, first_part[b + 1] - first_part[b],
+                 H, D, results + task * D);
     }
   }
   std::memset(results + B * H * D, 0, (M - B) * H * D * sizeof(float));
