@@ -8,6 +8,7 @@ Shapes: N rows, I in_features, G groups of 32 inputs, O out_features in blocks o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -83,16 +84,22 @@ class GroupedLinear(nn.Module):
         self.bias = layer.bias
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.products(x, [self])[0]
+
+    def products(self, x: Tensor, layers: Sequence[GroupedLinear]) -> list[Tensor]:
+        """Return the outputs of layers of this form for the same inputs, which are rounded once."""
         if x.device.type == "cpu" and x.dtype != torch.float64:
             rows = x.reshape(-1, self.in_features).float()  # [N, I]
             if self.spare_inputs:
                 rows = F.pad(rows, (0, self.spare_inputs))
             product = torch.ops.textmill.int4_product if self.bits == 4 else torch.ops.textmill.int8_product
-            y = product(rows.contiguous(), self.weight, self.scale)  # [N, O]
-            y = y[:, : self.out_features].reshape(*x.shape[:-1], self.out_features).to(x.dtype)
+            y = product(rows.contiguous(), [layer.weight for layer in layers], [layer.scale for layer in layers])
+            parts = y.split([len(layer.weight) * BLOCK for layer in layers], 1)  # each [N, O]
+            sizes = [(*x.shape[:-1], layer.out_features) for layer in layers]
+            ys = [part[:, : size[-1]].reshape(size).to(x.dtype) for part, size in zip(parts, sizes, strict=True)]
         else:
-            y = linear(x, self.dequantized().to(x.dtype))
-        return y if self.bias is None else y + self.bias
+            ys = [linear(x, layer.dequantized().to(x.dtype)) for layer in layers]
+        return [y if layer.bias is None else y + layer.bias for y, layer in zip(ys, layers, strict=True)]
 
     def dequantized(self) -> Tensor:
         """Return the weights [O, I] in fp32."""

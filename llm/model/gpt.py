@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from llm.config import GPTConfig, LayerKind
 from llm.model.cpu_attention import causal_attention
 from llm.model.kv_cache import KVCache
-from llm.model.linear import Linear
+from llm.model.linear import Linear, linears
 from llm.model.rotary import apply_rotary_emb, rotary_cos_sin
 
 # From queries [B, H, T, D], keys and values [B, K, S, D] and a mask [1 or B, 1, T, S], or None for the causal one, to
@@ -76,7 +76,7 @@ class CausalSelfAttention(nn.Module):
     def qkv(self, x: Tensor, cos_sin: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries [B, H, T, D], keys and values [B, K, T, D] of the normed residual stream [B, T, C]."""
         B, T, _ = x.shape
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)  # [B, T, H * D], 2 x [B, T, K * D]
+        q, k, v = linears(x, self.q_proj, self.k_proj, self.v_proj)  # [B, T, H * D], 2 x [B, T, K * D]
         if self.config.joint_qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (part.view(B, T, -1, self.config.head_dim) for part in (q, k, v))  # [B, T, H or K, D]
@@ -117,10 +117,9 @@ class FeedForward(nn.Module):
         self.down_proj = Linear(config.ffn_dim, config.emb_dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.activation == "swiglu":
-            x = F.silu(self.gate_proj(x)) * self.up_proj(x)  # [B, T, F]
-        elif self.activation == "geglu":
-            x = F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x)  # [B, T, F]
+        if self.activation in ("swiglu", "geglu"):
+            gate, up = linears(x, self.gate_proj, self.up_proj)  # 2 x [B, T, F]
+            x = (F.silu(gate) if self.activation == "swiglu" else F.gelu(gate, approximate="tanh")) * up
         elif self.activation == "relu2":
             x = F.relu(self.up_proj(x)).square()  # [B, T, F]
         else:

@@ -47,6 +47,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, prefers_onednn
     return product(x, weight, bias) if by_onednn else F.linear(x, weight, bias)
 
 
+def linears(x: Tensor, *layers: nn.Module) -> list[Tensor]:
+    """Return the outputs of several layers for the same inputs [., I]: at once where all are of a form that can."""
+    products = getattr(layers[0], "products", None)
+    if products is None or any(type(layer) is not type(layers[0]) for layer in layers):
+        return [layer(x) for layer in layers]
+    found: list[Tensor] = products(x, layers)
+    return found
+
+
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Compute `linear` without gradients, by oneDNN for any number of rows."""
     if not _has_onednn(x, weight):

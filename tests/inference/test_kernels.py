@@ -199,14 +199,16 @@ def fails(*_: Tensor | None) -> Tensor:
 
 def test_the_products_of_every_processor_are_the_plain_formula(operators: object) -> None:
     torch.manual_seed(0)
-    layer = nn.Linear(96, 48, bias=False)
+    layers = [nn.Linear(96, n_out, bias=False) for n_out in (48, 16, 32)]
     for bits, name in ((4, "int4_product"), (8, "int8_product")):
-        quantized = GroupedLinear(layer, bits)
+        quantized = [GroupedLinear(layer, bits) for layer in layers]
+        parts = [[layer.weight for layer in quantized], [layer.scale for layer in quantized]]
         for rows in (1, 4, 6, 11):
             largest = torch.full((rows, 96), 127.0)  # with it, sums of pairs could overflow 16 bits
             for x, error in ((torch.randn(rows, 96), 1e-5), (largest, 1e-3)):
-                y = getattr(operators, name)(x, quantized.weight, quantized.scale)
-                torch.testing.assert_close(y, rounded_product(x, quantized).float(), atol=error, rtol=1e-5)
+                y = getattr(operators, name)(x, *parts)
+                expected = torch.cat([rounded_product(x, layer) for layer in quantized], 1).float()
+                torch.testing.assert_close(y, expected, atol=error, rtol=1e-5)
 
 
 def test_the_rounding_of_every_processor_is_as_good(operators: object) -> None:

@@ -38,13 +38,14 @@ def load_kernels(folder: Path | None = None) -> None:
     if kernels_loaded():
         return
     torch.ops.load_library(build_kernels(folder or cache_root() / "kernels"))
-    for name in ("int4_product", "int8_product", "float_product"):
-        torch.library.register_fake(f"textmill::{name}", _like_product)
+    for name in ("int4_product", "int8_product"):
+        torch.library.register_fake(f"textmill::{name}", _like_products)
+    torch.library.register_fake("textmill::float_product", lambda x, weight: _like_products(x, [weight]))
     torch.library.register_fake("textmill::attend_rows", _like_attention)
 
 
-def _like_product(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[0] * BLOCK)
+def _like_products(x: Tensor, weights: list[Tensor], scales: list[Tensor] | None = None) -> Tensor:
+    return x.new_empty(x.shape[0], sum(weight.shape[0] for weight in weights) * BLOCK)
 
 
 def _like_attention(

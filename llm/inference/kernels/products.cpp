@@ -11,6 +11,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cmath>
 #include <type_traits>
 #include <vector>
@@ -161,32 +162,37 @@ void multiply(const Inputs<BITS>& x, int64_t row, const uint8_t* weight, const u
     for (int v = 0; v < VECTORS; v++) store(y + m * stride + v * LANES, results[m][v]);
 }
 
+using Tensors = std::vector<Tensor>;
+
 template <int BITS>
-Tensor product(const Tensor& x, const Tensor& weight, const Tensor& scale) {
-  const int64_t N = x.size(0), I = x.size(1), blocks = weight.size(0), O = blocks * BLOCK;
+Tensor product(const Tensor& x, const Tensors& weights, const Tensors& scales) {
+  const int64_t N = x.size(0), I = x.size(1);
+  std::vector<int64_t> first{0};  // of each matrix, its first block of outputs
+  for (const Tensor& weight : weights) first.push_back(first.back() + weight.size(0));
+  const int64_t blocks = first.back(), O = blocks * BLOCK;
   Tensor y = torch::stable::new_empty(x, {N, O});
   const Inputs<BITS> inputs = round_inputs<BITS>((const float*)x.data_ptr(), N, I);
-  const auto* weights = (const uint8_t*)weight.data_ptr();
-  const auto* scales = (const uint16_t*)scale.data_ptr();
   auto* results = (float*)y.data_ptr();
 #pragma omp parallel for
   for (int64_t block = 0; block < blocks; block++) {
-    const uint8_t* own = weights + block * BLOCK * I * BITS / 8;
-    const uint16_t* own_scale = scales + block * inputs.G * (BITS == 8 ? 1 : 2) * BLOCK;
+    const int64_t matrix = std::upper_bound(first.begin(), first.end(), block) - first.begin() - 1, at = block - first[matrix];
+    const uint8_t* weight = (const uint8_t*)weights[matrix].data_ptr() + at * BLOCK * I * BITS / 8;
+    const uint16_t* scale = (const uint16_t*)scales[matrix].data_ptr() + at * inputs.G * (BITS == 8 ? 1 : 2) * BLOCK;
     float* to = results + block * BLOCK;
     int64_t row = 0;
-    for (; row + ROWS <= N; row += ROWS) multiply<BITS, ROWS>(inputs, row, own, own_scale, to + row * O, O);
-    for (; row + 4 <= N; row += 4) multiply<BITS, 4>(inputs, row, own, own_scale, to + row * O, O);
-    for (; row < N; row++) multiply<BITS, 1>(inputs, row, own, own_scale, to + row * O, O);
+    for (; row + ROWS <= N; row += ROWS) multiply<BITS, ROWS>(inputs, row, weight, scale, to + row * O, O);
+    for (; row + 4 <= N; row += 4) multiply<BITS, 4>(inputs, row, weight, scale, to + row * O, O);
+    for (; row < N; row++) multiply<BITS, 1>(inputs, row, weight, scale, to + row * O, O);
   }
   return y;
 }
 
-// x [N, I] fp32, weight [O / 16, I * 8] and scale [O / 16, G, 2, 16] as grouped.py packs them, to [N, O] fp32.
-Tensor int4_product(Tensor x, Tensor weight, Tensor scale) { return product<4>(x, weight, scale); }
+// x [N, I] fp32, each weight [O / 16, I * 8] and scale [O / 16, G, 2, 16] as grouped.py packs them, to their outputs side by
+// side, [N, sum of O] fp32.
+Tensor int4_product(Tensor x, Tensors weights, Tensors scales) { return product<4>(x, weights, scales); }
 
-// The same with weight [O / 16, I * 16] and scale [O / 16, G, 16].
-Tensor int8_product(Tensor x, Tensor weight, Tensor scale) { return product<8>(x, weight, scale); }
+// The same with weights [O / 16, I * 16] and scales [O / 16, G, 16].
+Tensor int8_product(Tensor x, Tensors weights, Tensors scales) { return product<8>(x, weights, scales); }
 
 // x [N, I] and weight [O / 16, I, 16] fp32, to [N, O] fp32.
 Tensor float_product(Tensor x, Tensor weight) {
@@ -282,8 +288,8 @@ void int4_round(Tensor weight, Tensor importance, Tensor q, Tensor pair) {
 
 #define REGISTER(ns)                                                                            \
   STABLE_TORCH_LIBRARY(ns, library) {                                                           \
-    library.def("int4_product(Tensor x, Tensor weight, Tensor scale) -> Tensor");              \
-    library.def("int8_product(Tensor x, Tensor weight, Tensor scale) -> Tensor");              \
+    library.def("int4_product(Tensor x, Tensor[] weights, Tensor[] scales) -> Tensor");        \
+    library.def("int8_product(Tensor x, Tensor[] weights, Tensor[] scales) -> Tensor");        \
     library.def("float_product(Tensor x, Tensor weight) -> Tensor");                           \
     library.def("int4_round(Tensor weight, Tensor importance, Tensor(a!) q, Tensor(b!) pair) -> ()"); \
   }                                                                                             \
