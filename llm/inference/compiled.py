@@ -170,7 +170,7 @@ class _CompiledStep:
 
 
 class _KernelStep:
-    """The same by the kernel for attention, which is faster than compiled sums the longer the cache is."""
+    """The decode step with the kernel for attention, which is faster than compiled sums the longer the cache is."""
 
     def __init__(self, model: GPT) -> None:
         self.step = _compile_rows(model, torch.zeros(1, 1, dtype=torch.long), 1, [{}, {}, {}])
