@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,7 @@ from llm.inference.grouped import GROUP, Bits, GroupedLinear, pack, round_to_4_b
 from llm.inference.importance import input_importance
 from llm.inference.int8 import to_int8
 from llm.model.gpt import GPT
-from llm.model.linear import Linear
+from llm.model.linear import Linear, linears, replace_linears
 from tests.helpers import gpt_config
 from tests.inference.conftest import MODERN, PROMPTS, make_model
 from tests.inference.test_compiled import uncompiled_decoder
@@ -32,6 +32,28 @@ def rounded_product(x: Tensor, layer: GroupedLinear) -> Tensor:
 
 
 every_width = pytest.mark.parametrize("bits", [4, 8])
+
+
+@every_width
+def test_layers_of_equal_inputs_are_one_product(kernels: Path, bits: Bits, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Queries, keys and values are, and gate and up; each output has the bits of its layer alone."""
+    torch.manual_seed(0)
+    quantized = [GroupedLinear(Linear(40, n_out, bias=n_out == 7), bits) for n_out in (7, 16, 33)]
+    x = torch.randn(2, 3, 40)
+    for layer, y in zip(quantized, linears(x, *quantized), strict=True):
+        assert torch.equal(y, layer(x))
+    counts, products = [], GroupedLinear.products
+
+    def counted(self: GroupedLinear, x: Tensor, layers: Sequence[GroupedLinear]) -> list[Tensor]:
+        counts.append(len(layers))
+        return products(self, x, layers)
+
+    monkeypatch.setattr(GroupedLinear, "products", counted)
+    model = make_model(MODERN).float()
+    replace_linears(model, lambda layer: GroupedLinear(layer, bits))
+    with torch.inference_mode():
+        model(torch.tensor([[5, 6]]))
+    assert counts == [3, 1, 2, 1] * MODERN.n_layers + [1], "the last one is the head's"
 
 
 @every_width
